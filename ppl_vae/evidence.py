@@ -1,0 +1,259 @@
+r"""Evidence: importance-weighted estimates of log p(x) that know their error.
+
+With weights :math:`w_i = p(x, z_i) / q(z_i \mid x)`, :math:`z_i \sim q`, the estimate
+:math:`\log \frac1k \sum_i w_i` is on average a lower bound of log p(x) that rises with k (Importance Weighted
+Autoencoders, Burda, Grosse and Salakhutdinov 2016). Its error and bias follow from the weights' relative variance
+:math:`\chi^2` (Debiasing Evidence Approximations, Nowozin 2018), and whether that variance exists at all from their
+largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry 2024).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ppl_vae.data import as_batch
+from ppl_vae.program import log_density, place, prepare, scope, seeded, structure, trace_pair
+
+__all__ = ["Evidence", "log_evidence", "log_weights", "pareto_k"]
+
+_DATA = 100  # data in a block
+_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Evidence of each datum, in nats: tensors of shape (n,), in double precision.
+
+    Args:
+        log_evidence: :math:`\log \frac1k \sum_i w_i`.
+        elbo: :math:`\frac1k \sum_i \log w_i`, from the same weights, so never above `log_evidence`.
+        mc_se: Monte Carlo standard error of `log_evidence`, :math:`\sqrt{\chi^2 / k}`.
+        bias: its bias to first order, :math:`-\chi^2 / 2k`.
+        ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
+        pareto_k: shape of the weights' upper tail; NaN below 25 samples and where all weights are equal to rounding.
+        elbo_mc_se: Monte Carlo standard error of `elbo`.
+        samples: k.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    mc_se: Tensor
+    bias: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    elbo_mc_se: Tensor
+    samples: int
+
+    @property
+    def kind(self) -> Literal["estimate", "lower bound"]:
+        """Say what the figure of the set is.
+
+        A lower bound as soon as more than 1 % of the data have a tail shape above 0.5, where the weights have no
+        variance and an error bar would mean nothing, or cannot be judged for want of samples.
+        """
+        doubtful = (self.pareto_k > 0.5) | (self.pareto_k.isnan() & (self.ess < self.samples * (1 - 1e-3)))
+        if self.samples < 2:
+            doubtful = torch.ones_like(doubtful)
+        return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
+
+    def summary(self) -> dict[str, Any]:
+        """Sum up: means in nats per datum, standard errors over data (`se`) and of the estimate (`mc_se`)."""
+        n = len(self.log_evidence)
+
+        def over_data(values: Tensor, errors: Tensor) -> dict[str, float | None]:
+            spread = float(values.std()) / math.sqrt(n) if n > 1 else None
+            return {"mean": float(values.mean()), "se": spread, "mc_se": float(errors.square().sum().sqrt()) / n}
+
+        judged = self.pareto_k[~self.pareto_k.isnan()]
+        shape: dict[str, float | None] = dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
+        if len(judged):
+            above = {f"above_{limit}": float((judged > limit).double().sum()) / n for limit in (0.5, 0.7)}
+            shape = {"median": float(judged.median()), "max": float(judged.max()), **above}
+        return {
+            "n": n,
+            "samples": self.samples,
+            "elbo": over_data(self.elbo, self.elbo_mc_se),
+            "log_evidence": {
+                **over_data(self.log_evidence, self.mc_se),
+                "bias": float(self.bias.mean()),
+                "kind": self.kind,
+            },
+            "ess": {"median": float(self.ess.median()), "min": float(self.ess.min())},
+            "pareto_k": shape,
+        }
+
+
+@torch.no_grad()
+def log_weights(program: Any, x: Any, samples: int, *, seed: int = 0) -> Tensor:
+    r"""Give the log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, from the two traces.
+
+    Site by site, unscaled and with masks, summed over all dimensions but particles and data. Draws come in fixed
+    blocks keyed by (seed, block).
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+        samples: draws a datum, k.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        Nats, shape (k, n), in double precision, without gradients.
+
+    Raises:
+        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+    """
+    return torch.cat([torch.cat(list(blocks)) for _, blocks in _blocks(program, x, samples, seed)], 1)
+
+
+@torch.no_grad()
+def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Evidence:
+    r"""Estimate log p(x) of each datum by importance sampling from the guide, with its error.
+
+    Streams over fixed blocks of data and samples; beyond a block it keeps the largest weights of each datum, whose
+    number grows with the square root of the samples.
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+        samples: draws a datum, k.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        The evidence, from the same weights that `log_weights` gives.
+
+    Raises:
+        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
+    """
+    parts = []
+    for rounding, blocks in _blocks(program, x, samples, seed):
+        sums = _Sums(samples, rounding)
+        for block in blocks:
+            sums.add(block)
+        parts.append(sums.evidence())
+    joined = {
+        f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Evidence) if f.name != "samples"
+    }
+    return Evidence(**joined, samples=samples)
+
+
+def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[float, Iterator[Tensor]]]:
+    """Yield, for each block of data, its rounding and an iterator over its blocks of log weights, (samples, data)."""
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples!r}.")
+    batch = prepare(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    n, features = len(first), max(first[0].numel(), 1)
+    draws = max(1, min(_DATA, _ENTRIES // (_DATA * features)))
+    rounding = 64 * torch.finfo(place(program)[1] or torch.get_default_dtype()).eps
+    for number, start in enumerate(range(0, n, _DATA)):
+        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+        yield rounding, _weigh(program, part, samples, draws, found.nesting, (seed, number))
+
+
+def _weigh(
+    program: Any, batch: dict[str, Tensor], samples: int, draws: int, nesting: int, key: tuple[int, int]
+) -> Iterator[Tensor]:
+    first = next(iter(batch.values()))
+    for block, start in enumerate(range(0, samples, draws)):
+        k = min(draws, samples - start)
+        with scope(program), seeded(*key, block, device=first.device):
+            model, guide = trace_pair(program, batch, k, nesting)
+            yield log_density(model, k, len(first)) - log_density(guide, k, len(first))
+
+
+class _Sums:
+    """Running sums of weights in log space, and their largest, datum by datum."""
+
+    def __init__(self, samples: int, rounding: float) -> None:
+        self.samples, self.rounding = samples, rounding
+        self.tail = _tail_length(samples) + 1
+        self.started = False
+
+    def add(self, block: Tensor) -> None:
+        if not self.started:
+            self.started = True
+            self.origin = block.mean(0)
+            self.log_sum = torch.full_like(self.origin, -math.inf)
+            self.log_square = self.log_sum.clone()
+            self.total = torch.zeros_like(self.origin)
+            self.square = torch.zeros_like(self.origin)
+            self.largest = block[:0]
+            self.least = torch.full_like(self.origin, math.inf)
+        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
+        self.log_square = torch.logaddexp(self.log_square, (2 * block).logsumexp(0))
+        self.total += (block - self.origin).sum(0)
+        self.square += (block - self.origin).square().sum(0)
+        both = torch.cat([self.largest, block])
+        self.largest = both.topk(min(self.tail, len(both)), 0).values
+        self.least = torch.minimum(self.least, block.amin(0))
+
+    def evidence(self) -> Evidence:
+        k = self.samples
+        ess = (2 * self.log_sum - self.log_square).exp().clamp(max=k)
+        chi2 = (k / ess - 1).clamp_min(0) * (k / max(k - 1, 1))
+        variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * (k / max(k - 1, 1))
+        spread = self.largest[0] - self.least
+        equal = spread <= self.rounding * self.largest[0].abs().clamp_min(1)
+        shape = pareto_k(self.largest, k)
+        value = self.log_sum - math.log(k)
+        return Evidence(
+            log_evidence=value,
+            elbo=torch.minimum(self.origin + self.total / k, value),
+            mc_se=(chi2 / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
+            bias=-chi2 / (2 * k) if k > 1 else torch.full_like(value, math.nan),
+            ess=ess,
+            pareto_k=torch.where(equal, math.nan, shape),
+            elbo_mc_se=(variance / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
+            samples=k,
+        )
+
+
+def _tail_length(samples: int) -> int:
+    return math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
+
+
+def pareto_k(log_weights: Tensor, samples: int | None = None) -> Tensor:
+    r"""Estimate the shape k of the generalised Pareto tail of weights; their moments of order below 1/k exist.
+
+    The posterior mean of the profile likelihood over the largest :math:`\min(k/5, 3\sqrt{k})` weights (A New and
+    Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), drawn weakly
+    towards one half.
+
+    Args:
+        log_weights: shape (k, n); only the largest are read.
+        samples: how many weights these are the largest of; all of them by default.
+
+    Returns:
+        The shape of each datum, (n,); NaN below 25 samples, or where the tail is constant.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 3 and appendix C.
+    """
+    samples = len(log_weights) if samples is None else samples
+    n = log_weights.shape[1]
+    if samples < 25:
+        return log_weights.new_full((n,), math.nan)
+    length = _tail_length(samples)
+    top = log_weights.topk(length + 1, 0).values
+    top = (top - top[0]).double()
+    excess = (top[:-1].exp() - top[-1].exp()).flip(0).T  # (n, tail), ascending
+    constant = excess[:, -1] <= 0
+    excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(torch.finfo(torch.float64).tiny))
+    grid = 30 + int(math.sqrt(length))
+    quartile = excess[:, int(length / 4 + 0.5) - 1].unsqueeze(-1)
+    steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device) - 0.5)).sqrt()
+    theta = steps / (3 * quartile) + 1 / excess[:, -1:]  # (n, grid)
+    shape = torch.stack([torch.log1p(-one.unsqueeze(-1) * excess).mean(-1) for one in theta.T], -1)
+    profile = length * (torch.log(-theta / shape) - shape - 1)
+    weights = torch.softmax(profile, -1)
+    best = (weights * theta).sum(-1, keepdim=True)
+    k = torch.log1p(-best * excess).mean(-1)
+    return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10))

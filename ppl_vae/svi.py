@@ -1,0 +1,310 @@
+r"""Stochastic variational inference: the only training loop, and the only minus sign of an objective."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ppl_vae.data import Data, as_batch, batches
+from ppl_vae.program import Structure, batch_of, prepare, scope, seeded, structure
+
+__all__ = ["History", "fit"]
+
+Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO"]
+Schedule = Literal["constant", "one-cycle", "cosine"]
+
+OBJECTIVES: dict[str, type[ELBO]] = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+
+
+@dataclass
+class History:
+    """What a training run saw, an entry an epoch; bounds are nats per datum.
+
+    Args:
+        elbo: mean bound over the epoch's steps, while the parameters moved.
+        validation: bound of the validation data after the epoch, empty without such data.
+        learning_rate: the rate at the epoch's end.
+        seconds: time since the start.
+        steps: optimiser steps taken in all.
+        best_epoch: the epoch whose state was kept, counted from 0.
+    """
+
+    elbo: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+    best_epoch: int | None = None
+
+
+def fit(
+    program: Any,
+    x: Any,
+    *,
+    elbo: Objective = "Trace_ELBO",
+    epochs: int = 100,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    schedule: Schedule = "constant",
+    clip: float = 0.0,
+    particles: int = 1,
+    keep: Literal["last", "best"] = "last",
+    seed: int = 0,
+    device: str = "auto",
+    validation: Any = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    parameters: Iterable[Tensor] | None = None,
+    progress: bool | None = None,
+    on_epoch: Callable[[int, History], None] | None = None,
+) -> History:
+    r"""Train a program by stochastic variational inference.
+
+    Maximises :math:`\mathrm{ELBO} = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)]`, the mean over data in nats, by
+    Pyro's own estimators (Automated Variational Inference in Probabilistic Programming, Wingate and Weber 2013).
+
+    Args:
+        program: any program; what it learns is changed in place.
+        x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch where its
+            protocol says so.
+        elbo: `Trace_ELBO` (by sampling) or `TraceMeanField_ELBO` (KL terms analytic where they can be).
+        epochs: passes over the data.
+        batch_size: data a step.
+        learning_rate: of the optimiser; for `one-cycle` its maximum.
+        schedule: `constant`, `one-cycle` or `cosine`, over the epochs asked for.
+        clip: maximum of the global gradient norm, per datum; 0 is off.
+        particles: draws of the latent variables a datum and step.
+        keep: `last` or `best`, the latter by the bound of the validation data.
+        seed: of the order of the data and of all draws; the global random state is left alone.
+        device: `auto` (a GPU where there is one), `cpu` or `cuda`; the program is moved there.
+        validation: data as `x`, whose bound is recorded after each epoch.
+        optimizer: called with the parameters and `lr`; Adam by default.
+        parameters: the tensors to learn, all of the program's by default.
+        progress: whether to show a bar; by default where standard error is a terminal.
+        on_epoch: called after each epoch with its number and the history.
+
+    Returns:
+        The history.
+
+    Raises:
+        ValueError: for settings or data that do not fit, an objective that the pair does not allow, or a loss that
+            turns NaN: the message names step and site, and the program keeps its last good state.
+    """
+    _check_settings(locals())
+    target = pick_device(device)
+    if isinstance(program, nn.Module):
+        program.to(target)
+    data = prepare(program, _on(target, x.epoch(0) if isinstance(x, Data) else x))
+    if keep == "best" and validation is None:
+        raise ValueError(
+            'Expected validation data with keep = "best"; got none. Give validation data or keep = "last".'
+        )
+    held_out = None if validation is None else prepare(program, _on(target, validation))
+    found = structure(program, data, seed=seed)
+    check_objective(elbo, found)
+    n = len(next(iter(data.values())))
+    objective = OBJECTIVES[elbo](
+        num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=found.nesting
+    )
+    history = History()
+    best: tuple[float, list[Tensor]] | None = None
+    total = epochs * math.ceil(n / batch_size)
+    with scope(program), seeded(seed, device=target):
+        learned = _parameters(program, data) if parameters is None else list(parameters)
+        if not learned:
+            raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
+        make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
+        stepper = make(learned, lr=learning_rate)
+        plan = _plan(schedule, stepper, learning_rate, total)
+        began = time.perf_counter()
+        bar = tqdm(range(epochs), unit="epoch", disable=None if progress is None else not progress, leave=False)
+        for epoch in bar:
+            drawn = prepare(program, _on(target, x.epoch(epoch))) if isinstance(x, Data) else data
+            before = _Snapshot(learned, stepper, target)
+            losses, sizes = [], []
+            for batch in batches(drawn, batch_size, seed=seed, epoch=epoch):
+                with pyro.validation_enabled(history.steps == 0 or torch.is_anomaly_enabled()):
+                    losses.append(_step(objective, program, batch, stepper, learned, clip))
+                sizes.append(len(next(iter(batch.values()))))
+                plan.step()
+                history.steps += 1
+            values = torch.stack(losses)
+            if not bool(values.isfinite().all()):
+                bad = int((~values.isfinite()).nonzero()[0])
+                before.restore()
+                order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
+                for batch in order[:bad]:
+                    _step(objective, program, batch, stepper, learned, clip)
+                _refuse_nan(program, order[bad], epoch, history.steps - len(losses) + bad + 1)
+            history.elbo.append(-float((values * values.new_tensor(sizes)).sum()) / n)
+            history.learning_rate.append(float(stepper.param_groups[0]["lr"]))
+            history.seconds.append(time.perf_counter() - began)
+            if held_out is not None:
+                history.validation.append(_bound(objective, program, held_out, batch_size, seed))
+                if keep == "best" and (best is None or history.validation[-1] > best[0]):
+                    best = history.validation[-1], [tensor.detach().clone() for tensor in learned]
+                    history.best_epoch = epoch
+            bar.set_postfix_str(f"ELBO {history.elbo[-1]:.2f} nats per datum")
+            if on_epoch is not None:
+                on_epoch(epoch, history)
+        if best is not None:
+            with torch.no_grad():
+                for tensor, value in zip(learned, best[1], strict=True):
+                    tensor.copy_(value)
+    return history
+
+
+def _on(device: torch.device, x: Any) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in as_batch(x).items()}
+
+
+def pick_device(device: str) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device; `auto` is a GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"Expected `device` to be auto, cpu or cuda; got {device!r}.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "Expected a machine with CUDA for device = 'cuda'; there is none. Use device = 'auto' or 'cpu'."
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def check_objective(elbo: str, found: Structure) -> None:
+    """Refuse `TraceMeanField_ELBO` for latent sites that model and guide visit in different orders."""
+    if elbo == "TraceMeanField_ELBO" and not found.same_order:
+        raise ValueError(
+            f"Expected model and guide to visit the latent sites in one order, {', '.join(found.latents)}, for "
+            f"TraceMeanField_ELBO; the guide's "
+            "order differs, and the bound would be wrong. Reorder the guide or use Trace_ELBO."
+        )
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    for key, names in (
+        ("elbo", tuple(OBJECTIVES)),
+        ("schedule", ("constant", "one-cycle", "cosine")),
+        ("keep", ("last", "best")),
+    ):
+        if given[key] not in names:
+            raise ValueError(f"Expected `{key}` to be one of {', '.join(names)}; got {given[key]!r}.")
+    for key in ("epochs", "batch_size", "particles"):
+        if not isinstance(given[key], int) or given[key] < 1:
+            raise ValueError(f"Expected `{key}` to be a whole number, at least 1; got {given[key]!r}.")
+    if not 0 < given["learning_rate"] < math.inf:
+        raise ValueError(f"Expected `learning_rate` to be a positive number; got {given['learning_rate']!r}.")
+    if not 0 <= given["clip"] < math.inf:
+        raise ValueError(f"Expected `clip` to be 0 (off) or a positive number; got {given['clip']!r}.")
+
+
+def _parameters(program: Any, data: dict[str, Tensor]) -> list[Tensor]:
+    """Collect what takes gradients: the module's own parameters and what the traces register with Pyro."""
+    found = {id(p): p for p in program.parameters()} if isinstance(program, nn.Module) else {}
+    few = {key: value[:2] for key, value in data.items()}
+    for function in (program.guide, program.model):
+        trace = poutine.trace(function, param_only=True).get_trace(**batch_of(function, few))
+        for site in trace.nodes.values():
+            if site["type"] == "param":
+                tensor = site["value"].unconstrained()
+                found[id(tensor)] = tensor
+    return [tensor for tensor in found.values() if tensor.requires_grad]
+
+
+def _plan(
+    schedule: str, stepper: torch.optim.Optimizer, rate: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(stepper, max_lr=rate, total_steps=max(steps, 2))
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(stepper, T_max=steps)
+    return torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: 1.0)
+
+
+def _step(
+    objective: Any,
+    program: Any,
+    batch: dict[str, Tensor],
+    stepper: torch.optim.Optimizer,
+    learned: list[Tensor],
+    clip: float,
+) -> Tensor:
+    """Take one step on the loss, minus the bound per datum, and give that loss."""
+    loss = _loss(objective, program, batch)
+    stepper.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if clip:
+        torch.nn.utils.clip_grad_norm_(learned, clip)
+    stepper.step()
+    return loss.detach()
+
+
+def _loss(objective: Any, program: Any, batch: dict[str, Tensor]) -> Tensor:
+    n = len(next(iter(batch.values())))
+    guide_keys = batch_of(program.guide, batch)
+    guide = (
+        program.guide
+        if len(guide_keys) == len(batch)
+        else (lambda **given: program.guide(**batch_of(program.guide, given)))
+    )
+    return objective.differentiable_loss(program.model, guide, **batch) / n  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _bound(objective: Any, program: Any, data: dict[str, Tensor], size: int, seed: int) -> float:
+    """Estimate the bound of held-out data, by the same draws each time."""
+    n, total = len(next(iter(data.values()))), 0.0
+    with seeded(seed, 1, device=next(iter(data.values())).device), pyro.validation_enabled(False):
+        for first in range(0, n, size):
+            batch = {key: value[first : first + size] for key, value in data.items()}
+            total -= float(_loss(objective, program, batch)) * len(next(iter(batch.values())))
+    return total / n
+
+
+class _Snapshot:
+    """The state before an epoch, to go back to and to replay from."""
+
+    def __init__(self, learned: list[Tensor], stepper: torch.optim.Optimizer, device: torch.device) -> None:
+        self.learned, self.stepper, self.device = learned, stepper, device
+        self.values = [tensor.detach().clone() for tensor in learned]
+        self.state = copy.deepcopy(stepper.state_dict())
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in zip(self.learned, self.values, strict=True):
+            tensor.copy_(value)
+        self.stepper.load_state_dict(self.state)
+        torch.set_rng_state(self.random[0])
+        if self.random[1] is not None:
+            torch.cuda.set_rng_state(self.random[1], self.device)
+
+
+def _refuse_nan(program: Any, batch: dict[str, Tensor], epoch: int, step: int) -> None:
+    """Name the site whose log probability is not finite; the program stands as it was before that step."""
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
+    culprit = "none at this draw, so the step before it overflowed"
+    for role, trace in (("guide", guide), ("model", model)):
+        trace.compute_log_prob()
+        for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
+            if not bool(trace.nodes[name]["log_prob"].isfinite().all()):
+                culprit = f"'{name}' of the {role}"
+                break
+        else:
+            continue
+        break
+    raise ValueError(
+        f"Expected a finite loss; it turned NaN or infinite at step {step} (epoch {epoch + 1}), at site {culprit}. "
+        f"The program keeps the state "
+        "before that step. Try a lower learning_rate, clip = 1.0, or data nearer to unit scale."
+    )
