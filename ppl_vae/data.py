@@ -403,9 +403,7 @@ def _table(name: str, root: str | os.PathLike[str] | None, array: str | None, do
         raise ValueError(f"Expected `array` for an .npz file only; got {array!r} for {name}. Leave it out.")
     if name == "digits":
         bunch = importlib.import_module("sklearn.datasets").load_digits()
-        return _Table(
-            bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500
-        )
+        return _Table(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
     if name == "mnist":
         return _mnist(root, download)
     if path.is_dir():
@@ -445,8 +443,7 @@ def _numpy(path: Path, array: str | None) -> tuple[npt.NDArray[Any], str | None]
         raise ValueError(f"Expected a NumPy file without objects; got {path}: {error}") from error
     if loaded is None:
         raise ValueError(
-            f"Expected `array` to be a key of {path} ({', '.join(map(repr, keys)) or 'it is empty'}); "
-            f"got {array!r}."
+            f"Expected `array` to be a key of {path} ({', '.join(map(repr, keys)) or 'it is empty'}); got {array!r}."
         )
     where = f"{path}" if array is None else f"{path}:{array}"
     if loaded.dtype.kind not in "biuf":
@@ -476,8 +473,7 @@ def _csv(path: Path) -> tuple[npt.NDArray[np.float64], list[str] | None]:
     for i, (line, cells) in enumerate(rows[-len(values) :]):
         if len(cells) != values.shape[1]:
             raise ValueError(
-                f"Expected {values.shape[1]} cells in {path}, line {line}, as in its first row; got "
-                f"{len(cells)}."
+                f"Expected {values.shape[1]} cells in {path}, line {line}, as in its first row; got {len(cells)}."
             )
         for j, cell in enumerate(cells):
             number = _number(cell)
@@ -583,8 +579,7 @@ def _tensor(key: str, value: object) -> Tensor:
             raise TypeError(f"Expected `{key}` to be an array of real numbers; got: {error}") from error
         if values.dtype.kind not in "biuf":
             raise TypeError(
-                f"Expected `{key}` to be an array of real numbers; got {type(value).__name__} of dtype "
-                f"{values.dtype}."
+                f"Expected `{key}` to be an array of real numbers; got {type(value).__name__} of dtype {values.dtype}."
             )
         if values.dtype.kind == "u" and values.dtype != np.uint8:
             values = values.astype(np.int64)

@@ -36,6 +36,7 @@ class Evidence:
         ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
         pareto_k: shape of the weights' upper tail; NaN below 25 samples and where all weights are equal to rounding.
         elbo_mc_se: Monte Carlo standard error of `elbo`.
+        distortion: :math:`-\frac1k \sum_i \log p(x \mid z_i)`, from the same draws; `elbo` is -(rate + distortion).
         samples: k.
     """
 
@@ -46,7 +47,13 @@ class Evidence:
     ess: Tensor
     pareto_k: Tensor
     elbo_mc_se: Tensor
+    distortion: Tensor
     samples: int
+
+    @property
+    def rate(self) -> Tensor:
+        r"""Give :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))` of each datum, by the same draws."""
+        return -self.elbo - self.distortion
 
     @property
     def kind(self) -> Literal["estimate", "lower bound"]:
@@ -82,6 +89,8 @@ class Evidence:
                 "bias": float(self.bias.mean()),
                 "kind": self.kind,
             },
+            "rate": float(self.rate.mean()),
+            "distortion": float(self.distortion.mean()),
             "ess": {"median": float(self.ess.median()), "min": float(self.ess.min())},
             "pareto_k": shape,
         }
@@ -106,7 +115,8 @@ def log_weights(program: Any, x: Any, samples: int, *, seed: int = 0) -> Tensor:
     Raises:
         ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
     """
-    return torch.cat([torch.cat(list(blocks)) for _, blocks in _blocks(program, x, samples, seed)], 1)
+    parts = [[weights for weights, _ in blocks] for _, blocks in _blocks(program, x, samples, seed)]
+    return torch.cat([torch.cat(part) for part in parts], 1)
 
 
 @torch.no_grad()
@@ -134,8 +144,8 @@ def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Eviden
     parts = []
     for rounding, blocks in _blocks(program, x, samples, seed):
         sums = _Sums(samples, rounding)
-        for block in blocks:
-            sums.add(block)
+        for weights, likelihood in blocks:
+            sums.add(weights, likelihood)
         parts.append(sums.evidence())
     joined = {
         f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Evidence) if f.name != "samples"
@@ -143,8 +153,8 @@ def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Eviden
     return Evidence(**joined, samples=samples)
 
 
-def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[float, Iterator[Tensor]]]:
-    """Yield, for each block of data, its rounding and an iterator over its blocks of log weights, (samples, data)."""
+def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[float, Iterator[tuple[Tensor, Tensor]]]]:
+    """Yield, for each block of data, its rounding and an iterator over blocks of log weights and log likelihoods."""
     if not isinstance(samples, int) or samples < 1:
         raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples!r}.")
     batch = prepare(program, as_batch(x))
@@ -160,13 +170,15 @@ def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[flo
 
 def _weigh(
     program: Any, batch: dict[str, Tensor], samples: int, draws: int, nesting: int, key: tuple[int, int]
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     first = next(iter(batch.values()))
     for block, start in enumerate(range(0, samples, draws)):
         k = min(draws, samples - start)
         with scope(program), seeded(*key, block, device=first.device):
             model, guide = trace_pair(program, batch, k, nesting)
-            yield log_density(model, k, len(first)) - log_density(guide, k, len(first))
+            likelihood = log_density(model, k, len(first), model.observation_nodes)
+            prior = log_density(model, k, len(first), model.stochastic_nodes)
+            yield prior + likelihood - log_density(guide, k, len(first)), likelihood
 
 
 class _Sums:
@@ -177,7 +189,7 @@ class _Sums:
         self.tail = _tail_length(samples) + 1
         self.started = False
 
-    def add(self, block: Tensor) -> None:
+    def add(self, block: Tensor, likelihood: Tensor) -> None:
         if not self.started:
             self.started = True
             self.origin = block.mean(0)
@@ -185,12 +197,14 @@ class _Sums:
             self.log_square = self.log_sum.clone()
             self.total = torch.zeros_like(self.origin)
             self.square = torch.zeros_like(self.origin)
+            self.likelihood = torch.zeros_like(self.origin)
             self.largest = block[:0]
             self.least = torch.full_like(self.origin, math.inf)
         self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
         self.log_square = torch.logaddexp(self.log_square, (2 * block).logsumexp(0))
         self.total += (block - self.origin).sum(0)
         self.square += (block - self.origin).square().sum(0)
+        self.likelihood += likelihood.sum(0)
         both = torch.cat([self.largest, block])
         self.largest = both.topk(min(self.tail, len(both)), 0).values
         self.least = torch.minimum(self.least, block.amin(0))
@@ -212,6 +226,7 @@ class _Sums:
             ess=ess,
             pareto_k=torch.where(equal, math.nan, shape),
             elbo_mc_se=(variance / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
+            distortion=-self.likelihood / k,
             samples=k,
         )
 

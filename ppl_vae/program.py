@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,7 +303,7 @@ def load_program(reference: str) -> type:
 
 
 @contextmanager
-def seeded(*key: int, device: torch.device) -> Iterator[None]:
+def seeded(*key: int | str, device: torch.device) -> Iterator[None]:
     """Draw from the streams of a key, then leave the global random state as it was found."""
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -452,17 +452,23 @@ def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting:
     return model, guide
 
 
-def log_density(trace: Trace, samples: int, n: int) -> Tensor:
-    """Sum the log probabilities of all sites, unscaled and with their masks, over all dims but particles and data.
+def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None = None) -> Tensor:
+    """Sum the log probabilities of sites, unscaled and with their masks, over all dims but particles and data.
+
+    Args:
+        trace: of a model or guide.
+        samples: the number of particles.
+        n: the number of data.
+        names: the sites that count, all by default.
 
     Returns:
         Nats, shape (samples, n), in double precision.
     """
-    total: Any = 0.0
-    for name in _plain(trace, [*trace.stochastic_nodes, *trace.observation_nodes]):
+    total = torch.zeros(samples, n, dtype=torch.float64)
+    for name in _plain(trace, [*trace.stochastic_nodes, *trace.observation_nodes] if names is None else names):
         site: Any = trace.nodes[name]
         log_prob = pyro.distributions.util.scale_and_mask(
             site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), 1.0, site["mask"]
         )
-        total = total + log_prob.double().reshape(samples, -1, n).sum(1)
-    return total  # type: ignore[no-any-return]
+        total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
+    return total

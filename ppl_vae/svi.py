@@ -22,6 +22,8 @@ __all__ = ["History", "fit"]
 Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO"]
 Schedule = Literal["constant", "one-cycle", "cosine"]
 
+SETTINGS = ("elbo", "epochs", "batch_size", "learning_rate", "schedule", "clip", "particles", "keep")
+
 OBJECTIVES: dict[str, type[ELBO]] = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 
 
@@ -64,7 +66,8 @@ def fit(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
-    on_epoch: Callable[[int, History], None] | None = None,
+    on_epoch: Callable[[int, "State"], None] | None = None,
+    resume: dict[str, Any] | None = None,
 ) -> History:
     r"""Train a program by stochastic variational inference.
 
@@ -89,7 +92,8 @@ def fit(
         optimizer: called with the parameters and `lr`; Adam by default.
         parameters: the tensors to learn, all of the program's by default.
         progress: whether to show a bar; by default where standard error is a terminal.
-        on_epoch: called after each epoch with its number and the history.
+        on_epoch: called after each epoch with its number and the `State`, whose `save()` gives what `resume` takes.
+        resume: a saved state to go on from; the result is that of a run without interruption.
 
     Returns:
         The history.
@@ -98,7 +102,7 @@ def fit(
         ValueError: for settings or data that do not fit, an objective that the pair does not allow, or a loss that
             turns NaN: the message names step and site, and the program keeps its last good state.
     """
-    _check_settings(locals())
+    check_settings(**{key: value for key, value in locals().items() if key in SETTINGS})
     target = pick_device(device)
     if isinstance(program, nn.Module):
         program.to(target)
@@ -114,52 +118,116 @@ def fit(
     objective = OBJECTIVES[elbo](
         num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=found.nesting
     )
-    history = History()
-    best: tuple[float, list[Tensor]] | None = None
-    total = epochs * math.ceil(n / batch_size)
-    with scope(program), seeded(seed, device=target):
+    with scope(program):
         learned = _parameters(program, data) if parameters is None else list(parameters)
         if not learned:
             raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
         make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
         stepper = make(learned, lr=learning_rate)
-        plan = _plan(schedule, stepper, learning_rate, total)
-        began = time.perf_counter()
-        bar = tqdm(range(epochs), unit="epoch", disable=None if progress is None else not progress, leave=False)
-        for epoch in bar:
+        plan = _plan(schedule, stepper, learning_rate, epochs * math.ceil(n / batch_size))
+        state = State(learned, stepper, plan, History())
+        if resume is not None:
+            state.load(resume)
+        history = state.history
+        before = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
+        first = len(history.elbo)
+        quiet = None if progress is None else not progress
+        for epoch in tqdm(range(first, epochs), initial=first, total=epochs, unit="epoch", disable=quiet, leave=False):
             drawn = prepare(program, _on(target, x.epoch(epoch))) if isinstance(x, Data) else data
-            before = _Snapshot(learned, stepper, target)
-            losses, sizes = [], []
-            for batch in batches(drawn, batch_size, seed=seed, epoch=epoch):
-                with pyro.validation_enabled(history.steps == 0 or torch.is_anomaly_enabled()):
-                    losses.append(_step(objective, program, batch, stepper, learned, clip))
-                sizes.append(len(next(iter(batch.values()))))
-                plan.step()
-                history.steps += 1
-            values = torch.stack(losses)
-            if not bool(values.isfinite().all()):
-                bad = int((~values.isfinite()).nonzero()[0])
-                before.restore()
-                order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
-                for batch in order[:bad]:
-                    _step(objective, program, batch, stepper, learned, clip)
-                _refuse_nan(program, order[bad], epoch, history.steps - len(losses) + bad + 1)
-            history.elbo.append(-float((values * values.new_tensor(sizes)).sum()) / n)
+            good = state.save()
+            try:
+                total = _epoch(program, drawn, objective, state, clip, batch_size, seed, epoch, first == epoch)
+            except KeyboardInterrupt:
+                state.load(good)
+                raise
+            history.elbo.append(-total / n)
             history.learning_rate.append(float(stepper.param_groups[0]["lr"]))
-            history.seconds.append(time.perf_counter() - began)
+            history.seconds.append(time.perf_counter() - before)
             if held_out is not None:
                 history.validation.append(_bound(objective, program, held_out, batch_size, seed))
-                if keep == "best" and (best is None or history.validation[-1] > best[0]):
-                    best = history.validation[-1], [tensor.detach().clone() for tensor in learned]
-                    history.best_epoch = epoch
-            bar.set_postfix_str(f"ELBO {history.elbo[-1]:.2f} nats per datum")
+                if keep == "best" and history.validation[-1] >= max(history.validation):
+                    history.best_epoch, state.best = epoch, [tensor.detach().clone() for tensor in learned]
             if on_epoch is not None:
-                on_epoch(epoch, history)
-        if best is not None:
+                on_epoch(epoch, state)
+        if state.best is not None:
             with torch.no_grad():
-                for tensor, value in zip(learned, best[1], strict=True):
+                for tensor, value in zip(learned, state.best, strict=True):
                     tensor.copy_(value)
     return history
+
+
+class State:
+    """Where a training run stands: what it learns, the optimiser, the schedule and the history.
+
+    Between epochs this is all that a run needs to go on exactly as if it had not been interrupted, since the order of
+    the data and all draws are keyed by seed and epoch.
+    """
+
+    def __init__(
+        self,
+        learned: list[Tensor],
+        stepper: torch.optim.Optimizer,
+        plan: torch.optim.lr_scheduler.LRScheduler,
+        history: "History",
+    ) -> None:
+        self.learned, self.stepper, self.plan, self.history = learned, stepper, plan, history
+        self.best: list[Tensor] | None = None
+
+    def save(self) -> dict[str, Any]:
+        """Copy the state into plain containers and tensors."""
+        return {
+            "learned": [tensor.detach().clone() for tensor in self.learned],
+            "optimizer": copy.deepcopy(self.stepper.state_dict()),
+            "schedule": copy.deepcopy(self.plan.state_dict()),
+            "history": copy.deepcopy(vars(self.history)),
+            "best": self.best,
+        }
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        for tensor, value in zip(self.learned, saved["learned"], strict=True):
+            tensor.copy_(value)
+        self.stepper.load_state_dict(saved["optimizer"])
+        self.plan.load_state_dict(saved["schedule"])
+        vars(self.history).update(copy.deepcopy(saved["history"]))
+        self.best = saved["best"]
+
+
+def _epoch(
+    program: Any,
+    drawn: dict[str, Tensor],
+    objective: ELBO,
+    state: State,
+    clip: float,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first: bool,
+) -> float:
+    """Pass once over the data; give the sum of the loss over data."""
+    good = state.save()
+    some = next(iter(drawn.values()))
+    losses: list[Tensor] = []
+    with seeded(seed, "svi", epoch, device=some.device):
+        for batch in batches(drawn, batch_size, seed=seed, epoch=epoch):
+            with pyro.validation_enabled(first and not losses):
+                losses.append(_step(objective, program, batch, state, clip) * len(next(iter(batch.values()))))
+    values = torch.stack(losses)
+    if bool(values.isfinite().all()):
+        return float(values.sum())
+    bad = int((~values.isfinite()).nonzero()[0])
+    state.load(good)
+    with seeded(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
+        order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
+        for batch in order[:bad]:
+            _step(objective, program, batch, state, clip)
+        culprit = _culprit(program, order[bad])
+    raise ValueError(
+        f"Expected a finite loss; it turned NaN or infinite at step {state.history.steps + 1} (epoch {epoch + 1}), at "
+        f"{culprit}. The program keeps the state before that step. Try a lower learning_rate, clip = 1.0, or data "
+        "nearer to unit scale."
+    )
 
 
 def _on(device: torch.device, x: Any) -> dict[str, Tensor]:
@@ -189,21 +257,18 @@ def check_objective(elbo: str, found: Structure) -> None:
         )
 
 
-def _check_settings(given: dict[str, Any]) -> None:
-    for key, names in (
-        ("elbo", tuple(OBJECTIVES)),
-        ("schedule", ("constant", "one-cycle", "cosine")),
-        ("keep", ("last", "best")),
-    ):
-        if given[key] not in names:
-            raise ValueError(f"Expected `{key}` to be one of {', '.join(names)}; got {given[key]!r}.")
-    for key in ("epochs", "batch_size", "particles"):
-        if not isinstance(given[key], int) or given[key] < 1:
-            raise ValueError(f"Expected `{key}` to be a whole number, at least 1; got {given[key]!r}.")
-    if not 0 < given["learning_rate"] < math.inf:
-        raise ValueError(f"Expected `learning_rate` to be a positive number; got {given['learning_rate']!r}.")
-    if not 0 <= given["clip"] < math.inf:
-        raise ValueError(f"Expected `clip` to be 0 (off) or a positive number; got {given['clip']!r}.")
+def check_settings(**given: Any) -> None:
+    """Refuse settings of `fit` that are out of range, the first of them by name."""
+    allowed = {"elbo": tuple(OBJECTIVES), "schedule": ("constant", "one-cycle", "cosine"), "keep": ("last", "best")}
+    for key, value in given.items():
+        if key in allowed and value not in allowed[key]:
+            raise ValueError(f"Expected `{key}` to be one of {', '.join(allowed[key])}; got {value!r}.")
+        if key in ("epochs", "batch_size", "particles") and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"Expected `{key}` to be a whole number, at least 1; got {value!r}.")
+        if key == "learning_rate" and not 0 < value < math.inf:
+            raise ValueError(f"Expected `learning_rate` to be a positive number; got {value!r}.")
+        if key == "clip" and not 0 <= value < math.inf:
+            raise ValueError(f"Expected `clip` to be 0 (off) or a positive number; got {value!r}.")
 
 
 def _parameters(program: Any, data: dict[str, Tensor]) -> list[Tensor]:
@@ -229,21 +294,16 @@ def _plan(
     return torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: 1.0)
 
 
-def _step(
-    objective: Any,
-    program: Any,
-    batch: dict[str, Tensor],
-    stepper: torch.optim.Optimizer,
-    learned: list[Tensor],
-    clip: float,
-) -> Tensor:
+def _step(objective: ELBO, program: Any, batch: dict[str, Tensor], state: State, clip: float) -> Tensor:
     """Take one step on the loss, minus the bound per datum, and give that loss."""
     loss = _loss(objective, program, batch)
-    stepper.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    state.stepper.zero_grad(set_to_none=True)
+    loss.backward()
     if clip:
-        torch.nn.utils.clip_grad_norm_(learned, clip)
-    stepper.step()
+        torch.nn.utils.clip_grad_norm_(state.learned, clip)
+    state.stepper.step()
+    state.plan.step()
+    state.history.steps += 1
     return loss.detach()
 
 
@@ -262,49 +322,21 @@ def _loss(objective: Any, program: Any, batch: dict[str, Tensor]) -> Tensor:
 def _bound(objective: Any, program: Any, data: dict[str, Tensor], size: int, seed: int) -> float:
     """Estimate the bound of held-out data, by the same draws each time."""
     n, total = len(next(iter(data.values()))), 0.0
-    with seeded(seed, 1, device=next(iter(data.values())).device), pyro.validation_enabled(False):
+    with seeded(seed, "validation", device=next(iter(data.values())).device), pyro.validation_enabled(False):
         for first in range(0, n, size):
             batch = {key: value[first : first + size] for key, value in data.items()}
             total -= float(_loss(objective, program, batch)) * len(next(iter(batch.values())))
     return total / n
 
 
-class _Snapshot:
-    """The state before an epoch, to go back to and to replay from."""
-
-    def __init__(self, learned: list[Tensor], stepper: torch.optim.Optimizer, device: torch.device) -> None:
-        self.learned, self.stepper, self.device = learned, stepper, device
-        self.values = [tensor.detach().clone() for tensor in learned]
-        self.state = copy.deepcopy(stepper.state_dict())
-        self.random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for tensor, value in zip(self.learned, self.values, strict=True):
-            tensor.copy_(value)
-        self.stepper.load_state_dict(self.state)
-        torch.set_rng_state(self.random[0])
-        if self.random[1] is not None:
-            torch.cuda.set_rng_state(self.random[1], self.device)
-
-
-def _refuse_nan(program: Any, batch: dict[str, Tensor], epoch: int, step: int) -> None:
-    """Name the site whose log probability is not finite; the program stands as it was before that step."""
-    with torch.no_grad(), pyro.validation_enabled(False):
+def _culprit(program: Any, batch: dict[str, Tensor]) -> str:
+    """Name the first site whose log probability is not finite."""
+    with torch.no_grad():
         guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
         model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
-    culprit = "none at this draw, so the step before it overflowed"
     for role, trace in (("guide", guide), ("model", model)):
         trace.compute_log_prob()
         for name in [*trace.stochastic_nodes, *trace.observation_nodes]:
             if not bool(trace.nodes[name]["log_prob"].isfinite().all()):
-                culprit = f"'{name}' of the {role}"
-                break
-        else:
-            continue
-        break
-    raise ValueError(
-        f"Expected a finite loss; it turned NaN or infinite at step {step} (epoch {epoch + 1}), at site {culprit}. "
-        f"The program keeps the state "
-        "before that step. Try a lower learning_rate, clip = 1.0, or data nearer to unit scale."
-    )
+                return f"site '{name}' of the {role}"
+    return "no single site: the sum over sites overflowed"
