@@ -56,7 +56,7 @@ def compare_posteriors(program: Any, x: Any) -> Comparison:
     entropy = 0.5 * (size * (1 + math.log(2 * math.pi)) - torch.logdet(q.precision))
     peak = p.log_normaliser - 0.5 * size * math.log(2 * math.pi) + 0.5 * torch.logdet(p.precision)
     elbo = peak - 0.5 * (distance + trace) + entropy
-    kl = 0.5 * (trace + distance - size + torch.logdet(p.precision) - torch.logdet(q.precision))
+    kl = 0.5 * (trace + distance - size - torch.logdet(p.precision) + torch.logdet(q.precision))
     scale_p, scale_q = (one.covariance.diagonal(dim1=-2, dim2=-1).sqrt() for one in (p, q))
     return Comparison(
         kl=kl,

@@ -69,6 +69,7 @@ class Conditional(nn.Module):
                 )
             self.network.build(sum(shape.numel() for shape in shapes), self.family.start())
         self.context = shapes
+        self._width = self.family.start().numel()
         return self
 
     def unconstrained(self, *context: Tensor, observed: Tensor | None = None) -> Tensor:
@@ -98,9 +99,9 @@ class Conditional(nn.Module):
     ) -> TorchDistribution:
         """Give the distribution at these contexts; `observed` masks a context's entries, `mask` the event's."""
         parameters = self.unconstrained(*context, observed=observed)
-        if not isinstance(self.network, Network) and parameters.shape[-1] != self.family.start().numel():
+        if not isinstance(self.network, Network) and parameters.shape[-1] != self._width:
             raise ValueError(
-                f"Expected the network to answer {self.family.start().numel()} parameters for "
+                f"Expected the network to answer {self._width} parameters for "
                 f"{type(self.family).__name__}"
                 f"{tuple(self.family.event_shape)}; got {parameters.shape[-1]}."
             )

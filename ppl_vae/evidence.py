@@ -10,6 +10,7 @@ largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Y
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ class Evidence:
         A lower bound as soon as more than 1 % of the data have a tail shape above 0.5, where the weights have no
         variance and an error bar would mean nothing, or cannot be judged for want of samples.
         """
-        doubtful = (self.pareto_k > 0.5) | (self.pareto_k.isnan() & (self.ess < self.samples * (1 - 1e-3)))
+        doubtful = (self.pareto_k > 0.5) | (self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3)))
         if self.samples < 2:
             doubtful = torch.ones_like(doubtful)
         return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
@@ -155,7 +156,7 @@ def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Eviden
 
 def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[float, Iterator[tuple[Tensor, Tensor]]]]:
     """Yield, for each block of data, its rounding and an iterator over blocks of log weights and log likelihoods."""
-    if not isinstance(samples, int) or samples < 1:
+    if not isinstance(samples, Integral) or samples < 1:
         raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples!r}.")
     batch = prepare(program, as_batch(x))
     found = structure(program, batch, seed=seed)
@@ -178,7 +179,8 @@ def _weigh(
             model, guide = trace_pair(program, batch, k, nesting)
             likelihood = log_density(model, k, len(first), model.observation_nodes)
             prior = log_density(model, k, len(first), model.stochastic_nodes)
-            yield prior + likelihood - log_density(guide, k, len(first)), likelihood
+            weights = prior + likelihood - log_density(guide, k, len(first))
+        yield weights, likelihood
 
 
 class _Sums:
@@ -192,7 +194,7 @@ class _Sums:
     def add(self, block: Tensor, likelihood: Tensor) -> None:
         if not self.started:
             self.started = True
-            self.origin = block.mean(0)
+            self.origin = block.mean(0).nan_to_num(0.0, 0.0, 0.0)
             self.log_sum = torch.full_like(self.origin, -math.inf)
             self.log_square = self.log_sum.clone()
             self.total = torch.zeros_like(self.origin)

@@ -47,7 +47,9 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     count = seen.sum(0)
     loc = filled.sum(0) / count.clamp_min(1)
     scale = (((filled - loc) ** 2 * seen).sum(0) / count.clamp_min(1)).sqrt()
-    return loc, torch.where(count > 0, scale, 1.0)
+    infinity = x.new_tensor(math.inf)
+    constant = torch.where(seen > 0, x, infinity).amin(0) == torch.where(seen > 0, x, -infinity).amax(0)
+    return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
 class Family(nn.Module, ABC):
@@ -240,9 +242,10 @@ class MixtureNormal(Family):
         locs, raw = rest.unflatten(-1, (2, self.components, self.event_shape[0])).unbind(-3)
         scales = positive(raw)
         if mask is None:
-            return dist.MixtureOfDiagNormals(locs, scales, logits)
+            return _Mixture(locs, scales, logits)
         each = _elementwise(dist.Normal(locs, scales), 1, mask.unsqueeze(-2))
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits.expand(each.batch_shape)), each)
+        weights = dist.Categorical(logits=logits.expand(each.batch_shape))
+        return dist.MixtureSameFamily(weights, each, validate_args=False)  # which would refuse a NaN under the mask
 
 
 class Bernoulli(Family):
@@ -276,6 +279,8 @@ class ExactNormal(Family):
 
     def __init__(self, prior: "Conditional", likelihood: "Conditional") -> None:
         super().__init__(tuple(prior.family.event_shape))
+        self._vector()
+        likelihood.bind(tuple(self.event_shape))
         self._tied = (prior, likelihood)  # a tuple, so that neither is registered a second time
         linear_gaussian(prior, likelihood)
 
@@ -290,6 +295,8 @@ class ExactNormal(Family):
         features = pair.bias.shape[0]
         x, *observed = parameters.split(features, -1)
         exact = pair.posterior(x, observed[0] > 0 if observed else None)
+        if mask is not None:
+            return _marginal(exact.loc, exact.scale_tril, mask)
         return _FullNormal(exact.loc, scale_tril=exact.scale_tril)
 
 
@@ -332,6 +339,24 @@ def _refuse_constant(scale: Tensor, owner: str) -> None:
             f"constant features (columns {shown}), where the density grows without bound as the scale falls. "
             'Use scale = "shared" or a number, or leave these features out.'
         )
+
+
+class _Mixture(dist.MixtureOfDiagNormals):
+    """Pyro's mixture, with moments, and with samples of any shape where there is a batch."""
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        if not sample_shape:
+            return super().rsample()  # type: ignore[no-any-return]
+        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        spread = self.coord_scale**2 + (self.locs - self.mean.unsqueeze(-2)) ** 2
+        return (self.categorical.probs.unsqueeze(-1) * spread).sum(-2)
 
 
 class _Filled(MaskedDistribution):

@@ -135,7 +135,7 @@ class _Amortized(Network):
         return standard if observed is None else torch.where(observed, standard, 0.0)
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
-        """Set the input's shift `(c,)` and scale (a scalar or `(c,)`); both are buffers, not learned."""
+        """Set the input's shift `(c,)` and scale, one number; both are buffers, not learned."""
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 
@@ -209,7 +209,7 @@ class Table(Network):
         rows: the number of data.
 
     Raises:
-        ValueError: for fewer than one row, or an index outside the table.
+        ValueError: for fewer than one row.
     """
 
     def __init__(self, rows: int) -> None:

@@ -1,6 +1,7 @@
 r"""Probabilistic principal component analysis: maximum likelihood, posterior and evidence in closed form."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -71,7 +72,7 @@ class PPCA:
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         tolerance = values[0] * max(n, features) * torch.finfo(torch.float64).eps
         rank = int((values > tolerance).sum())
-        if not isinstance(latent, int) or not 0 <= latent < max(rank, 1) or rank == 0:
+        if not isinstance(latent, Integral) or not 0 <= latent < max(rank, 1) or rank == 0:
             raise ValueError(
                 f"Expected `latent` to be at least 0 and below the rank of the centred data, {rank}; got "
                 f"{latent!r}. At the rank no variance "
@@ -99,6 +100,8 @@ class PPCA:
     def to_vae(self) -> VAE:
         """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
         features, latent = self.weight.shape
+        if not latent:
+            raise ValueError("Expected at least one latent, for a VAE; got none.")
         prior = Conditional(StandardNormal(latent))
         likelihood = Conditional(Normal(features, scale="shared"), Linear(), context=latent)
         vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(self.weight)

@@ -5,6 +5,7 @@ dim -1, whatever its latent sites and inner plates. `VAE` is the program that th
 wraps two functions or a stranger's modules. Nothing below the contract knows which of them it has.
 """
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -45,7 +46,6 @@ class PyroPair(Protocol):
 
 
 _names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
-_stores: "WeakKeyDictionary[Any, dict[str, dict[str, Any]]]" = WeakKeyDictionary()
 _count = itertools.count()
 
 
@@ -91,6 +91,8 @@ class Program(nn.Module):
                 raise TypeError(f"Expected `{name}` to be a function or module of the batch; got {part!r}.")
         self.model = model
         self.guide = guide
+        owners = {id(part.__self__): part.__self__ for part in (model, guide) if inspect.ismethod(part)}
+        self.owners = nn.ModuleList(owner for owner in owners.values() if isinstance(owner, nn.Module))
 
 
 class VAE(nn.Module):
@@ -225,7 +227,9 @@ class VAE(nn.Module):
                 f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."
             )
         check_support("x", family.support, x, mask, type(family).__name__)
-        if isinstance(self.posterior.network, Table) and int(batch["index"].max()) >= self.posterior.network.rows:
+        if isinstance(self.posterior.network, Table) and not bool(
+            ((batch["index"] >= 0) & (batch["index"] < self.posterior.network.rows)).all()
+        ):
             raise ValueError(
                 f"Expected data whose index is below the table's {self.posterior.network.rows} rows; got "
                 f"{int(batch['index'].max())}. "
@@ -323,13 +327,32 @@ def seeded(*key: int | str, device: torch.device) -> Iterator[None]:
 def scope(program: Any) -> Iterator[None]:
     """Run a program with a parameter store of its own, on top of the global one, and leave that as it was."""
     store = pyro.get_param_store()
-    own = _stores.setdefault(program, {"params": {}, "constraints": {}})
+    own = vars(program).setdefault("_ppl_vae_params", {"params": {}, "constraints": {}})
     outer: Any = store.get_state()
-    merged: Any = {key: {**outer[key], **own[key]} for key in own}
+    copies = {
+        name: value if "$$$" in name else value.detach().clone().requires_grad_()
+        for name, value in outer["params"].items()
+    }
+    merged: Any = {
+        "params": {**copies, **own["params"]},
+        "constraints": {**outer["constraints"], **own["constraints"]},
+    }
     with store.scope(merged):
         yield
-    for key, values in own.items():
-        values.update({name: value for name, value in merged[key].items() if name not in outer[key] or name in values})
+    for name, value in merged["params"].items():
+        kept = copies.get(name)
+        if "$$$" not in name and (value is not kept or not torch.equal(value, outer["params"][name])):
+            own["params"][name], own["constraints"][name] = value, merged["constraints"][name]
+
+
+def doubled(program: Any) -> Any:
+    """Copy a program in double precision, with what it learned through `pyro.param`; one without tensors stays itself."""
+    if not isinstance(program, nn.Module) or place(program)[1] is None:
+        return program
+    twin = copy.deepcopy(program).double()
+    own = vars(twin).get("_ppl_vae_params", {"params": {}})
+    own["params"] = {name: value.detach().double().requires_grad_() for name, value in own["params"].items()}
+    return twin
 
 
 def place(program: Any, x: Tensor | None = None) -> tuple[torch.device, torch.dtype | None]:
@@ -359,7 +382,7 @@ def prepare(program: Any, batch: Mapping[str, Tensor]) -> Batch:
     if "index" not in moved and "index" in _keywords(program.model):
         moved["index"] = torch.arange(len(first), device=device)
     taken = batch_of(program.model, moved)
-    if not taken:
+    if not taken.keys() & batch.keys():
         raise ValueError(f"Expected data named {', '.join(_keywords(program.model))}; got {', '.join(batch)}.")
     if hasattr(program, "check"):
         program.check(taken)

@@ -119,7 +119,8 @@ def fit(
         num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=found.nesting
     )
     with scope(program):
-        learned = _parameters(program, data) if parameters is None else list(parameters)
+        with seeded(seed, "parameters", device=target):
+            learned = _parameters(program, data) if parameters is None else list(parameters)
         if not learned:
             raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
         make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
@@ -136,7 +137,7 @@ def fit(
             drawn = prepare(program, _on(target, x.epoch(epoch))) if isinstance(x, Data) else data
             good = state.save()
             try:
-                total = _epoch(program, drawn, objective, state, clip, batch_size, seed, epoch, first == epoch)
+                total = _epoch(program, drawn, objective, state, good, clip, batch_size, seed, epoch, first == epoch)
             except KeyboardInterrupt:
                 state.load(good)
                 raise
@@ -145,7 +146,9 @@ def fit(
             history.seconds.append(time.perf_counter() - before)
             if held_out is not None:
                 history.validation.append(_bound(objective, program, held_out, batch_size, seed))
-                if keep == "best" and history.validation[-1] >= max(history.validation):
+                if keep == "best" and history.validation[-1] == max(
+                    filter(math.isfinite, history.validation), default=None
+                ):
                     history.best_epoch, state.best = epoch, [tensor.detach().clone() for tensor in learned]
             if on_epoch is not None:
                 on_epoch(epoch, state)
@@ -188,7 +191,7 @@ class State:
         """Go back to a saved state."""
         for tensor, value in zip(self.learned, saved["learned"], strict=True):
             tensor.copy_(value)
-        self.stepper.load_state_dict(saved["optimizer"])
+        self.stepper.load_state_dict(copy.deepcopy(saved["optimizer"]))
         self.plan.load_state_dict(saved["schedule"])
         vars(self.history).update(copy.deepcopy(saved["history"]))
         self.best = saved["best"]
@@ -199,14 +202,17 @@ def _epoch(
     drawn: dict[str, Tensor],
     objective: ELBO,
     state: State,
+    good: dict[str, Any],
     clip: float,
     batch_size: int,
     seed: int,
     epoch: int,
     first: bool,
 ) -> float:
-    """Pass once over the data; give the sum of the loss over data."""
-    good = state.save()
+    """Pass once over the data; give the sum of the loss over data.
+
+    Where a step leaves anything that is not finite, the epoch is replayed from its `good` start up to that step.
+    """
     some = next(iter(drawn.values()))
     losses: list[Tensor] = []
     with seeded(seed, "svi", epoch, device=some.device):
@@ -214,12 +220,16 @@ def _epoch(
             with pyro.validation_enabled(first and not losses):
                 losses.append(_step(objective, program, batch, state, clip) * len(next(iter(batch.values()))))
     values = torch.stack(losses)
-    if bool(values.isfinite().all()):
+    if bool(values.isfinite().all()) and _finite(state.learned):
         return float(values.sum())
-    bad = int((~values.isfinite()).nonzero()[0])
+    order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
     state.load(good)
     with seeded(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
-        order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
+        for bad, batch in enumerate(order):
+            if not (bool(_step(objective, program, batch, state, clip).isfinite()) and _finite(state.learned)):
+                break
+    state.load(good)
+    with seeded(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
         for batch in order[:bad]:
             _step(objective, program, batch, state, clip)
         culprit = _culprit(program, order[bad])
@@ -228,6 +238,10 @@ def _epoch(
         f"{culprit}. The program keeps the state before that step. Try a lower learning_rate, clip = 1.0, or data "
         "nearer to unit scale."
     )
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _on(device: torch.device, x: Any) -> dict[str, Tensor]:
@@ -297,11 +311,14 @@ def _plan(
 def _step(objective: ELBO, program: Any, batch: dict[str, Tensor], state: State, clip: float) -> Tensor:
     """Take one step on the loss, minus the bound per datum, and give that loss."""
     loss = _loss(objective, program, batch)
-    state.stepper.zero_grad(set_to_none=True)
-    loss.backward()
+    for tensor, gradient in zip(
+        state.learned, torch.autograd.grad(loss, state.learned, allow_unused=True), strict=True
+    ):
+        tensor.grad = gradient
     if clip:
         torch.nn.utils.clip_grad_norm_(state.learned, clip)
     state.stepper.step()
+    state.stepper.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
     state.plan.step()
     state.history.steps += 1
     return loss.detach()

@@ -1,0 +1,72 @@
+r"""What the latent variables are used for: the codes that the guide gives, and the units that carry something."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae.data import as_batch
+from ppl_vae.exact import Layout
+from ppl_vae.program import prepare, scope, seeded, structure, trace_pair
+
+__all__ = ["active_units", "codes"]
+
+_DATA = 100  # data at a time
+
+
+@torch.no_grad()
+def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Give mean and variance of the latent variables under the guide, by sampling.
+
+    Args:
+        program: any program; several latent sites stand side by side in the model's order.
+        x: data, a tensor (n, *x) or a batch dict.
+        draws: samples a datum, at least 2.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        :math:`E_{q(z \mid x)}[z]` and :math:`\mathrm{Var}_{q(z \mid x)}[z]`, each of shape (n, z), in double precision.
+
+    Raises:
+        ValueError: for fewer than two draws, or data that do not fit.
+    """
+    if draws < 2:
+        raise ValueError(f"Expected `draws` to be at least 2; got {draws}.")
+    batch = prepare(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    means, variances = [], []
+    for number, start in enumerate(range(0, len(first), _DATA)):
+        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+        with scope(program), seeded(seed, "codes", number, device=first.device):
+            sites: Any = trace_pair(program, part, draws, found.nesting)[1].nodes
+        values = {name: sites[name]["value"] for name in found.latents}
+        layout = Layout([(name, values[name], sites[name]["fn"].event_dim) for name in found.latents], found.nesting)
+        packed = layout.pack(values).double()
+        means.append(packed.mean(0))
+        variances.append(packed.var(0))
+    return torch.cat(means), torch.cat(variances)
+
+
+def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:
+    r"""Say of each latent whether it is active: :math:`\mathrm{Var}_x\, E_{q(z \mid x)}[z_j]` above a threshold.
+
+    The variance of the sampled means is freed of what the sampling adds to it.
+
+    Args:
+        program: any program.
+        x: data, at least two.
+        threshold: in units of z squared.
+        draws: samples a datum.
+        seed: of the draws.
+
+    Returns:
+        Boolean, shape (z,).
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), section 5.2.
+    """
+    mean, variance = codes(program, x, draws, seed=seed)
+    if len(mean) < 2:
+        return torch.zeros(mean.shape[1], dtype=torch.bool)
+    return mean.var(0) - variance.mean(0) / draws > threshold
