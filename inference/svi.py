@@ -8,6 +8,7 @@ import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
+from ppl_vae import batches as batching
 from ppl_vae import data
 from ppl_vae.program import load_program
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     svi = SVI(program.model, program.guide, optimizer, loss=ELBOS[given.elbo]())
     for epoch in range(given.epochs):
         loss = 0.0
-        for batch in data.batches({"x": x}, given.batch_size, seed=given.seed, epoch=epoch):
+        for batch in batching.batches({"x": x}, given.batch_size, seed=given.seed, epoch=epoch):
             loss += svi.step(**batch)
         if not math.isfinite(loss):
             raise SystemExit(f"Expected a finite loss; got {loss} in epoch {epoch + 1}. Lower --learning-rate.")

@@ -112,7 +112,7 @@ def list_(
 ) -> None:
     """List the families and networks that a spec can name, with their keys."""
     with plainly():
-        from ppl_vae.spec import components
+        from ppl_vae.schema import components
 
         found = components(role)
         plain = {"components": [component._asdict() for component in found]}

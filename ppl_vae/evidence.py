@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_vae.data import as_batch
-from ppl_vae.program import log_density, place, prepare, scope, seeded, structure, trace_pair
+from ppl_vae.batches import as_batch
+from ppl_vae.traces import log_density, place, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["Evidence", "log_evidence", "log_weights", "pareto_k"]
 

@@ -17,8 +17,8 @@ from pyro import poutine
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
-from ppl_vae.data import as_batch
-from ppl_vae.program import batch_of, doubled, log_density, place, prepare, scope, seeded, structure, trace_pair
+from ppl_vae.batches import as_batch
+from ppl_vae.traces import batch_of, doubled, log_density, place, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["exact_log_evidence", "exact_posterior"]
 

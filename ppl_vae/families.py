@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions import constraints
 
+from ppl_vae.distributions import FullCovariance, Mixture, elementwise, marginal
 from ppl_vae.linear_gaussian import LinearGaussian
 from ppl_vae.networks import Free, Linear, Network, _Given
 
 if TYPE_CHECKING:
     from ppl_vae.conditional import Conditional
 
+
 __all__ = ["Bernoulli", "ExactNormal", "FullNormal", "MixtureNormal", "Normal", "StandardNormal"]
+
 
 FLOOR = 1e-6
 
@@ -115,7 +118,7 @@ class StandardNormal(Family):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         loc = parameters.new_zeros(()).expand(parameters.shape[:-1] + self.event_shape)
-        return _elementwise(dist.Normal(loc, torch.ones_like(loc)), len(self.event_shape), mask)
+        return elementwise(dist.Normal(loc, torch.ones_like(loc)), len(self.event_shape), mask)
 
 
 class Normal(Family):
@@ -168,7 +171,7 @@ class Normal(Family):
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         loc, *raw = self._split(parameters)
         scale = positive(raw[0]) if raw else self.own_scale()
-        return _elementwise(dist.Normal(loc, scale), len(self.event_shape), mask)
+        return elementwise(dist.Normal(loc, scale), len(self.event_shape), mask)
 
 
 class FullNormal(Family):
@@ -200,7 +203,7 @@ class FullNormal(Family):
         lower = parameters.new_zeros(*parameters.shape[:-1], size, size)
         lower[..., self.row, self.column] = raw
         scale_tril = lower.tril(-1) + torch.diag_embed(positive(lower.diagonal(dim1=-2, dim2=-1)))
-        return _FullNormal(loc, scale_tril=scale_tril) if mask is None else _marginal(loc, scale_tril, mask)
+        return FullCovariance(loc, scale_tril=scale_tril) if mask is None else marginal(loc, scale_tril, mask)
 
 
 class MixtureNormal(Family):
@@ -242,8 +245,8 @@ class MixtureNormal(Family):
         locs, raw = rest.unflatten(-1, (2, self.components, self.event_shape[0])).unbind(-3)
         scales = positive(raw)
         if mask is None:
-            return _Mixture(locs, scales, logits)
-        each = _elementwise(dist.Normal(locs, scales), 1, mask.unsqueeze(-2))
+            return Mixture(locs, scales, logits)
+        each = elementwise(dist.Normal(locs, scales), 1, mask.unsqueeze(-2))
         weights = dist.Categorical(logits=logits.expand(each.batch_shape))
         return dist.MixtureSameFamily(weights, each, validate_args=False)  # which would refuse a NaN under the mask
 
@@ -262,7 +265,7 @@ class Bernoulli(Family):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         (logits,) = self._split(parameters)
-        return _elementwise(dist.Bernoulli(logits=logits), len(self.event_shape), mask)
+        return elementwise(dist.Bernoulli(logits=logits), len(self.event_shape), mask)
 
 
 class ExactNormal(Family):
@@ -296,8 +299,8 @@ class ExactNormal(Family):
         x, *observed = parameters.split(features, -1)
         exact = pair.posterior(x, observed[0] > 0 if observed else None)
         if mask is not None:
-            return _marginal(exact.loc, exact.scale_tril, mask)
-        return _FullNormal(exact.loc, scale_tril=exact.scale_tril)
+            return marginal(exact.loc, exact.scale_tril, mask)
+        return FullCovariance(exact.loc, scale_tril=exact.scale_tril)
 
 
 def linear_gaussian(prior: "Conditional", likelihood: "Conditional") -> LinearGaussian:
@@ -318,7 +321,7 @@ def linear_gaussian(prior: "Conditional", likelihood: "Conditional") -> LinearGa
         raise ValueError(f"Expected a Gaussian prior, for a closed form; got {type(prior.family).__name__}.")
     start: Any = prior()
     loc = start.mean.flatten()
-    tril = start.scale_tril if isinstance(start, _FullNormal) else torch.diag(start.stddev.flatten())
+    tril = start.scale_tril if isinstance(start, FullCovariance) else torch.diag(start.stddev.flatten())
     weight = network.weight / network.scale
     return LinearGaussian(
         loc=loc,
@@ -339,79 +342,3 @@ def _refuse_constant(scale: Tensor, owner: str) -> None:
             f"constant features (columns {shown}), where the density grows without bound as the scale falls. "
             'Use scale = "shared" or a number, or leave these features out.'
         )
-
-
-class _Mixture(dist.MixtureOfDiagNormals):
-    """Pyro's mixture, with moments, and with samples of any shape where there is a batch."""
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        if not sample_shape:
-            return super().rsample()  # type: ignore[no-any-return]
-        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
-
-    @property
-    def mean(self) -> Tensor:
-        return (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
-
-    @property
-    def variance(self) -> Tensor:
-        spread = self.coord_scale**2 + (self.locs - self.mean.unsqueeze(-2)) ** 2
-        return (self.categorical.probs.unsqueeze(-1) * spread).sum(-2)
-
-
-class _Filled(MaskedDistribution):
-    """A masked distribution whose hidden entries are filled first: a NaN under a mask would poison gradients."""
-
-    _mask: Any
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Filled":
-        batch_shape = torch.Size(batch_shape)
-        return _Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self._mask, value, 0.0))
-
-
-def _elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
-    """Make an event of elementwise distributions, under a mask where there is one. Zero is in every support here."""
-    return (base if mask is None else _Filled(base, mask)).to_event(event_dims)
-
-
-class _FullNormal(dist.MultivariateNormal):
-    """A multivariate normal that has its analytic KL to independent normals, which Pyro lacks."""
-
-
-class _MarginalNormal(_FullNormal):
-    """The marginal of the entries in `mask`; the others stand apart with a density of one where they are filled."""
-
-    observed: Tensor
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_MarginalNormal":
-        new = super().expand(batch_shape, self._get_checked_instance(_MarginalNormal, _instance))
-        new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        return new  # type: ignore[no-any-return]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self.observed, value, self.loc))
-
-
-def _marginal(loc: Tensor, scale_tril: Tensor, mask: Tensor) -> _MarginalNormal:
-    shape = torch.broadcast_shapes(loc.shape, mask.shape)
-    mask = mask.expand(shape)
-    both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    apart = torch.diag_embed((~mask).to(loc.dtype) / (2 * math.pi))
-    covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
-    marginal = _MarginalNormal(loc.expand(shape), scale_tril=torch.linalg.cholesky(covariance))
-    marginal.observed = mask
-    return marginal
-
-
-@register_kl(_FullNormal, dist.Independent)
-def _kl_full_independent(q: _FullNormal, p: Any) -> Tensor:
-    base = p.base_dist
-    if not isinstance(base, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError
-    return kl_divergence(
-        torch.distributions.MultivariateNormal(q.loc, scale_tril=q.scale_tril, validate_args=False),
-        torch.distributions.MultivariateNormal(base.loc, scale_tril=torch.diag_embed(base.scale), validate_args=False),
-    )

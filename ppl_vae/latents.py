@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.data import as_batch
+from ppl_vae.batches import as_batch
 from ppl_vae.exact import Layout
-from ppl_vae.program import prepare, scope, seeded, structure, trace_pair
+from ppl_vae.traces import prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["active_units", "codes"]
 

@@ -6,7 +6,6 @@ Where `ax=None`, an axes in a figure of its own is made. Colours can be told apa
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import matplotlib
@@ -23,7 +22,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ppl_vae.families import Normal, StandardNormal
-from ppl_vae.program import VAE, place, seeded
+from ppl_vae.program import VAE
+from ppl_vae.traces import place, seeded
 
 __all__ = [
     "ellipses",
@@ -38,8 +38,14 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+TWELVE = (*OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as far apart as those of Okabe and Ito
 BLUE, VERMILLION, GREY = OKABE_ITO[0], OKABE_ITO[5], "#8A8A8A"
 PANELS = 64  # of ellipses, at the most
+_EXACT: tuple[dict[str, Any], ...] = (
+    {"facecolor": BLUE + "30", "edgecolor": BLUE + "60"},
+    {"facecolor": BLUE + "60", "edgecolor": BLUE + "90"},
+)
+_APPROXIMATE: tuple[dict[str, Any], ...] = 2 * ({"fill": False, "edgecolor": VERMILLION, "lw": 1.6},)
 
 
 def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, ax: Axes | None = None) -> Axes:
@@ -69,8 +75,9 @@ def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, a
         low, high = min(np.quantile(values, 0.1) for values in finite if len(values)), seen.max()
         low = max(low - 0.25 * (high - low), seen.min())
         ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    margin = max(0.5, 0.03 * len(elbo))
-    ax.set(xlim=(1 - margin, len(elbo) + margin), xlabel="epoch", ylabel="ELBO (nats per datum)")
+    last = max(len(elbo), len(validation))
+    margin = max(0.5, 0.03 * last)
+    ax.set(xlim=(1 - margin, last + margin), xlabel="epoch", ylabel="ELBO (nats per datum)")
     ax.xaxis.set_major_locator(_ticks(8))
     ax.grid(axis="y", color="0.92")
     if len(validation):
@@ -160,7 +167,11 @@ def latent_scatter(
     if ax is None:
         ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    style: dict[str, Any] = {"s": float(np.clip(6000 / len(points), 5, 30)), "lw": 0.2, "ec": "0.2"}
+    style: dict[str, Any] = {
+        "s": float(np.clip(6000 / len(points), 5, 30)),
+        "lw": 0.2 * (len(points) <= 1000),
+        "ec": "0.2",
+    }
     if values is None:
         ax.scatter(points[:, 0], points[:, 1], color=BLUE, label="posterior means", **style)
     elif len(known) > 12:
@@ -168,9 +179,9 @@ def latent_scatter(
         ax.figure.colorbar(shown, ax=ax, label="label")
         beside = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     else:
-        for value, (mark, colour) in zip(known, product("o^", OKABE_ITO), strict=False):
+        for value, colour in zip(known, TWELVE, strict=False):
             across, up = points[values == value].T
-            ax.scatter(across, up, color=colour, marker=mark, label=f"{value:g}", **style)
+            ax.scatter(across, up, color=colour, label=f"{value:g}", **style)
     if prior is None:
         for radius in (1, 2, 3):
             ax.add_artist(Circle((0, 0), radius, fill=False, color=GREY, lw=0.9, zorder=0.5))
@@ -180,7 +191,7 @@ def latent_scatter(
         ax.scatter(drawn[:, 0], drawn[:, 1], s=style["s"] / 4, color="0.8", lw=0, zorder=0.5, label="prior")
     ax.legend(frameon=False, markerscale=(30 / style["s"]) ** 0.5, **beside)
     low, high = (extreme(np.concatenate([points, drawn]), 0) for extreme in (np.min, np.max))
-    (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max()
+    (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0
     ax.set(xlim=(left - half, left + half), ylim=(bottom - half, bottom + half), aspect="equal", anchor="W")
     ax.set(xlabel=f"$z_{{{axes[0]}}}$", ylabel=f"$z_{{{axes[1]}}}$")
     return _bare(ax)
@@ -352,8 +363,8 @@ def ellipses(
         ax.spines[:].set_color("0.6")
         right = bool(p.covariance_matrix[index][pair[0], pair[1]] <= 0)  # the picture's side: ellipses lean away
         divergence = "< 0.01" if kl[index] < 0.005 else f"{kl[index]:.2f}"
-        place_, align = (0.03, "left") if right else (0.97, "right")
-        ax.text(place_, 0.03, f"KL {divergence} nats", ha=align, transform=ax.transAxes, fontsize=7.5, color="0.25")
+        start, align = (0.03, "left") if right else (0.97, "right")
+        ax.text(start, 0.03, f"KL {divergence} nats", ha=align, transform=ax.transAxes, fontsize=7.5, color="0.25")
         if labels is not None:
             label = labels[index]
             ax.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize="medium")
@@ -366,13 +377,6 @@ def ellipses(
     note = "ellipses of 1 and 2 sd (39 % and 86 %)"
     figure.legend(handles=handles, title=note, loc="upper center", ncols=2, frameon=False, borderaxespad=0.1)
     return figure
-
-
-_EXACT: tuple[dict[str, Any], ...] = (
-    {"facecolor": BLUE + "30", "edgecolor": BLUE + "60"},
-    {"facecolor": BLUE + "60", "edgecolor": BLUE + "90"},
-)
-_APPROXIMATE: tuple[dict[str, Any], ...] = 2 * ({"fill": False, "edgecolor": VERMILLION, "lw": 1.6},)
 
 
 def _array(x: Tensor) -> Array:
@@ -446,9 +450,9 @@ def _mosaic(
 
     Black and white are 0 and 1 where all values of `limits` (the pictures by default) lie between, else their range.
     """
-    height, width = shape
+    pictures, (height, width) = _pictures(rows, shape), shape
     gap = max(1, round(max(shape) / 16)) if gap is None else gap
-    padded = np.pad(_pictures(rows, shape), ((0, -len(rows) % columns), (0, gap), (0, gap)), constant_values=np.nan)
+    padded = np.pad(pictures, ((0, -len(rows) % columns), (0, gap), (0, gap)), constant_values=np.nan)
     grid = padded.reshape(-1, columns, height + gap, width + gap).transpose(0, 2, 1, 3)
     picture = grid.reshape(-1, columns * (width + gap))[: -gap or None, : -gap or None]
     seen = rows if limits is None else limits

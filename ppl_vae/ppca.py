@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
+from ppl_vae.batches import as_batch, check_finite
 from ppl_vae.conditional import Conditional
-from ppl_vae.data import as_batch, check_finite
 from ppl_vae.families import ExactNormal, Normal, StandardNormal, unconstrained
 from ppl_vae.linear_gaussian import LinearGaussian
 from ppl_vae.networks import Linear

@@ -19,7 +19,8 @@ from ppl_vae.evidence import Evidence, log_evidence
 from ppl_vae.exact import exact_log_evidence, gaussians
 from ppl_vae.latents import active_units, codes
 from ppl_vae.ppca import PPCA
-from ppl_vae.program import VAE, batch_of, place, prepare, scope, seeded, structure, trace_pair
+from ppl_vae.program import VAE
+from ppl_vae.traces import batch_of, place, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["distrust", "evaluate", "figures", "markdown"]
 
@@ -79,7 +80,7 @@ def _baseline(program: Any, data: Data) -> dict[str, Any] | None:
 
 
 def measure(program: Any, x: Mapping[str, Tensor]) -> str:
-    """Say what a likelihood gives to the data: a `probability mass`, or a `density`, whose nats depend on their units."""
+    """Say what a likelihood gives to data: a `probability mass`, or a `density`, whose nats depend on their units."""
     few = {key: value[:2] for key, value in prepare(program, x).items()}
     found = structure(program, few)
     with torch.no_grad(), scope(program), seeded(0, device=place(program, next(iter(few.values())))[0]):

@@ -13,11 +13,12 @@ from typing import Any
 import safetensors.torch
 
 from ppl_vae.data import Data
-from ppl_vae.program import place
 from ppl_vae.report import describe, distrust, evaluate, figures, markdown, measure, rendering, trained
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import FORMAT, check_folder, read_state, read_weights, replacing, write_state, write_weights
 from ppl_vae.svi import SETTINGS, State, fit, pick_device
+from ppl_vae.toml import read
+from ppl_vae.traces import place
 
 __all__ = ["Run", "compare_runs", "evaluate_run", "fit_spec", "load_run", "write_run"]
 
@@ -53,15 +54,17 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     path = Path(path)
     check_folder(path)
     report = read_report(path)
-    spec = load_spec(path / "spec.toml")
-    if spec.model.program is not None and not trust_code:
-        raise ValueError(
-            f"Expected leave to run code: {path} holds a program file, {spec.model.program}. Read it, then load with "
-            "trust_code=True (--trust-code)."
-        )
-    program = spec.build()
+    spec = read_spec(path, trust_code=trust_code)
+    program = spec.assemble(features=report["data"]["features"], rows=report["data"]["n_train"])
     read_weights(program, path / "model.safetensors")
     return Run(path, spec, program, report)
+
+
+def read_spec(path: Path, *, trust_code: bool) -> Spec:
+    """Read a run's spec; a program is that of the run's own copy of the file."""
+    wanted = read(path / "spec.toml").get("model", {}).get("program")
+    own = {} if wanted is None else {"model.program": Path(wanted).name}
+    return load_spec(path / "spec.toml", own, trust_code=trust_code)
 
 
 def fit_spec(
@@ -97,12 +100,12 @@ def fit_spec(
             )
         if overrides:
             raise ValueError("Expected no --set with an interrupted run, which goes on as it began; got some.")
-    spec = load_spec(resumed / "spec.toml" if resumed else source, overrides)
+    spec = read_spec(resumed, trust_code=True) if resumed else load_spec(source, overrides)
     folder = resumed or pick_folder(spec, out, force)
     target = pick_device(device)
     data = spec.load_data()
-    say(str(spec.check(data)))
     program: Any = spec.build(data)
+    say(str(spec.check(data, program)))
     state = read_state(resumed / "state.safetensors") if resumed else None
     reached: list[dict[str, Any]] = [state] if state else []
 

@@ -14,8 +14,9 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ppl_vae.data import Data, as_batch, batches
-from ppl_vae.program import Structure, batch_of, prepare, scope, seeded, structure
+from ppl_vae.batches import as_batch, batches
+from ppl_vae.data import Data
+from ppl_vae.traces import Structure, batch_of, prepare, scope, seeded, structure
 
 __all__ = ["History", "fit"]
 
@@ -225,9 +226,10 @@ def _epoch(
     order = list(batches(drawn, batch_size, seed=seed, epoch=epoch))
     state.load(good)
     with seeded(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
-        for bad, batch in enumerate(order):
-            if not (bool(_step(objective, program, batch, state, clip).isfinite()) and _finite(state.learned)):
-                break
+        bad, fine = -1, True
+        while fine and bad < len(order) - 1:
+            bad += 1
+            fine = bool(_step(objective, program, order[bad], state, clip).isfinite()) and _finite(state.learned)
     state.load(good)
     with seeded(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
         for batch in order[:bad]:

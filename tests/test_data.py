@@ -17,8 +17,11 @@ from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from ppl_vae import batches as batching
 from ppl_vae import data as module
-from ppl_vae.data import Data, as_batch, batches, check_finite, keyed, load, permutation
+from ppl_vae import sources
+from ppl_vae.batches import as_batch, batches, check_finite, keyed, permutation
+from ppl_vae.data import Data, load
 
 ROOT = os.environ.get("PPL_VAE_DATA", "")
 
@@ -103,15 +106,11 @@ def test_a_validation_part_leaves_the_test_part_alone() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
-def test_a_file_is_split_by_test_fraction(
-    fraction: float, image_file: Path, images: npt.NDArray[np.uint8]
-) -> None:
+def test_a_file_is_split_by_test_fraction(fraction: float, image_file: Path, images: npt.NDArray[np.uint8]) -> None:
     data = load(str(image_file), test_fraction=fraction)
     assert len(data.test["x"]) == 60 * fraction
     assert "y" not in data.train
-    np.testing.assert_array_equal(
-        _sorted_rows(data.train["x"], data.test["x"]), _sorted_rows(images.reshape(60, 12))
-    )
+    np.testing.assert_array_equal(_sorted_rows(data.train["x"], data.test["x"]), _sorted_rows(images.reshape(60, 12)))
     assert data.shape == (4, 3)
     assert data.name == data.protocol["name"] == "images.npy"
 
@@ -142,8 +141,7 @@ def test_threshold_is_half_the_range(tmp_path: Path, image_file: Path) -> None:
     assert torch.equal(binary.train["x"], (grey.train["x"] > 127).float())
     path = _save(tmp_path / "unit.npy", np.linspace(0, 1, 21).reshape(-1, 1))
     assert (
-        load(path, binarization="threshold").train["x"].sum()
-        + load(path, binarization="threshold").test["x"].sum()
+        load(path, binarization="threshold").train["x"].sum() + load(path, binarization="threshold").test["x"].sum()
         == 11
     )
 
@@ -337,9 +335,7 @@ def test_to_moves_every_tensor() -> None:
 def test_a_gpu_sees_the_same_order() -> None:
     data = load("digits", binarization="dynamic")
     there = data.to("cuda")
-    pairs = zip(
-        batches(data.train, 400, seed=0, epoch=1), batches(there.train, 400, seed=0, epoch=1), strict=True
-    )
+    pairs = zip(batches(data.train, 400, seed=0, epoch=1), batches(there.train, 400, seed=0, epoch=1), strict=True)
     for a, b in pairs:
         assert b["x"].is_cuda
         assert torch.equal(a["x"], b["x"].cpu())
@@ -383,9 +379,7 @@ def test_bad_keys_are_refused(bad: int) -> None:
         load("digits", seed=bad)
 
 
-@pytest.mark.parametrize(
-    ("n", "size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 5, [3]), (2, 1, [1, 1])]
-)
+@pytest.mark.parametrize(("n", "size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 5, [3]), (2, 1, [1, 1])])
 def test_batches_cover_each_datum_once(n: int, size: int, sizes: list[int]) -> None:
     data = {"x": torch.arange(2.0 * n).reshape(n, 2), "y": torch.arange(n)}
     parts = list(batches(data, size, seed=0, epoch=0))
@@ -610,9 +604,7 @@ def test_npz_keys(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
     np.savez(tmp_path / "two.npz", images=images, labels=np.arange(60))
     np.savez(tmp_path / "one.npz", a=images)
     data = load(tmp_path / "two.npz", array="images")
-    np.testing.assert_array_equal(
-        _sorted_rows(data.train["x"], data.test["x"]), _sorted_rows(images.reshape(60, -1))
-    )
+    np.testing.assert_array_equal(_sorted_rows(data.train["x"], data.test["x"]), _sorted_rows(images.reshape(60, -1)))
     assert set(data.train) == {"x"}
     assert data.protocol["name"] == "two.npz:images"
     assert load(tmp_path / "one.npz").protocol["name"] == "one.npz:a"
@@ -702,13 +694,11 @@ def test_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
 # MNIST, Frey Faces, torchvision
 
 
-def test_root_is_the_argument_then_the_variable_then_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_is_the_argument_then_the_variable_then_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "variable"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert module._root(tmp_path / "a")[0] == tmp_path / "a"
-    assert module._root(None)[0] == tmp_path / "variable"
+    assert sources.root_folder(tmp_path / "a")[0] == tmp_path / "a"
+    assert sources.root_folder(None)[0] == tmp_path / "variable"
     monkeypatch.delenv("PPL_VAE_DATA")
     for platform, variable, expected in (
         ("linux", None, tmp_path / "cache" / "ppl_vae"),
@@ -720,7 +710,7 @@ def test_root_is_the_argument_then_the_variable_then_the_cache(
         monkeypatch.setattr(sys, "platform", platform)
         if variable:
             monkeypatch.delenv(variable)
-        assert module._root(None)[0] == expected
+        assert sources.root_folder(None)[0] == expected
 
 
 class _NoMNIST:
@@ -742,7 +732,7 @@ def test_missing_mnist_says_where_it_was_looked_for(
     download: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = _NoMNIST()
-    monkeypatch.setattr(module, "_torchvision_datasets", lambda: fake)
+    monkeypatch.setattr(sources, "_torchvision_datasets", lambda: fake)
     with pytest.raises(ValueError, match=rf"under {re.escape(str(tmp_path))} \(`root`\); got.*{remedy}"):
         load("mnist", root=tmp_path, download=download)
     monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "b"))
@@ -760,9 +750,7 @@ def test_the_real_torchvision_misses_an_empty_folder(tmp_path: Path) -> None:
 def _in_a_fresh_process(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     paths = [str(path), str(Path(module.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
 def _fake_torchvision(path: Path, body: str) -> None:
@@ -773,14 +761,12 @@ def _fake_torchvision(path: Path, body: str) -> None:
 
 def test_the_guard_mends_missing_operators(tmp_path: Path) -> None:
     """Imports neither torchvision nor scikit-learn at first; fails without the guard; passes with it."""
-    fakes = "".join(
-        f"torch.library.register_fake('torchvision::{name}')(print)\n" for name in ("nms", "qnms")
-    )
+    fakes = "".join(f"torch.library.register_fake('torchvision::{name}')(print)\n" for name in ("nms", "qnms"))
     _fake_torchvision(tmp_path, "import torch\n" + fakes)
     code = (
-        "import sys\nfrom ppl_vae import data\nprint({'torchvision', 'sklearn'} & set(sys.modules))\n"
+        "import sys\nfrom ppl_vae import data, sources\nprint({'torchvision', 'sklearn'} & set(sys.modules))\n"
         "try:\n    import torchvision\nexcept RuntimeError as error:\n    print(error)\n"
-        "print(data._torchvision_datasets().FOUND, len(data._KEPT))"
+        "print(sources._torchvision_datasets().FOUND, len(sources._KEPT))"
     )
     done = _in_a_fresh_process(code, tmp_path)
     assert done.stdout == "set()\noperator torchvision::nms does not exist\nTrue 1\n", done.stderr
@@ -789,7 +775,7 @@ def test_the_guard_mends_missing_operators(tmp_path: Path) -> None:
 def test_the_guard_leaves_a_matching_torchvision_alone(tmp_path: Path) -> None:
     body = "import torch\nlibrary = torch.library.Library('torchvision', 'DEF')\n"
     _fake_torchvision(tmp_path, body)
-    code = "from ppl_vae import data; print(data._torchvision_datasets().FOUND, data._KEPT)"
+    code = "from ppl_vae import sources; print(sources._torchvision_datasets().FOUND, sources._KEPT)"
     done = _in_a_fresh_process(code, tmp_path)
     assert done.stdout == "True []\n", done.stderr
 
@@ -800,7 +786,7 @@ def test_the_guard_passes_other_errors_on(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.raises(RuntimeError, match="out of luck with torchvision.datasets"):
-        module._torchvision_datasets()
+        sources._torchvision_datasets()
 
 
 def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -847,6 +833,7 @@ def test_frey_faces() -> None:
 
 
 def test_all_is_what_others_build_on() -> None:
-    public: dict[str, Callable[..., object]] = {name: getattr(module, name) for name in module.__all__}
+    homes = (module, batching)
+    public: dict[str, Callable[..., object]] = {name: getattr(home, name) for home in homes for name in home.__all__}
     assert set(public) == {"Data", "as_batch", "batches", "check_finite", "keyed", "load", "permutation"}
     assert all(value.__doc__ for value in public.values())

@@ -31,7 +31,7 @@ from ppl_vae.families import (
     unconstrained,
 )
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.program import structure
+from ppl_vae.traces import structure
 
 Array = npt.NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from ppl_vae import VAE, Conditional, data, exact_log_evidence, exact_posterior, fit, log_evidence, log_weights
 from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.networks import MLP
-from ppl_vae.program import load_program, structure
+from ppl_vae.program import load_program
+from ppl_vae.traces import structure
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "models").glob("*.py"))

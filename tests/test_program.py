@@ -23,7 +23,8 @@ from torch.distributions import constraints
 from ppl_vae import VAE, Conditional, Program, fit
 from ppl_vae.families import Bernoulli, ExactNormal, Family, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
-from ppl_vae.program import load_program, prepare, seeded, structure, unique_name
+from ppl_vae.program import load_program, unique_name
+from ppl_vae.traces import prepare, seeded, structure
 
 CPU = torch.device("cpu")
 PRIORS: dict[str, Callable[[], Family]] = {

@@ -11,7 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
-from ppl_vae.spec import ROLES, SECTIONS, components, json_schema, load_spec, parse_override
+from ppl_vae.schema import ROLES, SECTIONS, components, json_schema
+from ppl_vae.spec import load_spec
+from ppl_vae.toml import parse_override
 
 MODELS = Path(__file__).parents[1] / "models"
 FILES = sorted(MODELS.glob("*.toml"))

@@ -29,7 +29,7 @@ from ppl_vae import (
 )
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
-from ppl_vae.program import scope
+from ppl_vae.traces import scope
 
 OBJECTIVES = ("Trace_ELBO", "TraceMeanField_ELBO")
 FROZEN = 1e-30  # a learning rate that moves no number in double precision
@@ -293,7 +293,7 @@ def test_the_ragged_batch_weighs_by_its_data_where_the_loss_moves():
             return super().step(closure)
 
     history = fit(vae, x, epochs=1, batch_size=10, learning_rate=1e-4, optimizer=lambda p, lr: Recording(p, lr=lr))
-    parts = [batch["x"] for batch in data.batches({"x": x}, 10, seed=0, epoch=0)]
+    parts = [batch["x"] for batch in batching.batches({"x": x}, 10, seed=0, epoch=0)]
     assert [len(part) for part in parts] == [10, 10, 5]
     by_hand = sum(float(exact_log_evidence(then, part).sum()) for then, part in zip(states, parts, strict=True))
     assert history.elbo[0] == pytest.approx(by_hand / 25, rel=1e-10)
@@ -681,7 +681,7 @@ def test_training_equals_a_hand_written_loop(elbo, clip, particles):
     norms = []
     for epoch, eps in enumerate(noise):
         assert eps.shape == (n, 2) if particles == 1 else eps.numel() == particles * n * 2
-        (batch,) = data.batches({"x": x}, n, seed=0, epoch=epoch)
+        (batch,) = batching.batches({"x": x}, n, seed=0, epoch=epoch)
         loss, norm = by_hand(batch["x"], eps)
         norms.append(norm)
         assert history.elbo[epoch] == pytest.approx(-loss, rel=1e-12)
