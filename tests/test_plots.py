@@ -87,11 +87,10 @@ def test_without_data_it_refuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, None], ids=["picture", "no picture"])
-@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("name", plots.__all__)
-def test_few_data_draw_without_warning_and_leave_nothing_behind(name: str, n: int, shape: Any, tmp_path: Any) -> None:
-    figure = _figure(CALLS[name](n, shape))
-    figure.savefig(tmp_path / "figure.png")
+def test_one_datum_draws_without_warning_and_leaves_nothing_behind(name: str, shape: Any, tmp_path: Any) -> None:
+    figure = _figure(CALLS[name](1, shape))
+    figure.savefig(tmp_path / "figure.png", dpi=50)
     drawn = plt.imread(tmp_path / "figure.png")
     assert len(np.unique(drawn.reshape(-1, drawn.shape[-1]), axis=0)) > 1
     assert plt.get_fignums() == []

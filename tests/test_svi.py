@@ -27,6 +27,7 @@ from ppl_vae import (
     log_evidence,
     log_weights,
 )
+from ppl_vae import batches as batching
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
 from ppl_vae.traces import scope
@@ -495,9 +496,9 @@ def test_dynamic_binarization_draws_anew_each_epoch():
     seen = [x for x in program.seen if len(x) == n]
     assert len(seen) == 3
     for epoch, x in enumerate(seen):
-        order = data.permutation(n, seed=0, epoch=epoch)
+        order = batching.permutation(n, seed=0, epoch=epoch)
         assert torch.equal(x, loaded.epoch(epoch)["x"][order])
-    unshuffled = [x[data.permutation(n, seed=0, epoch=epoch).argsort()] for epoch, x in enumerate(seen)]
+    unshuffled = [x[batching.permutation(n, seed=0, epoch=epoch).argsort()] for epoch, x in enumerate(seen)]
     assert 0.02 < (unshuffled[0] != unshuffled[1]).double().mean() < 0.5
     assert set(unshuffled[1].unique().tolist()) == {0.0, 1.0}
 
@@ -541,7 +542,7 @@ def test_data_are_numbered_for_whoever_asks():
     given = torch.arange(30).flip(0)
     program = Indexed(30)
     fit(program, {"x": x, "index": given}, epochs=1, batch_size=30)
-    assert torch.equal(program.seen[-1][1], given[data.permutation(30, seed=0, epoch=0)])
+    assert torch.equal(program.seen[-1][1], given[batching.permutation(30, seed=0, epoch=0)])
 
 
 def bare_model(x):
