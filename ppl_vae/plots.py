@@ -197,7 +197,7 @@ def latent_scatter(
     return _bare(ax)
 
 
-def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20) -> Figure:
+def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None) -> Figure:
     r"""Tile the mean of p(x|z) over the plane of two latents, even in the prior's probability.
 
     Under a `StandardNormal` or `Normal` prior the points are :math:`z = \mathrm{loc} + \mathrm{scale}\,\Phi^{-1}(u)`
@@ -208,6 +208,7 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20) -> Figure:
         vae: a `VAE` with two latents.
         shape: of a picture, (height, width).
         size: points along each axis.
+        gap: pixels between pictures; by default one where these are small, else none.
 
     Raises:
         TypeError: for a program that is no `VAE`.
@@ -233,7 +234,8 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20) -> Figure:
             points = low + (high - low) * levels
     up, across = torch.meshgrid(points[1].flip(0), points[0], indexing="ij")
     means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2))
-    figure, ax, rows, columns = _mosaic(means, shape, size, gap=0, cell=0.36, left=0.6, bottom=0.5)
+    gap = (1 if max(shape) <= 16 else 0) if gap is None else gap
+    figure, ax, rows, columns = _mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
         ticks = [tick for tick in _ticks().tick_values(values[0], values[-1]) if values[0] <= tick <= values[-1]]
         axis.set_ticks(np.interp(ticks, values, at).tolist(), [_number(tick) for tick in ticks])

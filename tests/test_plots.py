@@ -120,7 +120,7 @@ def test_tensors_of_any_type_that_require_gradients(dtype: torch.dtype) -> None:
     q = tuple(part.float().requires_grad_() for part in _pair(2))
     assert len(plots.ellipses(q, _pair(2)).axes) == 2
     vae = _vae().float()
-    assert plots.latent_grid(vae, shape=SHAPE, size=2).axes
+    assert plots.latent_grid(vae, shape=SHAPE, size=2, gap=0).axes
     assert plots.traversals(vae, base=torch.zeros(2, requires_grad=True)).axes
 
 
@@ -259,7 +259,7 @@ def _tiles(vae: VAE, across: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def test_latent_grid_decodes_the_quantiles_of_a_standard_normal() -> None:
     vae, quantiles = _vae(), norm.ppf((np.arange(5) + 0.5) / 5)
-    figure = plots.latent_grid(vae, shape=SHAPE, size=5)
+    figure = plots.latent_grid(vae, shape=SHAPE, size=5, gap=0)
     np.testing.assert_allclose(_picture(figure), _tiles(vae, quantiles, quantiles), atol=1e-12)
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("$z_{0}$", "$z_{1}$")
 
@@ -270,13 +270,13 @@ def test_latent_grid_decodes_the_quantiles_of_a_learned_normal() -> None:
         next(vae.prior.parameters()).copy_(torch.tensor([1.0, -2.0, 0.5, 2.0]))
         loc, scale = vae.prior().mean.numpy(), vae.prior().stddev.numpy()
     expected = _tiles(vae, norm.ppf(u, loc[0], scale[0]), norm.ppf(u, loc[1], scale[1]))
-    np.testing.assert_allclose(_picture(plots.latent_grid(vae, shape=SHAPE, size=4)), expected, atol=1e-12)
+    np.testing.assert_allclose(_picture(plots.latent_grid(vae, shape=SHAPE, size=4, gap=0)), expected, atol=1e-12)
 
 
 def test_latent_grid_spans_the_draws_of_any_other_prior() -> None:
     vae = _vae(prior=FullNormal(2))
     state = torch.get_rng_state()
-    picture = _picture(plots.latent_grid(vae, shape=SHAPE, size=3))
+    picture = _picture(plots.latent_grid(vae, shape=SHAPE, size=3, gap=0))
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
         ends = norm.ppf(0.975, vae.prior().mean.numpy(), vae.prior().stddev.numpy())
@@ -285,7 +285,7 @@ def test_latent_grid_spans_the_draws_of_any_other_prior() -> None:
 
 
 def test_latent_grid_marks_its_axes_where_the_values_are() -> None:
-    figure = plots.latent_grid(_vae(), shape=SHAPE, size=21)
+    figure = plots.latent_grid(_vae(), shape=SHAPE, size=21, gap=0)
     ax = figure.axes[0]
     ticks = dict(zip([label.get_text() for label in ax.get_yticklabels()], ax.get_yticks(), strict=True))
     assert ticks["0"] == pytest.approx(10 * 2 + 0.5)  # the middle of 21 pictures of height 2
