@@ -1,0 +1,292 @@
+r"""Annealed importance sampling of any program with continuous latent variables, and its two-sided sandwich.
+
+A path of densities leads from a base that can be drawn from, the prior or the guide, to the joint,
+:math:`\log f_\beta(z) = (1 - \beta) \log b(z) + \beta \log p(x, z)`. A chain climbs it by Hamiltonian moves that leave
+each :math:`f_\beta` as it is, and collects the weight :math:`\log w = \sum_t (\beta_t - \beta_{t-1})
+(\log p(x, z_{t-1}) - \log b(z_{t-1}))`, whose exponential is p(x) on average (Annealed Importance Sampling, Neal 2001).
+On data drawn from the model the exact z is at hand, and the chain back from it bounds log p(x) from above (Measuring
+the Reliability of MCMC Inference with Bidirectional Monte Carlo, Grosse, Ancha and Roy 2016).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from ppl_vae.batches import as_batch
+from ppl_vae.exact import Layout
+from ppl_vae.traces import Structure, batch_of, log_density, prepare, scope, seeded, structure, trace_pair
+
+__all__ = ["Annealing", "HMC", "Joint", "Path", "Sandwich", "State", "anneal", "annealed_importance", "bidirectional"]
+
+_RATE = 0.65  # of accepted moves, which the step size aims at
+_WARM = 20  # moves at the base before the preliminary run climbs
+
+Batch = dict[str, Tensor]
+
+
+class Joint:
+    r"""The log joint density of a program, and its guide's, as functions of one real vector a datum.
+
+    The latent sites stand side by side in the model's order. One on the positive numbers is seen through a logarithm,
+    one on an interval through a logit, with the volume that this brings.
+
+    Args:
+        program: any program whose latent sites are continuous.
+        batch: data, as `prepare` gives them.
+        found: the program's structure, read off where not given.
+
+    Raises:
+        ValueError: for a latent site that is discrete or of a support without a simple change of variables.
+    """
+
+    def __init__(self, program: Any, batch: Batch, found: Structure | None = None) -> None:
+        self.program, self.batch = program, batch
+        self.found = structure(program, batch) if found is None else found
+        first = next(iter(batch.values()))
+        self.n, self.device = len(first), first.device
+        with torch.no_grad(), scope(program), seeded(0, device=self.device):
+            model, guide = trace_pair(program, batch, 1, self.found.nesting)
+        self.transforms, self.shapes, sites = {}, {}, []
+        for name in self.found.latents:
+            node: Any = model.nodes[name]
+            self.transforms[name] = biject_to(_support(name, node["fn"].support))
+            value = guide.nodes[name]["value"]
+            plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
+            event = value.shape[value.dim() - node["fn"].event_dim :]
+            batched = value.shape[: value.dim() - len(event)]
+            self.shapes[name] = (*(batched[dim] for dim in plates if -1 > dim > -1 - self.found.nesting), *event)
+            sites.append((name, value, node["fn"].event_dim))
+        self.layout = Layout(sites, self.found.nesting)
+        self.dtype = torch.promote_types(sites[0][1].dtype, torch.float32)
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+
+    def log_probs(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        trace = self._trace(self.program.model, values, len(u))
+        prior = log_density(trace, len(u), self.n, self.found.latents)
+        return prior + volume, log_density(trace, len(u), self.n, self.found.observed)
+
+    def log_guide(self, u: Tensor) -> Tensor:
+        """Give log q(z|x), (k, n) in nats, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        trace = self._trace(self.program.guide, values, len(u))
+        return log_density(trace, len(u), self.n, self.found.latents) + volume
+
+    @torch.no_grad()
+    def draw(self, start: Literal["prior", "guide"], k: int) -> Tensor:
+        """Draw k vectors a datum, (k, n, z), from the prior or the guide, out of the global random state."""
+        function = self.program.model if start == "prior" else self.program.guide
+        return self.vector(self._trace(function, {}, k))
+
+    def vector(self, trace: Trace) -> Tensor:
+        """Read the vectors (k, n, z) off a trace that has particles."""
+        nodes: Any = trace.nodes
+        return self.layout.pack({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.found.latents})
+
+    def latents(self, u: Tensor) -> Tensor:
+        """Give the latent variables themselves, (k, n, z) in double precision, at vectors u."""
+        values = self.layout.unpack(u)
+        return self.layout.pack({name: self.transforms[name](value) for name, value in values.items()}).double()
+
+    def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
+        values, volume = self.layout.unpack(u), 0.0
+        for name, raw in values.items():
+            transform = self.transforms[name]
+            if transform.bijective and not _plain(transform):
+                values[name] = transform(raw)
+                log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
+                plates = -1 - self.found.nesting
+                log_det = log_det.flatten(-plates).sum(-1) if log_det.dim() > -plates else log_det
+                volume = volume + log_det.reshape(len(u), -1, self.n).sum(1)
+        return values, volume
+
+    def _trace(self, function: Callable[..., Any], values: dict[str, Tensor], k: int) -> Trace:
+        particles = pyro.plate("particles", k, dim=-1 - self.found.nesting)
+        conditioned = poutine.condition(function, data=values) if values else function
+        return poutine.trace(particles(conditioned)).get_trace(**batch_of(function, self.batch))
+
+
+def _support(name: str, support: Any) -> Any:
+    """Give an elementwise constraint that the support of a latent site is, or refuse it by name."""
+    inner = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner.is_discrete:
+        raise ValueError(f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete.")
+    if inner in (constraints.real, constraints.real_vector):
+        return constraints.real
+    if inner in (constraints.positive, constraints.nonnegative):
+        return constraints.positive
+    if isinstance(inner, constraints.interval):
+        low, high = torch.as_tensor(inner.lower_bound), torch.as_tensor(inner.upper_bound)
+        if bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all()):
+            return constraints.interval(low.flatten()[0], high.flatten()[0])
+    raise ValueError(
+        f"Expected latent sites on the real or the positive numbers, or on one interval; got '{name}' on {support}."
+    )
+
+
+def _plain(transform: Any) -> bool:
+    return not getattr(transform, "parts", True)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the chains are.
+
+    Args:
+        u: vectors, (k, n, z).
+        base: log density of the base, (k, n).
+        tilt: log density of the joint less that of the base, (k, n).
+        base_slope: gradient of `base`, (k, n, z).
+        tilt_slope: gradient of `tilt`, (k, n, z).
+    """
+
+    u: Tensor
+    base: Tensor
+    tilt: Tensor
+    base_slope: Tensor
+    tilt_slope: Tensor
+
+    def where(self, accept: Tensor, other: "State") -> "State":
+        """Take the other state where `accept`, (k, n), is false."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(State)]
+        return State(*(torch.where(accept if a.dim() == 2 else accept.unsqueeze(-1), a, b) for a, b in pairs))
+
+
+class Path:
+    r"""The densities :math:`f_\beta` between a base and the joint.
+
+    Args:
+        joint: of the program and its data.
+        start: the base, `"prior"` or `"guide"`.
+
+    Raises:
+        ValueError: for another base.
+    """
+
+    def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
+        if start not in ("prior", "guide"):
+            raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
+        self.joint, self.start = joint, start
+
+    def draw(self, k: int) -> State:
+        """Draw k states from the base."""
+        return self.at(self.joint.draw(self.start, k))
+
+    def at(self, u: Tensor) -> State:
+        """Evaluate both ends of the path and their gradients at u, (k, n, z)."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            prior, likelihood = self.joint.log_probs(u)
+            if self.start == "prior":
+                base, slope = prior, _slope(prior, u)
+                tilt, tilt_slope = likelihood, _slope(likelihood, u)
+            else:
+                base = self.joint.log_guide(u)
+                slope = _slope(base, u)
+                tilt, tilt_slope = prior + likelihood - base, _slope(prior + likelihood, u) - slope
+        return State(u.detach(), base.detach(), tilt.detach(), slope, tilt_slope)
+
+
+def _slope(value: Tensor, u: Tensor) -> Tensor:
+    found = torch.autograd.grad(value.sum(), u, retain_graph=True, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(u) if found is None else found
+
+
+Transition = Callable[[State, float, int], State]
+
+
+class HMC:
+    r"""Hamiltonian moves of all chains and data at once, with a step size for each temperature and datum.
+
+    A leapfrog of :math:`H = -\log f_\beta(u) + |p|^2 / 2`, accepted by Metropolis' rule; the step size is multiplied
+    by a number drawn uniformly from 0.8 to 1.2, so that no orbit is a period. A move obeys detailed balance, so that
+    it is its own reverse.
+
+    Args:
+        path: the densities.
+        scale: of each latent variable, in which steps are measured, (n, z).
+        steps: step sizes, (temperatures + 1, n).
+        leapfrog: steps in a move.
+
+    References:
+        MCMC Using Hamiltonian Dynamics (Neal 2011), sections 3.1 and 4.2.
+    """
+
+    def __init__(self, path: Path, scale: Tensor, steps: Tensor, leapfrog: int) -> None:
+        self.path, self.scale, self.steps, self.leapfrog = path, scale, steps, leapfrog
+        self.rate = scale.new_zeros(len(scale), dtype=torch.float64)  # of acceptance, (n,), in the last move
+
+    def __call__(self, state: State, beta: float, number: int) -> State:
+        """Move all chains once at temperature `beta`, number `number` of the path."""
+        jitter = 0.8 + 0.4 * torch.rand_like(state.u[..., :1])
+        step = self.steps[number].to(state.u.dtype).unsqueeze(-1) * jitter * self.scale  # (k, n, z)
+        momentum = torch.randn_like(state.u)
+        energy = state.base + beta * state.tilt - 0.5 * momentum.double().square().sum(-1)
+        momentum = momentum + 0.5 * step * (state.base_slope + beta * state.tilt_slope)
+        new = state
+        for number_ in range(self.leapfrog):
+            u = new.u + step * momentum
+            new = self.path.at(torch.where(u.isfinite(), u, state.u))
+            last = 0.5 if number_ == self.leapfrog - 1 else 1.0
+            momentum = momentum + last * step * (new.base_slope + beta * new.tilt_slope)
+        gain = new.base + beta * new.tilt - 0.5 * momentum.double().square().sum(-1) - energy
+        gain = torch.where(gain.isnan(), -math.inf, gain)
+        self.rate = gain.clamp_max(0.0).exp().mean(0)
+        return new.where(torch.rand_like(gain).log() < gain, state)
+
+
+def ladder(temperatures: int, schedule: Literal["linear", "sigmoid"] = "sigmoid") -> list[float]:
+    r"""Give the inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`.
+
+    The sigmoid one is dense at both ends: :math:`\beta_t \propto \sigma(4 (2 t / T - 1)) - \sigma(-4)`.
+
+    Raises:
+        ValueError: for fewer than one temperature or an unknown schedule.
+
+    References:
+        On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse 2017).
+    """
+    if temperatures < 1:
+        raise ValueError(f"Expected `temperatures` to be at least 1; got {temperatures}.")
+    even = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
+    if schedule == "sigmoid":
+        bent = torch.sigmoid(4 * (2 * even - 1))
+        even = (bent - bent[0]) / (bent[-1] - bent[0])
+    elif schedule != "linear":
+        raise ValueError(f"Expected `schedule` to be 'linear' or 'sigmoid'; got {schedule!r}.")
+    return even.tolist()
+
+
+def anneal(state: State, betas: list[float], transition: Transition, *, reverse: bool = False) -> tuple[Tensor, State]:
+    r"""Take chains up the path, or down it, and collect their weights.
+
+    Args:
+        state: drawn from the base; for the way down, from the posterior.
+        betas: inverse temperatures, rising.
+        transition: a move that leaves :math:`f_\beta` as it is: called with a state, beta and its number. On the way
+            down it must be the reverse of the one on the way up.
+        reverse: go down.
+
+    Returns:
+        Log weights (k, n) in nats: of the way up, :math:`E\,w = p(x)`; of the way down, :math:`E\,1/w = 1/p(x)`. And
+        where the chains ended.
+    """
+    weights = torch.zeros_like(state.tilt)
+    for number in range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas)):
+        if reverse:
+            state = transition(state, betas[number], number)
+        weights = weights + (betas[number] - betas[number - 1]) * state.tilt
+        if not reverse:
+            state = transition(state, betas[number], number)
+    return weights, state

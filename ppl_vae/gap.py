@@ -1,0 +1,183 @@
+r"""Inference gap: how far the bound is from the evidence, and whose fault it is, the family's or the network's.
+
+.. math::
+
+    \log p(x) - \mathcal L[q] = \underbrace{\log p(x) - \mathcal L[q^*]}_{\text{approximation}}
+        + \underbrace{\mathcal L[q^*] - \mathcal L[q]}_{\text{amortization}}
+
+where :math:`q^*` is the best member of the guide's family for the datum at hand (Inference Suboptimality in
+Variational Autoencoders, Cremer, Li and Duvenaud 2018, equation 5). It is found by giving each datum a row of
+parameters of its own and climbing its bound with the model frozen.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae.batches import as_batch
+from ppl_vae.exact import conditioned, exact_log_evidence
+from ppl_vae.families import Family
+from ppl_vae.program import VAE
+from ppl_vae.traces import prepare, scope, seeded
+
+__all__ = ["Gap", "inference_gap"]
+
+_ENTRIES = 2**23  # numbers that the draws of a block of data may hold
+_DATA = 1000  # data in a block, at the most
+_PARTICLES = 10  # draws a datum and step of the climb
+_CHECKED = 100  # draws, the same ones each time, by which steps are judged
+_EVERY = 20  # steps between checks
+_RATE, _LEAST = 0.1, 1e-3  # learning rates: the first, and the one at which a datum is done
+
+
+@dataclass(frozen=True)
+class Gap:
+    r"""The inference gap of each datum, in nats: tensors of shape (n,), in double precision.
+
+    Args:
+        total: :math:`\log p(x) - \mathcal L[q]`, the sum of the two parts.
+        approximation: :math:`\log p(x) - \mathcal L[q^*]`, what the family cannot do.
+        amortization: :math:`\mathcal L[q^*] - \mathcal L[q]`, what the guide's network leaves undone.
+        error: Monte Carlo standard error, the largest of the three.
+        log_evidence: log p(x) as it was known: exact, given, or estimated by importance sampling from :math:`q^*`,
+            a lower bound on average, which makes total and approximation lower bounds too.
+        elbo: :math:`\mathcal L[q]`.
+        best_elbo: :math:`\mathcal L[q^*]`.
+        from_prior: whether the climb from the prior led higher than that from the guide's own answer.
+    """
+
+    total: Tensor
+    approximation: Tensor
+    amortization: Tensor
+    error: Tensor
+    log_evidence: Tensor
+    elbo: Tensor
+    best_elbo: Tensor
+    from_prior: Tensor
+
+
+def inference_gap(
+    program: Any, x: Any, *, log_evidence: Any = None, draws: int = 1000, steps: int = 1000, seed: int = 0
+) -> Gap:
+    r"""Split log p(x) - ELBO of each datum into approximation gap and amortization gap.
+
+    Each datum gets a row of parameters of the guide's family (a learned scale that the family shares among data
+    becomes the datum's own), climbed by Adam on the bound, from the guide's answer and from the prior; the higher of
+    the two counts. A datum's learning rate halves wherever its bound, by draws that stay the same, no longer rises,
+    and its climb ends when the rate is a hundredth of the first. All bounds are then estimated anew, by fresh draws
+    that the two guides have in common.
+
+    Args:
+        program: a `VAE`. Its model and its guide are left untouched, bit by bit.
+        x: data, a tensor (n, *x) or a batch dict.
+        log_evidence: log p(x) of each datum in nats, shape (n,), or something that has it as `log_evidence`, with its
+            standard error as `error` or `mc_se`; by default exact where there is a closed form, else the
+            importance-weighted estimate by the draws of :math:`q^*`.
+        draws: samples a datum of the estimates, at least 2.
+        steps: of each climb, at the most.
+        seed: of all draws; the global random state is left alone.
+
+    Returns:
+        The gap of each datum.
+
+    Raises:
+        TypeError: for a program that is no `VAE`: there is no family to choose from.
+        ValueError: for fewer than two draws or one step, or data or evidence that do not fit.
+
+    References:
+        Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. The gradient is
+        that of Sticking the Landing (Roeder, Wu, Duvenaud 2017).
+    """
+    if not isinstance(program, VAE):
+        raise TypeError(
+            f"Expected a VAE, whose guide's family is known; got {type(program).__name__}. For other programs compare "
+            "ELBO and log evidence instead: log_evidence(program, x, samples) has both."
+        )
+    for name, value, least in (("draws", draws, 2), ("steps", steps, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
+    batch = prepare(program, as_batch(x))
+    n, features = len(batch["x"]), batch["x"][0].numel()
+    truth, doubt = _known(program, batch, log_evidence)
+    versions = _versions(program)
+    size = max(1, min(_DATA, _ENTRIES // max(_CHECKED * features, draws)))
+    parts = []
+    for number, start in enumerate(range(0, n, size)):
+        rows = slice(start, start + size)
+        block = _Block(program, {key: value[rows] for key, value in batch.items()}, (seed, number), draws)
+        with scope(program):
+            parts.append(block.gap(None if truth is None else truth[rows], doubt[rows], steps))
+    if _versions(program) != versions:
+        raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
+    evidence, elbo, best, error, from_prior = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Gap(evidence - elbo, evidence - best, best - elbo, error, evidence, elbo, best, from_prior)
+
+
+def _versions(program: VAE) -> list[int]:
+    return [tensor._version for tensor in (*program.parameters(), *program.buffers())]
+
+
+def _known(program: VAE, batch: dict[str, Tensor], given: Any) -> tuple[Tensor | None, Tensor]:
+    """Give log p(x) where it is known, and its standard error."""
+    zero = batch["x"].new_zeros(len(batch["x"]), dtype=torch.float64)
+    if given is None:
+        try:
+            return exact_log_evidence(program, batch), zero
+        except ValueError:
+            return None, zero
+    doubt = getattr(given, "error", getattr(given, "mc_se", zero))
+    truth, doubt = (torch.as_tensor(value).to(zero) for value in (getattr(given, "log_evidence", given), doubt))
+    if truth.shape != zero.shape or doubt.shape != zero.shape:
+        raise ValueError(
+            f"Expected `log_evidence` of shape ({len(zero)},), a figure a datum; got {tuple(truth.shape)}"
+            f"{f', its error of shape {tuple(doubt.shape)}' if doubt.shape != zero.shape else ''}."
+        )
+    return truth, doubt
+
+
+class _Members:
+    """A member of a family for each datum: a row of parameters, and a copy of whatever scale the family learns.
+
+    Args:
+        family: what the members are of; it is copied.
+        rows: unconstrained parameters, shape (n, p).
+    """
+
+    def __init__(self, family: Family, rows: Tensor) -> None:
+        event = family.event_shape
+        own = {key: p.detach() for key, p in family.named_parameters(recurse=False) if p.shape in (event, ())}
+        self.family: Any = copy.deepcopy(family)
+        self.names = list(own)
+        for key in own:
+            delattr(self.family, key)
+        self.start = [
+            rows.detach().clone(),
+            *(p.reshape(p.shape or (1,) * len(event)).repeat(len(rows), *(1,) * len(event)) for p in own.values()),
+        ]
+
+    def at(self, tensors: list[Tensor]) -> Any:
+        """Give the distributions with these parameters, of batch shape (n,)."""
+        for key, tensor in zip(self.names, tensors[1:], strict=True):
+            setattr(self.family, key, tensor)
+        return self.family.distribution(tensors[0])
+
+
+class _Block:
+    """A block of data and the bounds of guides for it."""
+
+    def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int], draws: int) -> None:
+        self.program, self.batch, self.key, self.draws = program, batch, key, draws
+        self.device, self.n = batch["x"].device, len(batch["x"])
+        self.chunk = max(1, _ENTRIES // batch["x"].numel())
+
+    def gap(self, truth: Tensor | None, doubt: Tensor, steps: int) -> tuple[Tensor, ...]:
+        """Give evidence, bound of the guide, best bound, error, and whether the prior was the better start."""
+        guide, prior = self.starts()
+        free = guide.start[0].shape[1] == guide.family.start().numel() > 0
+        first, second = ((self.climb(one, word, steps) if free else (one.start, None)) for one, word in
+                         ((guide, "guide"), (prior, "prior")))

@@ -1,0 +1,30 @@
+"""The README's code runs as it stands, but for the length of training."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    code = BLOCKS[number].replace("epochs=300", "epochs=2").replace(", 1000)", ", 50)")
+    exec(compile(code, f"README.md, block {number + 1}", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_commands_stand_in_the_makefile() -> None:
+    targets = set(re.findall(r"^(\w+):", (README.parent / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make (demo|test|lint|bench|clean)\b", README.read_text()))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_named_paths_exist() -> None:
+    pattern = r"\b(?:models|docs|inference|notebooks)/[\w./]+\.(?:toml|py|png|ipynb)\b"
+    for path in re.findall(pattern, README.read_text()):
+        assert (README.parent / path).is_file(), path
