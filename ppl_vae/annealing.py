@@ -10,6 +10,7 @@ the Reliability of MCMC Inference with Bidirectional Monte Carlo, Grosse, Ancha 
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to, constraints, identity_transform
 
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import Layout
@@ -101,12 +102,10 @@ class Joint:
         values, volume = self.layout.unpack(u), 0.0
         for name, raw in values.items():
             transform = self.transforms[name]
-            if transform.bijective and not _plain(transform):
+            if transform != identity_transform:
                 values[name] = transform(raw)
                 log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
-                plates = -1 - self.found.nesting
-                log_det = log_det.flatten(-plates).sum(-1) if log_det.dim() > -plates else log_det
-                volume = volume + log_det.reshape(len(u), -1, self.n).sum(1)
+                volume = volume + log_det.flatten(1 + self.found.nesting).sum(-1).reshape(len(u), -1, self.n).sum(1)
         return values, volume
 
     def _trace(self, function: Callable[..., Any], values: dict[str, Tensor], k: int) -> Trace:
@@ -133,10 +132,6 @@ def _support(name: str, support: Any) -> Any:
     raise ValueError(
         f"Expected latent sites on the real or the positive numbers, or on one interval; got '{name}' on {support}."
     )
-
-
-def _plain(transform: Any) -> bool:
-    return not getattr(transform, "parts", True)
 
 
 @dataclass(frozen=True)
@@ -290,3 +285,267 @@ def anneal(state: State, betas: list[float], transition: Transition, *, reverse:
         if not reverse:
             state = transition(state, betas[number], number)
     return weights, state
+
+
+@dataclass(frozen=True)
+class Annealing:
+    r"""What annealing found.
+
+    Args:
+        log_weights: of each chain and datum, (k, n) in nats, in double precision.
+        latents: where each chain ended, (k, n, z): under the weights a sample of p(z|x).
+        acceptance: mean rate of accepted moves, (n,).
+    """
+
+    log_weights: Tensor
+    latents: Tensor
+    acceptance: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        r"""Give :math:`\log \frac1k \sum_i w_i` of each datum, (n,): on average a lower bound of log p(x)."""
+        return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
+
+    @property
+    def error(self) -> Tensor:
+        r"""Give its standard error by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for a single chain."""
+        return _delta(self.log_weights)
+
+    @property
+    def ess(self) -> Tensor:
+        r"""Give the effective number of chains, :math:`1 / \sum_i \bar w_i^2`, (n,)."""
+        return 1 / self.shares.square().sum(0)
+
+    @property
+    def shares(self) -> Tensor:
+        """Give the chains' weights, (k, n), which add up to one for each datum."""
+        return self.log_weights.softmax(0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Give the posterior's mean (n, z) and covariance (n, z, z), by the weighted chains."""
+        loc = torch.einsum("kn,knz->nz", self.shares, self.latents)
+        apart = self.latents - loc
+        return loc, torch.einsum("kn,kny,knz->nyz", self.shares, apart, apart)
+
+
+def _delta(log_weights: Tensor) -> Tensor:
+    k = len(log_weights)
+    ratio = (log_weights - log_weights.logsumexp(0) + math.log(k)).exp()
+    return ratio.std(0) / math.sqrt(k) if k > 1 else torch.full_like(ratio[0], math.nan)
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    r"""Log p(x) of simulated data from below and above: tensors of shape (n,), in nats, in double precision.
+
+    Args:
+        lower: :math:`\log \frac1k \sum_i w_i` of the chains up, at most log p(x) on average.
+        upper: :math:`-\log \frac1k \sum_i 1 / w_i` of the chains down, at least log p(x) on average.
+        lower_error: standard error of `lower`, by the delta method.
+        upper_error: likewise of `upper`, given the exact draw where all chains of a datum begin.
+        batch: the simulated data.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    lower_error: Tensor
+    upper_error: Tensor
+    batch: Batch
+
+    @property
+    def gap(self) -> Tensor:
+        """Give upper less lower, (n,)."""
+        return self.upper - self.lower
+
+
+def annealed_importance(
+    program: Any,
+    x: Any,
+    *,
+    chains: int = 16,
+    temperatures: int = 200,
+    leapfrog: int = 10,
+    schedule: Literal["linear", "sigmoid"] = "sigmoid",
+    start: Literal["prior", "guide"] = "prior",
+    tuning: int | None = None,
+    entries: int = 2**23,
+    seed: int = 0,
+) -> Annealing:
+    """Estimate log p(x) of each datum by annealed importance sampling.
+
+    A preliminary run with chains of its own adapts the step size of each datum and temperature until 65 % of the moves
+    are accepted; then it is frozen, so that the estimate is valid.
+
+    Args:
+        program: any program whose latent sites are continuous.
+        x: data, a tensor (n, *x) or a batch dict.
+        chains: a datum.
+        temperatures: moves from the base to the joint.
+        leapfrog: steps, each one gradient, in a move.
+        schedule: of the temperatures, `"linear"` or `"sigmoid"`.
+        start: the base, `"prior"` or `"guide"`; the guide must be able to score any z.
+        tuning: temperatures of the preliminary run; a quarter as many by default.
+        entries: numbers that the data of one block of chains may hold, which bounds the memory.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        The chains' weights and ends.
+
+    Raises:
+        ValueError: for data that do not fit, settings out of range, or latent sites that have no gradient.
+    """
+    parts = []
+    for joint, blocks, key in _blocks(program, x, chains, entries, seed):
+        with _quiet(joint, *key):
+            path = Path(joint, start)
+            move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)
+            pieces = [_climb(path, k, move, ladder(temperatures, schedule)) for k in blocks]
+        rate = torch.stack([piece.acceptance for piece in pieces]).mean(0)
+        joined = [torch.cat([getattr(piece, name) for piece in pieces]) for name in ("log_weights", "latents")]
+        parts.append((*joined, rate))
+    weights, latents, rates = zip(*parts, strict=True)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates))
+
+
+def bidirectional(
+    program: Any,
+    x: Any,
+    *,
+    chains: int = 16,
+    temperatures: int = 200,
+    leapfrog: int = 10,
+    schedule: Literal["linear", "sigmoid"] = "sigmoid",
+    start: Literal["prior", "guide"] = "prior",
+    tuning: int | None = None,
+    entries: int = 2**23,
+    seed: int = 0,
+) -> Sandwich:
+    """Draw data from the model and hold log p(x) of each between two bounds.
+
+    The chains up begin at the base, those down at the very z that the datum was drawn with, which is an exact draw of
+    its posterior. The gap bounds the error of either, and says what annealing is worth on real data like these.
+
+    Args:
+        program: any program whose latent sites are continuous and whose observed sites are entries of the batch.
+        x: data (n, *x) or a batch dict, whose shapes, masks and labels the simulated data take.
+        chains: a datum, each way.
+        temperatures: see `annealed_importance`, as for the other settings.
+        leapfrog: steps in a move.
+        schedule: of the temperatures.
+        start: the base.
+        tuning: temperatures of the preliminary run.
+        entries: bound of the memory.
+        seed: of the data and the draws.
+
+    Returns:
+        Both bounds and the simulated data.
+
+    Raises:
+        ValueError: as `annealed_importance`, or where the observed sites are not entries of the batch.
+    """
+    parts, batches = [], []
+    for joint, blocks, key in _blocks(program, x, chains, entries, seed):
+        with _quiet(joint, *key, "bidirectional"):
+            batch, truth = _simulate(joint)
+            path = Path(Joint(program, batch, joint.found), start)
+            move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)
+            betas = ladder(temperatures, schedule)
+            up = torch.cat([_climb(path, k, move, betas).log_weights for k in blocks])
+            ends = [path.at(truth.expand(k, -1, -1)) for k in blocks]
+            down = torch.cat([anneal(end, betas, move, reverse=True)[0] for end in ends])
+        count = math.log(chains)
+        parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
+        batches.append(batch)
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return Sandwich(*(torch.cat(part) for part in zip(*parts, strict=True)), joined)
+
+
+def _blocks(
+    program: Any, x: Any, chains: int, entries: int, seed: int
+) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
+    """Yield, for each block of data, its joint, the sizes of its blocks of chains, and a key for its draws."""
+    if chains < 1:
+        raise ValueError(f"Expected `chains` to be at least 1; got {chains}.")
+    batch = prepare(program, as_batch(x))
+    found = structure(program, batch)
+    n = len(next(iter(batch.values())))
+    features = sum(value[0].numel() for value in batch.values()) + Joint(program, _rows(batch, 0, 1), found).size
+    side = max(1, min(chains, entries // features))
+    rows = max(1, entries // (features * side))
+    sizes = [min(side, chains - begun) for begun in range(0, chains, side)]
+    for number, begun in enumerate(range(0, n, rows)):
+        yield Joint(program, _rows(batch, begun, begun + rows), found), sizes, (seed, number)
+
+
+def _rows(batch: Batch, begin: int, end: int) -> Batch:
+    return {key: value[begin:end] for key, value in batch.items()}
+
+
+@contextmanager
+def _quiet(joint: Joint, *key: int | str) -> Iterator[None]:
+    """Check the program once, then run it without validation: a wild proposal is refused, not an error."""
+    with scope(joint.program), seeded(*key, "annealing", device=joint.device):
+        Path(joint).draw(1)
+        with pyro.validation_enabled(False):
+            yield
+
+
+def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None) -> HMC:
+    """Adapt the step sizes in a run with k chains of its own, and freeze them."""
+    coarse = ladder(max(temperatures // 4, min(temperatures, 25)) if tuning is None else tuning, schedule)
+    scale = path.joint.draw(path.start, 64).std(0).clamp_min(1e-6)
+    steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)
+    move, state = HMC(path, scale, steps, leapfrog), path.draw(k)
+
+    def adapt(state: State, beta: float, number: int) -> State:
+        state = move(state, beta, number)
+        after = steps[number] * (0.5 * (move.rate - _RATE)).exp()
+        steps[number : number + 2] = after.clamp(1e-4, 2.0)
+        return state
+
+    for _ in range(_WARM):
+        state = adapt(state, 0.0, 0)
+    anneal(state, coarse, adapt)
+    place = torch.tensor(ladder(temperatures, "linear"), device=scale.device) * (len(coarse) - 1)
+    below = place.long().clamp(max=max(len(coarse) - 2, 0))
+    part = (place - below).unsqueeze(-1)
+    move.steps = steps[below] * (1 - part) + steps[below + 1] * part
+    return move
+
+
+def _climb(path: Path, k: int, move: HMC, betas: list[float]) -> Annealing:
+    rates = []
+
+    def counted(state: State, beta: float, number: int) -> State:
+        state = move(state, beta, number)
+        rates.append(move.rate)
+        return state
+
+    weights, state = anneal(path.draw(k), betas, counted)
+    return Annealing(weights, path.joint.latents(state.u), torch.stack(rates).mean(0))
+
+
+def _simulate(joint: Joint) -> tuple[Batch, Tensor]:
+    """Draw data and their z from the model, as a batch and a vector (1, n, z).
+
+    Which entry of the batch a site observes is found by numbering the entries and looking what the sites see.
+    """
+    model, batch = joint.program.model, {key: value.clone() for key, value in joint.batch.items()}
+    with torch.no_grad():
+        trace = joint._trace(poutine.uncondition(model), {}, 1)
+        nodes: Any = trace.nodes
+        for name in joint.found.observed:
+            seen, drawn, where = nodes[name]["infer"]["obs"], nodes[name]["value"], None
+            for key, value in batch.items():
+                numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+                if not value.is_floating_point() or value.numel() > 2**53:
+                    continue
+                probe = {**joint.batch, key: numbers.to(value.dtype)}
+                shown = poutine.trace(model).get_trace(**batch_of(model, probe)).nodes[name]["value"]
+                if shown.dtype == value.dtype and not torch.equal(shown, seen):
+                    where = key, shown
+            places = where[1].long() if where else None
+            if where is None or places is None or not torch.equal(batch[where[0]].flatten()[places], seen):
+                raise ValueError(f"x {name}")
+            batch[where[0]].view(-1)[places.flatten()] = drawn.reshape(places.shape).flatten().to(seen.dtype)
+    return batch, joint.vector(trace)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import conditioned, exact_log_evidence
 from ppl_vae.families import Family
+from ppl_vae.networks import Table
 from ppl_vae.program import VAE
 from ppl_vae.traces import prepare, scope, seeded
 
@@ -33,6 +34,7 @@ _PARTICLES = 10  # draws a datum and step of the climb
 _CHECKED = 100  # draws, the same ones each time, by which steps are judged
 _EVERY = 20  # steps between checks
 _RATE, _LEAST = 0.1, 1e-3  # learning rates: the first, and the one at which a datum is done
+_RISE = 1e-3  # nats a check by which a bound must rise for its rate to stay
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def inference_gap(
     parts = []
     for number, start in enumerate(range(0, n, size)):
         rows = slice(start, start + size)
-        block = _Block(program, {key: value[rows] for key, value in batch.items()}, (seed, number), draws)
+        block = _Block(program, {key: value[rows] for key, value in batch.items()}, (seed, number))
         with scope(program):
-            parts.append(block.gap(None if truth is None else truth[rows], doubt[rows], steps))
+            parts.append(block.gap(None if truth is None else truth[rows], doubt[rows], draws, steps))
     if _versions(program) != versions:
         raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
     evidence, elbo, best, error, from_prior = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -168,16 +170,95 @@ class _Members:
 
 
 class _Block:
-    """A block of data and the bounds of guides for it."""
+    """A block of data, and bounds of guides for it.
 
-    def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int], draws: int) -> None:
-        self.program, self.batch, self.key, self.draws = program, batch, key, draws
-        self.device, self.n = batch["x"].device, len(batch["x"])
-        self.chunk = max(1, _ENTRIES // batch["x"].numel())
+    Args:
+        program: whose model it is.
+        batch: the data.
+        key: of all draws.
+    """
 
-    def gap(self, truth: Tensor | None, doubt: Tensor, steps: int) -> tuple[Tensor, ...]:
+    def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int]) -> None:
+        self.program, self.batch, self.key = program, batch, key
+        self.device = batch["x"].device
+        self.chunk = max(1, min(_CHECKED, _ENTRIES // batch["x"].numel()))
+
+    def gap(self, truth: Tensor | None, doubt: Tensor, draws: int, steps: int) -> tuple[Tensor, ...]:
         """Give evidence, bound of the guide, best bound, error, and whether the prior was the better start."""
-        guide, prior = self.starts()
-        free = guide.start[0].shape[1] == guide.family.start().numel() > 0
-        first, second = ((self.climb(one, word, steps) if free else (one.start, None)) for one, word in
-                         ((guide, "guide"), (prior, "prior")))
+        family, network = self.program.posterior.family, self.program.posterior.network
+        with torch.no_grad():
+            context = self.batch["index" if isinstance(network, Table) else "x"]
+            rows = self.program.posterior.unconstrained(context, observed=self.batch.get("mask"))
+        guide = _Members(family, rows)
+        best, from_prior = guide.start, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        if rows.shape[1] == family.start().numel() > 0:
+            near, low = self._climb(guide, "guide", steps)
+            far, high = self._climb(self._prior(family, rows), "prior", steps)
+            from_prior = high > low
+            best = [_choose(from_prior, b, a) for a, b in zip(near, far, strict=True)]
+        here, there = (self._weights(guide, tensors, draws, "final") for tensors in (guide.start, best))
+        estimate = there.logsumexp(0) - math.log(draws)
+        relative = (there - estimate).exp() if truth is None else torch.zeros_like(there)
+        errors = torch.stack([one.std(0) / draws**0.5 for one in (relative - here, relative - there, there - here)])
+        errors[:2] = (errors[:2].square() + doubt.square()).sqrt()
+        return estimate if truth is None else truth, here.mean(0), there.mean(0), errors.amax(0), from_prior
+
+    def _prior(self, family: Family, rows: Tensor) -> _Members:
+        twin = copy.deepcopy(family)
+        with torch.no_grad(), seeded(*self.key, "start", device=self.device):
+            start = twin.fit_start(self.program.prior().expand([_DATA]).sample())
+        return _Members(twin, start.to(rows).expand_as(rows))
+
+    @torch.no_grad()
+    def _weights(self, members: _Members, tensors: list[Tensor], draws: int, word: str) -> Tensor:
+        """Give log weights (draws, n); a word always gives the same draws."""
+        parts = []
+        for number, start in enumerate(range(0, draws, self.chunk)):
+            with seeded(*self.key, word, number, device=self.device):
+                q = members.at(tensors)
+                z = q.rsample((min(self.chunk, draws - start),))
+                parts.append(self._joint(z) - q.log_prob(z).double())
+        return torch.cat(parts)
+
+    def _joint(self, z: Tensor) -> Tensor:
+        return conditioned(self.program.model, {"z": z}, self.batch, len(z), 1)
+
+    def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
+        """Climb the bound of each datum by Adam; give the best parameters on the way, and their bound."""
+        best = members.start
+        bound = self._weights(members, best, _CHECKED, "check").mean(0)
+        place = [value.clone().requires_grad_() for value in best]
+        first, second, total = ([torch.zeros_like(value) for value in best] for _ in range(3))
+        rate = torch.full_like(bound, _RATE)
+        with pyro.validation_enabled(False), seeded(*self.key, word, device=self.device):
+            for step in range(1, steps + 1):
+                z = members.at(place).rsample((_PARTICLES,))
+                frozen = members.at([value.detach() for value in place])
+                value = (self._joint(z) - frozen.log_prob(z).double()).sum() / _PARTICLES
+                slopes = torch.autograd.grad(value, place)
+                for p, g, m, v, s in zip(place, slopes, first, second, total, strict=True):
+                    _adam(p.data, g.nan_to_num(0.0, 0.0, 0.0), m, v, rate, step)
+                    s += p.data
+                if step % _EVERY == 0 or step == steps:
+                    mean = [s / ((step - 1) % _EVERY + 1) for s in total]
+                    value = self._weights(members, mean, _CHECKED, "check").mean(0)
+                    rate = torch.where(value > bound + _RISE, rate, rate / 2)
+                    best = [_choose(value > bound, new, old) for new, old in zip(mean, best, strict=True)]
+                    bound = torch.where(value > bound, value, bound)
+                    for s in total:
+                        s.zero_()
+                    if not bool((rate > _LEAST).any()):
+                        break
+        return best, bound
+
+
+def _adam(p: Tensor, slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: int) -> None:
+    """Take a step of Adam uphill, each datum at its own rate."""
+    m.lerp_(slope, 0.1)
+    v.lerp_(slope.square(), 0.01)
+    size = rate.to(p).reshape(-1, *(1,) * (p.dim() - 1)) / (1 - 0.9**step)
+    p += size * m / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+
+
+def _choose(which: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(which.reshape(-1, *(1,) * (yes.dim() - 1)), yes, no)

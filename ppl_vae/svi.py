@@ -135,7 +135,7 @@ def fit(
         first = len(history.elbo)
         quiet = None if progress is None else not progress
         for epoch in tqdm(range(first, epochs), initial=first, total=epochs, unit="epoch", disable=quiet, leave=False):
-            drawn = prepare(program, _on(target, x.epoch(epoch))) if isinstance(x, Data) else data
+            drawn = prepare(program, _on(target, x.epoch(epoch)), check=False) if isinstance(x, Data) else data
             good = state.save()
             try:
                 total = _epoch(program, drawn, objective, state, good, clip, batch_size, seed, epoch, first == epoch)

@@ -119,15 +119,21 @@ def place(program: Any, x: Tensor | None = None) -> tuple[torch.device, torch.dt
     return (torch.device("cpu") if x is None else x.device), None
 
 
-def prepare(program: Any, batch: Mapping[str, Tensor]) -> Batch:
+def prepare(program: Any, batch: Mapping[str, Tensor], *, check: bool = True) -> Batch:
     """Check a batch and bring it to the program's device and floating type.
 
     Where the model asks for `index` and the batch has none, the data are numbered.
 
+    Args:
+        program: any program.
+        batch: data by name.
+        check: whether the values are looked at; data that are drawn anew from a source that was need not be.
+
     Raises:
         ValueError: for values that are not finite, a batch that the model does not take, or data that do not fit.
     """
-    check_finite(batch)
+    if check:
+        check_finite(batch)
     first = next(iter(batch.values()))
     device, dtype = place(program, first)
     moved = {
@@ -139,7 +145,7 @@ def prepare(program: Any, batch: Mapping[str, Tensor]) -> Batch:
     taken = batch_of(program.model, moved)
     if not taken.keys() & batch.keys():
         raise ValueError(f"Expected data named {', '.join(_keywords(program.model))}; got {', '.join(batch)}.")
-    if hasattr(program, "check"):
+    if check and hasattr(program, "check"):
         program.check(taken)
     return taken
 
