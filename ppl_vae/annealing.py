@@ -9,6 +9,7 @@ the Reliability of MCMC Inference with Bidirectional Monte Carlo, Grosse, Ancha 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import Layout
@@ -28,6 +30,7 @@ from ppl_vae.traces import Structure, batch_of, log_density, prepare, scope, see
 __all__ = ["Annealing", "HMC", "Joint", "Path", "Sandwich", "State", "anneal", "annealed_importance", "bidirectional"]
 
 _RATE = 0.65  # of accepted moves, which the step size aims at
+_EAGER = 5  # evaluations before they are captured
 _WARM = 20  # moves at the base before the preliminary run climbs
 
 Batch = dict[str, Tensor]
@@ -105,7 +108,8 @@ class Joint:
             if transform != identity_transform:
                 values[name] = transform(raw)
                 log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
-                volume = volume + log_det.flatten(1 + self.found.nesting).sum(-1).reshape(len(u), -1, self.n).sum(1)
+                inner = log_det.reshape(*log_det.shape[: 1 + self.found.nesting], -1).sum(-1)
+                volume = volume + inner.reshape(len(u), -1, self.n).sum(1)
         return values, volume
 
     def _trace(self, function: Callable[..., Any], values: dict[str, Tensor], k: int) -> Trace:
@@ -173,24 +177,49 @@ class Path:
         if start not in ("prior", "guide"):
             raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
         self.joint, self.start = joint, start
+        self.seen: Counter[int] = Counter()
+        self.graphs: dict[int, Callable[[Tensor], tuple[Tensor, ...]]] = {}
 
     def draw(self, k: int) -> State:
         """Draw k states from the base."""
         return self.at(self.joint.draw(self.start, k))
 
+    @torch.no_grad()
     def at(self, u: Tensor) -> State:
-        """Evaluate both ends of the path and their gradients at u, (k, n, z)."""
+        """Evaluate both ends of the path and their gradients at u, (k, n, z).
+
+        After a few calls with one k, the tensor operations are read off one evaluation and from then on replayed
+        without Pyro; where a second point shows that the replay is not the program, it goes on step by step.
+        """
+        u, k = u.detach(), len(u)
+        self.seen[k] += 1
+        if self.seen[k] == _EAGER:
+            self.graphs[k] = self._capture(u)
+        return State(u, *self.graphs.get(k, self._ends)(u))
+
+    def _ends(self, u: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             prior, likelihood = self.joint.log_probs(u)
             if self.start == "prior":
-                base, slope = prior, _slope(prior, u)
-                tilt, tilt_slope = likelihood, _slope(likelihood, u)
+                ends = prior, likelihood, _slope(prior, u), _slope(likelihood, u)
             else:
                 base = self.joint.log_guide(u)
-                slope = _slope(base, u)
-                tilt, tilt_slope = prior + likelihood - base, _slope(prior + likelihood, u) - slope
-        return State(u.detach(), base.detach(), tilt.detach(), slope, tilt_slope)
+                slope, whole = _slope(base, u), prior + likelihood
+                ends = base, whole - base, slope, _slope(whole, u) - slope
+        return tuple(end.detach() for end in ends)
+
+    def _capture(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        try:
+            graph: Any = make_fx(self._ends)(u)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            other = u.roll(1, 0) + 0.1 * torch.randn_like(u)
+            pairs = zip(graph(other), self._ends(other), strict=True)
+            same = all(torch.allclose(a, b, 1e-6, 1e-6, equal_nan=True) for a, b in pairs)
+        except Exception:  # whatever a program does that cannot be replayed
+            return self._ends
+        return graph if same else self._ends
 
 
 def _slope(value: Tensor, u: Tensor) -> Tensor:
@@ -526,26 +555,33 @@ def _climb(path: Path, k: int, move: HMC, betas: list[float]) -> Annealing:
 
 
 def _simulate(joint: Joint) -> tuple[Batch, Tensor]:
-    """Draw data and their z from the model, as a batch and a vector (1, n, z).
-
-    Which entry of the batch a site observes is found by numbering the entries and looking what the sites see.
-    """
-    model, batch = joint.program.model, {key: value.clone() for key, value in joint.batch.items()}
+    """Draw data and their z from the model, as a batch and a vector (1, n, z)."""
+    batch = {key: value.clone() for key, value in joint.batch.items()}
     with torch.no_grad():
-        trace = joint._trace(poutine.uncondition(model), {}, 1)
+        trace = joint._trace(poutine.uncondition(joint.program.model), {}, 1)
         nodes: Any = trace.nodes
         for name in joint.found.observed:
-            seen, drawn, where = nodes[name]["infer"]["obs"], nodes[name]["value"], None
-            for key, value in batch.items():
-                numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-                if not value.is_floating_point() or value.numel() > 2**53:
-                    continue
-                probe = {**joint.batch, key: numbers.to(value.dtype)}
-                shown = poutine.trace(model).get_trace(**batch_of(model, probe)).nodes[name]["value"]
-                if shown.dtype == value.dtype and not torch.equal(shown, seen):
-                    where = key, shown
-            places = where[1].long() if where else None
-            if where is None or places is None or not torch.equal(batch[where[0]].flatten()[places], seen):
-                raise ValueError(f"x {name}")
-            batch[where[0]].view(-1)[places.flatten()] = drawn.reshape(places.shape).flatten().to(seen.dtype)
+            key, places = _entries(joint, name)
+            batch[key].view(-1)[places.flatten()] = nodes[name]["value"].flatten().to(batch[key].dtype)
     return batch, joint.vector(trace)
+
+
+def _entries(joint: Joint, site: str) -> tuple[str, Tensor]:
+    """Find the entries of the batch that a site observes, by numbering them and looking at what the site sees."""
+    model = joint.program.model
+
+    def seen(batch: Batch) -> Any:
+        return poutine.trace(model).get_trace(**batch_of(model, batch)).nodes[site]
+
+    size = math.prod(seen(joint.batch)["fn"].shape())
+    for key, value in joint.batch.items():
+        if value.is_floating_point():
+            numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape).to(value.dtype)
+            first, second = (seen({**joint.batch, key: numbers + shift})["value"].double() for shift in (0, 1))
+            whole = bool(((second - first == 1) & (first == first.round())).all()) and first.numel() == size
+            if whole and 0 <= first.min() and first.max() < value.numel():
+                return key, first.long()
+    raise ValueError(
+        f"Expected observed sites that are entries of the batch, to put simulated data there; got '{site}', which is "
+        f"computed from them."
+    )

@@ -117,11 +117,16 @@ def _read(program: Any, batch: dict[str, Tensor], role: str) -> Gaussian:
     rounding = max(torch.finfo(sites[name]["value"].dtype).eps for name in found.latents)
     bent = (error > 1e-4) | (missed > 1e-6 + 1e5 * rounding * value.detach().abs().amax(0))
     factor, failed = torch.linalg.cholesky_ex(precision)
-    if bool(bent.any()) or bool(failed.any()):
+    if bool(bent.any()):
         raise ValueError(
-            f"Expected a linear-Gaussian {role}, for a closed form: Gaussian latent variables and a likelihood that "
-            f"is Gaussian around an affine "
-            f"function of them; got one whose log density of {', '.join(found.latents)} is not quadratic."
+            f"Expected a linear-Gaussian {role}, for a closed form: Gaussian latent variables and a likelihood that is "
+            f"Gaussian around an affine function of them; got one whose log density of {', '.join(found.latents)} is "
+            "not quadratic."
+        )
+    if bool(failed.any()):
+        raise ValueError(
+            f"Expected a {role} whose precision of {', '.join(found.latents)} is positive definite; that of datum "
+            f"{int(failed.nonzero()[0])} of its block is not, to rounding: the covariance is nearly singular or improper."
         )
     shift = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)

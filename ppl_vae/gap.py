@@ -34,7 +34,6 @@ _PARTICLES = 10  # draws a datum and step of the climb
 _CHECKED = 100  # draws, the same ones each time, by which steps are judged
 _EVERY = 20  # steps between checks
 _RATE, _LEAST = 0.1, 1e-3  # learning rates: the first, and the one at which a datum is done
-_RISE = 1e-3  # nats a check by which a bound must rise for its rate to stay
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ class Gap:
         total: :math:`\log p(x) - \mathcal L[q]`, the sum of the two parts.
         approximation: :math:`\log p(x) - \mathcal L[q^*]`, what the family cannot do.
         amortization: :math:`\mathcal L[q^*] - \mathcal L[q]`, what the guide's network leaves undone.
-        error: Monte Carlo standard error, the largest of the three.
+        error: Monte Carlo standard error of `total`.
+        approximation_error: that of `approximation`.
+        amortization_error: that of `amortization`.
         log_evidence: log p(x) as it was known: exact, given, or estimated by importance sampling from :math:`q^*`,
             a lower bound on average, which makes total and approximation lower bounds too.
         elbo: :math:`\mathcal L[q]`.
@@ -57,6 +58,8 @@ class Gap:
     approximation: Tensor
     amortization: Tensor
     error: Tensor
+    approximation_error: Tensor
+    amortization_error: Tensor
     log_evidence: Tensor
     elbo: Tensor
     best_elbo: Tensor
@@ -69,10 +72,10 @@ def inference_gap(
     r"""Split log p(x) - ELBO of each datum into approximation gap and amortization gap.
 
     Each datum gets a row of parameters of the guide's family (a learned scale that the family shares among data
-    becomes the datum's own), climbed by Adam on the bound, from the guide's answer and from the prior; the higher of
-    the two counts. A datum's learning rate halves wherever its bound, by draws that stay the same, no longer rises,
-    and its climb ends when the rate is a hundredth of the first. All bounds are then estimated anew, by fresh draws
-    that the two guides have in common.
+    becomes the datum's own; networks inside a family stay as they are), climbed by Adam on the bound, from the
+    guide's answer and from the prior; the higher of the two counts. A datum's learning rate halves wherever its bound,
+    by draws that stay the same, no longer rises beyond their noise, and the climb ends when all rates are a hundredth
+    of the first. All bounds are then estimated anew, by fresh draws that the two guides have in common.
 
     Args:
         program: a `VAE`. Its model and its guide are left untouched, bit by bit.
@@ -116,8 +119,8 @@ def inference_gap(
             parts.append(block.gap(None if truth is None else truth[rows], doubt[rows], draws, steps))
     if _versions(program) != versions:
         raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
-    evidence, elbo, best, error, from_prior = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Gap(evidence - elbo, evidence - best, best - elbo, error, evidence, elbo, best, from_prior)
+    evidence, elbo, best, from_prior, total, first, second = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Gap(evidence - elbo, evidence - best, best - elbo, total, first, second, evidence, elbo, best, from_prior)
 
 
 def _versions(program: VAE) -> list[int]:
@@ -184,24 +187,25 @@ class _Block:
         self.chunk = max(1, min(_CHECKED, _ENTRIES // batch["x"].numel()))
 
     def gap(self, truth: Tensor | None, doubt: Tensor, draws: int, steps: int) -> tuple[Tensor, ...]:
-        """Give evidence, bound of the guide, best bound, error, and whether the prior was the better start."""
+        """Give evidence, bound of the guide, best bound, whether the prior was the better start, and three errors."""
         family, network = self.program.posterior.family, self.program.posterior.network
-        with torch.no_grad():
+        with torch.no_grad(), seeded(*self.key, "rows", device=self.device):
+            width = family.start().numel()
             context = self.batch["index" if isinstance(network, Table) else "x"]
             rows = self.program.posterior.unconstrained(context, observed=self.batch.get("mask"))
         guide = _Members(family, rows)
         best, from_prior = guide.start, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        if rows.shape[1] == family.start().numel() > 0:
+        if rows.shape[1] == width > 0:
             near, low = self._climb(guide, "guide", steps)
             far, high = self._climb(self._prior(family, rows), "prior", steps)
-            from_prior = high > low
+            from_prior = _higher(high, low)
             best = [_choose(from_prior, b, a) for a, b in zip(near, far, strict=True)]
         here, there = (self._weights(guide, tensors, draws, "final") for tensors in (guide.start, best))
         estimate = there.logsumexp(0) - math.log(draws)
         relative = (there - estimate).exp() if truth is None else torch.zeros_like(there)
         errors = torch.stack([one.std(0) / draws**0.5 for one in (relative - here, relative - there, there - here)])
         errors[:2] = (errors[:2].square() + doubt.square()).sqrt()
-        return estimate if truth is None else truth, here.mean(0), there.mean(0), errors.amax(0), from_prior
+        return estimate if truth is None else truth, here.mean(0), there.mean(0), from_prior, *errors
 
     def _prior(self, family: Family, rows: Tensor) -> _Members:
         twin = copy.deepcopy(family)
@@ -224,12 +228,12 @@ class _Block:
         return conditioned(self.program.model, {"z": z}, self.batch, len(z), 1)
 
     def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
-        """Climb the bound of each datum by Adam; give the best parameters on the way, and their bound."""
+        """Climb the bound of each datum by Adam; give the best parameters on the way, and their log weights."""
         best = members.start
-        bound = self._weights(members, best, _CHECKED, "check").mean(0)
+        origin = bound = self._weights(members, best, _CHECKED, "check")
         place = [value.clone().requires_grad_() for value in best]
         first, second, total = ([torch.zeros_like(value) for value in best] for _ in range(3))
-        rate = torch.full_like(bound, _RATE)
+        rate = torch.full_like(bound[0], _RATE)
         with pyro.validation_enabled(False), seeded(*self.key, word, device=self.device):
             for step in range(1, steps + 1):
                 z = members.at(place).rsample((_PARTICLES,))
@@ -241,15 +245,18 @@ class _Block:
                     s += p.data
                 if step % _EVERY == 0 or step == steps:
                     mean = [s / ((step - 1) % _EVERY + 1) for s in total]
-                    value = self._weights(members, mean, _CHECKED, "check").mean(0)
-                    rate = torch.where(value > bound + _RISE, rate, rate / 2)
-                    best = [_choose(value > bound, new, old) for new, old in zip(mean, best, strict=True)]
-                    bound = torch.where(value > bound, value, bound)
+                    tried = self._weights(members, mean, _CHECKED, "check")
+                    rate = torch.where(_higher(tried, bound, 1), rate, rate / 2)
+                    kept = ~_higher(bound, tried)
+                    best = [_choose(kept, new, old) for new, old in zip(mean, best, strict=True)]
+                    bound = torch.where(kept, tried, bound)
                     for s in total:
                         s.zero_()
                     if not bool((rate > _LEAST).any()):
                         break
-        return best, bound
+        kept = _higher(bound, origin)
+        best = [_choose(kept, new, old) for new, old in zip(best, members.start, strict=True)]
+        return best, torch.where(kept, bound, origin)
 
 
 def _adam(p: Tensor, slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: int) -> None:
@@ -258,6 +265,12 @@ def _adam(p: Tensor, slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: in
     v.lerp_(slope.square(), 0.01)
     size = rate.to(p).reshape(-1, *(1,) * (p.dim() - 1)) / (1 - 0.9**step)
     p += size * m / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+
+
+def _higher(new: Tensor, old: Tensor, errors: float = 2) -> Tensor:
+    """Say where the mean of paired draws (k, n) rose by more than so many standard errors."""
+    rise = new - old
+    return rise.mean(0) > errors * rise.std(0) / len(rise) ** 0.5
 
 
 def _choose(which: Tensor, yes: Tensor, no: Tensor) -> Tensor:

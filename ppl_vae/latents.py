@@ -2,12 +2,14 @@ r"""What the latent variables are used for: the codes that the guide gives, and 
 
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import Layout
-from ppl_vae.traces import prepare, scope, seeded, structure, trace_pair
+from ppl_vae.traces import Structure, batch_of, prepare, scope, seeded, structure
 
 __all__ = ["active_units", "codes"]
 
@@ -39,13 +41,28 @@ def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Ten
     for number, start in enumerate(range(0, len(first), _DATA)):
         part = {key: value[start : start + _DATA] for key, value in batch.items()}
         with scope(program), seeded(seed, "codes", number, device=first.device):
-            sites: Any = trace_pair(program, part, draws, found.nesting)[1].nodes
-        values = {name: sites[name]["value"] for name in found.latents}
-        layout = Layout([(name, values[name], sites[name]["fn"].event_dim) for name in found.latents], found.nesting)
-        packed = layout.pack(values).double()
-        means.append(packed.mean(0))
-        variances.append(packed.var(0))
+            z = guide_draws(program, part, draws, found)
+        means.append(z.mean(0))
+        variances.append(z.var(0))
     return torch.cat(means), torch.cat(variances)
+
+
+def guide_draws(program: Any, batch: dict[str, Tensor], draws: int, found: Structure) -> Tensor:
+    """Draw the latent variables from the guide, shape (k, n, z), several sites side by side in the model's order."""
+    particles = pyro.plate("particles", draws, dim=-1 - found.nesting)
+    return packed(poutine.trace(particles(program.guide)).get_trace(**batch_of(program.guide, batch)), found)
+
+
+def packed(trace: Any, found: Structure) -> Tensor:
+    """Give the latent variables of a trace with particles, shape (k, n, z), in double precision."""
+    values = {name: trace.nodes[name]["value"] for name in found.latents}
+    return layout_of(trace, found).pack(values).double()
+
+
+def layout_of(trace: Any, found: Structure) -> Layout:
+    """Say how the latent variables of a trace with particles lie side by side."""
+    sites = [(name, trace.nodes[name]["value"], trace.nodes[name]["fn"].event_dim) for name in found.latents]
+    return Layout(sites, found.nesting)
 
 
 def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:

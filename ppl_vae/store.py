@@ -1,6 +1,8 @@
 """Files that can be trusted: directories written as a whole, weights and training states without pickles."""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,48 +13,139 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from pyro.distributions import constraints
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["FORMAT", "check_folder", "read_state", "read_weights", "replacing", "write_state", "write_weights"]
+__all__ = [
+    "FORMAT",
+    "check_folder",
+    "digest",
+    "read_metadata",
+    "read_state",
+    "read_tensors",
+    "read_weights",
+    "replacing",
+    "reserved",
+    "weights",
+    "write_state",
+    "write_tensors",
+]
 
 FORMAT = "1"
+ALWAYS = ("spec.toml", "metrics.jsonl", "model.safetensors")
+FINISHED = ("report.json", "evidence.safetensors")
+_PARAM = "pyro.param:"
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a path that is no run directory, or one written by a newer format."""
-    weights = path / "model.safetensors"
+def check_folder(path: Path, *, finished: bool) -> None:
+    """Refuse a path that is no run directory, lacks a file, was interrupted, or comes of a newer format.
+
+    Args:
+        path: the directory.
+        finished: whether it must have been evaluated, or interrupted in training.
+    """
     if not path.is_dir():
         raise ValueError(f"Expected a run directory; {path} is {'a file' if path.exists() else 'missing'}.")
-    missing = [name for name in ("spec.toml", "model.safetensors") if not (path / name).is_file()]
-    if missing:
-        raise ValueError(f"Expected a run directory, as `ppl-vae fit` leaves; {path} lacks {' and '.join(missing)}.")
-    try:
-        with safe_open(weights, "pt") as file:
-            found = (file.metadata() or {}).get("format_version", "none")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Expected {weights} to be a safetensors file; it is damaged ({error}). Fit again.") from None
-    if found != FORMAT:
+    held = [name for name in (*ALWAYS, *FINISHED, "state.safetensors") if (path / name).is_file()]
+    if not held:
+        raise ValueError(f"Expected a run directory, as `ppl-vae fit` leaves; {path} holds none of its files.")
+    interrupted = "state.safetensors" in held
+    if finished and interrupted:
+        raise ValueError(f"Expected a finished run; {path} was interrupted. Go on with: ppl-vae fit {path}")
+    if not finished and not interrupted and "report.json" in held:
         raise ValueError(
-            f"Expected a run of format {FORMAT}; {path} has format {found}, "
-            f"{'from a newer ppl_vae: upgrade' if found.isdigit() else 'not written by ppl_vae'}."
+            f"Expected a spec, a program or an interrupted run; {path} is a finished run. Evaluate or compare it, or "
+            f"fit {path / 'spec.toml'} to train anew."
+        )
+    if (path / "model.safetensors").is_file():
+        found = read_metadata(path / "model.safetensors").get("format_version", "none")
+        if found != FORMAT:
+            newer = "from a newer ppl_vae: upgrade" if found.isdigit() else "not written by ppl_vae"
+            raise ValueError(f"Expected a run of format {FORMAT}; {path} has format {found}, {newer}.")
+    if missing := [name for name in (*ALWAYS, *(FINISHED if finished else ("state.safetensors",))) if name not in held]:
+        raise ValueError(
+            f"Expected a whole run directory, as `ppl-vae fit` leaves; {path} lacks {' and '.join(missing)}. Fit again."
         )
 
 
-def write_weights(program: nn.Module, path: Path) -> None:
-    """Save a program's state as safetensors."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in program.state_dict().items()}
-    safetensors.torch.save_file(tensors, path, {"format_version": FORMAT, "ppl_vae": version("ppl-vae")})
+def digest(path: Path) -> str:
+    """Give the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_weights(program: nn.Module, path: Path) -> None:
-    """Load a program's state from safetensors, all of it.
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
+    """Save tensors as safetensors.
 
     Raises:
-        ValueError: where names or shapes differ from the program's.
+        OSError: where the disk is full or cannot be written, which safetensors reports in an error of its own.
+    """
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    known = {"format_version": FORMAT, "ppl_vae": version("ppl-vae"), **metadata}
+    try:
+        safetensors.torch.save_file(plain, path, known)
+    except SafetensorError as error:
+        full = "os error 28" in str(error) or "No space" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load tensors from safetensors.
+
+    Raises:
+        ValueError: for a file that is missing or damaged.
     """
     try:
-        program.load_state_dict(safetensors.torch.load_file(path))
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"Expected {path} to be a safetensors file; it is damaged ({error}). Fit again.") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what a safetensors file says of itself; the arguments and errors are those of `read_tensors`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"Expected {path} to be a safetensors file; it is damaged ({error}). Fit again.") from None
+
+
+def weights(program: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copy all that a program learned: a module's state, and what it keeps by `pyro.param`, with its constraints.
+
+    Raises:
+        ValueError: for a constraint that no file can name.
+    """
+    found = dict(program.state_dict()) if isinstance(program, nn.Module) else {}
+    own = vars(program).get("_ppl_vae_params", {"params": {}, "constraints": {}})
+    names = {id(getattr(constraints, name)): name for name in constraints.__all__}
+    kinds = {}
+    for name, value in own["params"].items():
+        kind = names.get(id(own["constraints"][name]))
+        if kind is None:
+            raise ValueError(
+                f"Expected a constraint that a file can name for pyro.param({name!r}), such as "
+                f"constraints.positive; got {own['constraints'][name]}. Or make it a parameter of an nn.Module."
+            )
+        found[f"{_PARAM}{name}"], kinds[name] = value, kind
+    return {name: value.detach().clone() for name, value in found.items()}, {"constraints": json.dumps(kinds)}
+
+
+def read_weights(program: Any, path: Path) -> None:
+    """Put what `weights` gave back into a program, all of it.
+
+    Raises:
+        ValueError: for a damaged file, or where names or shapes differ from the program's.
+    """
+    tensors = read_tensors(path)
+    kinds = json.loads(read_metadata(path).get("constraints", "{}"))
+    params = {name: tensors.pop(f"{_PARAM}{name}").requires_grad_() for name in kinds}
+    if params:
+        held = {name: getattr(constraints, kind) for name, kind in kinds.items()}
+        vars(program)["_ppl_vae_params"] = {"params": params, "constraints": held}
+    try:
+        if isinstance(program, nn.Module):
+            program.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ValueError(f"Expected {path} to hold this program's weights; {last}") from None
@@ -64,7 +157,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
+            tensors[str(len(tensors))] = value
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(value, Mapping):
             return {"items": [[key, plain(item)] for key, item in value.items()]}
@@ -72,24 +165,44 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             return [plain(item) for item in value]
         return value
 
-    layout = json.dumps(plain(state))
-    safetensors.torch.save_file(tensors, path, {"format_version": FORMAT, "layout": layout})
+    write_tensors(tensors, path, layout=json.dumps(plain(state)))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Load a training state that `write_state` saved."""
-    tensors = safetensors.torch.load_file(path)
-    with safe_open(path, "pt") as file:
-        layout = json.loads(file.metadata()["layout"])
+    """Load a training state that `write_state` saved.
+
+    Raises:
+        ValueError: for a file that is missing or damaged.
+    """
+    tensors, layout = read_tensors(path), read_metadata(path).get("layout")
+    if layout is None:
+        raise ValueError(f"Expected {path} to hold a training state; it is damaged. Fit again.")
 
     def nested(value: Any) -> Any:
         if isinstance(value, dict):
-            return (
-                tensors[value["tensor"]] if "tensor" in value else {key: nested(item) for key, item in value["items"]}
-            )
+            if "tensor" in value:
+                return tensors[value["tensor"]]
+            return {key: nested(item) for key, item in value["items"]}
         return [nested(item) for item in value] if isinstance(value, list) else value
 
-    return nested(layout)  # type: ignore[no-any-return]
+    return nested(json.loads(layout))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Make a directory before the work that fills it, so that what cannot be written is known; undo that on failure."""
+    made = []
+    for path in reversed([folder, *folder.parents]):
+        if not path.is_dir():
+            path.mkdir()
+            made.append(path)
+    try:
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # by now it holds something
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -98,29 +211,30 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     Where the block raises, the directory stays as it was, and nothing half-written is left.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial, former = (folder.parent / f".{folder.name}.{what}-{os.getpid()}" for what in ("partial", "former"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        former = folder.parent / f".{folder.name}.former-{os.getpid()}"
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
         if folder.exists():
             folder.rename(former)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if former.exists():
+                former.rename(folder)
+            raise
         shutil.rmtree(former, ignore_errors=True)
         _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def _sync(path: Path) -> None:
     if sys.platform != "win32":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

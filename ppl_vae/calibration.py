@@ -1,0 +1,228 @@
+r"""Calibration: whether a guide's posteriors are right on average over data of its own model.
+
+If z is drawn from the prior, x from the likelihood and :math:`z_1, \dots, z_L` from the exact posterior p(z|x), then z
+and the draws cannot be told apart: the rank of each coordinate of z among theirs is uniform on {0, ..., L}
+(Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts, Betancourt, Simpson, Vehtari and
+Gelman 2018), and so is that of its distance to a reference point, in all coordinates at once (Sampling-Based Accuracy
+Testing of Posterior Estimators, Lemos, Coogan, Hezaveh and Perreault-Levasseur 2023). A guide that is not the exact
+posterior betrays itself by ranks that are not.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_vae.batches import as_batch
+from ppl_vae.latents import guide_draws, packed
+from ppl_vae.program import VAE
+from ppl_vae.traces import Structure, prepare, scope, seeded, structure
+
+__all__ = ["Calibration", "calibrate", "simulate"]
+
+_DATA = 100  # data at a time
+_BINS = 20  # of the ranks, for the chi-square test
+_LEVELS = 101  # nominal levels of the coverage curve
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""Ranks and coverage of a guide under its own model.
+
+    Args:
+        ranks: how many of the draws lie below the truth, whole numbers from 0 to `draws`, shape (s, z).
+        p_values: of the chi-square test that a coordinate's ranks are uniform, shape (z,).
+        levels: nominal levels of the guide's regions, from 0 to 1, shape (l,).
+        coverage: the fraction of simulations whose truth lies in the region of that level, shape (l,).
+        coverage_p_value: of the Kolmogorov-Smirnov test that the two agree.
+        draws: L, the guide's draws of each simulation.
+        level: the false alarms that the verdict allows: a guide that is exact fails with at most this probability.
+    """
+
+    ranks: Tensor
+    p_values: Tensor
+    levels: Tensor
+    coverage: Tensor
+    coverage_p_value: float
+    draws: int
+    level: float
+
+    @property
+    def p_value(self) -> float:
+        """Give the smallest p-value of all tests, times their number (Bonferroni), at most 1."""
+        smallest = min(float(self.p_values.min()), self.coverage_p_value)
+        return min(1.0, (len(self.p_values) + 1) * smallest)
+
+    @property
+    def verdict(self) -> Literal["no fault found", "miscalibrated"]:
+        """Say whether any test fails at `level`; a test that finds nothing proves nothing."""
+        return "miscalibrated" if self.p_value < self.level else "no fault found"
+
+
+@torch.no_grad()
+def calibrate(
+    program: Any, x: Any = None, *, draws: int = 99, simulations: int = 1000, level: float = 1e-3, seed: int = 0
+) -> Calibration:
+    r"""Test a program's guide on data of its model, by simulation-based calibration and by coverage.
+
+    Args:
+        program: any program whose data can be drawn from its model.
+        x: placeholders for the data, a tensor (n, *x) or a batch dict, whose rows give shapes, masks and whatever
+            else the program takes and are used in turn; what is observed in them does not count. Not needed for a
+            `VAE`.
+        draws: the guide's draws of each simulation, L.
+        simulations: pairs (z, x) drawn from the model, s.
+        level: probability with which the verdict fails an exact guide.
+        seed: of all draws; the global random state is left alone.
+
+    Returns:
+        Ranks, coverage and their p-values.
+
+    Raises:
+        ValueError: for sizes out of range, or a model that cannot be drawn from: it has factors, does not observe its
+            data as they are, or its latent variables or data depend on observed values.
+
+    References:
+        Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is the
+        truth of another, and distances are in units of the prior's standard deviations.
+    """
+    for name, value, least in (("draws", draws, 1), ("simulations", simulations, 2)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
+    if not 0 < level < 1:
+        raise ValueError(f"Expected `level` to be above 0 and below 1; got {level!r}.")
+    if x is None and not isinstance(program, VAE):
+        raise ValueError(f"Expected placeholder data `x` for a {type(program).__name__}; only a VAE needs none.")
+    if x is None:
+        x = torch.zeros(1, *program.likelihood.family.event_shape)
+    batch = prepare(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    rows = torch.arange(simulations, device=first.device) % len(first)
+    batches, truths = [], []
+    for number, part in enumerate(rows.split(_DATA)):
+        given = {key: value[part] for key, value in batch.items()}
+        with scope(program), seeded(seed, "simulate", number, device=first.device):
+            drawn, truth = simulate(program, given, found)
+        if number == 0:
+            with scope(program), seeded(seed, "simulate", number, device=first.device):
+                again, same = simulate(program, drawn, found)
+            if not torch.equal(truth, same) or any(not torch.equal(drawn[key], again[key]) for key in drawn):
+                raise ValueError(
+                    "Expected a model whose latent variables and data do not depend on the values observed; they "
+                    "changed with the placeholders."
+                )
+        batches.append(drawn)
+        truths.append(truth)
+    truth = torch.cat(truths)
+    scale = truth.std(0).clamp_min(torch.finfo(truth.dtype).tiny)
+    reference = truth.roll(1, 0)
+    ranks, distances = [], []
+    for number, (part, one, far) in enumerate(
+        zip(batches, truth.split(_DATA), reference.split(_DATA), strict=True)
+    ):
+        with scope(program), seeded(seed, "guide", number, device=first.device):
+            z = guide_draws(program, part, draws, found)
+            ranks.append(_rank(z, one))
+            distances.append(_rank(_distance(z, far, scale), _distance(one, far, scale)))
+    rank, distance = torch.cat(ranks), torch.cat(distances)
+    with seeded(seed, "coverage", device=first.device):
+        uniform = (distance + torch.rand(len(distance), dtype=torch.float64, device=first.device)) / (draws + 1)
+    levels = torch.linspace(0, 1, _LEVELS, dtype=torch.float64, device=first.device)
+    coverage = (uniform.unsqueeze(-1) <= levels).double().mean(0)
+    return Calibration(
+        rank, _chi_square(rank, draws), levels, coverage, _kolmogorov(uniform.sort().values), draws, level
+    )
+
+
+def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[dict[str, Tensor], Tensor]:
+    """Draw latent variables and data from a model.
+
+    Where in the batch a site's values belong is found by observing the entries' own numbers.
+
+    Args:
+        program: any program.
+        batch: placeholders, as `prepare` gives them.
+        found: the program's structure.
+
+    Returns:
+        The batch with all that is observed drawn anew, and the latent variables, shape (n, z), in double precision.
+
+    Raises:
+        ValueError: as in `calibrate`.
+    """
+    real = {key: value for key, value in batch.items() if value.is_floating_point()}
+    shapes, sizes = {key: value.shape for key, value in real.items()}, [value.numel() for value in real.values()]
+    flat = torch.cat([value.flatten() for value in real.values()]).nan_to_num()
+
+    def filled(entries: Tensor) -> dict[str, Tensor]:
+        parts = zip(shapes.items(), entries.split(sizes), strict=True)
+        return {**batch, **{key: part.reshape(shape) for (key, shape), part in parts}}
+
+    numbers = torch.arange(len(flat), device=flat.device).to(flat.dtype)
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(program.model).get_trace(**filled(numbers))
+    where = {
+        name: _entries(name, trace.nodes[name], len(flat))
+        for name in found.observed
+        if not trace.nodes[name]["infer"].get("_deterministic")
+    }
+    seen = torch.cat([index.flatten() for index in where.values()])
+    if len(seen.unique()) != len(seen):
+        raise ValueError("Expected each entry of the data to be observed once; some are observed at several sites.")
+    particles = pyro.plate("particles", 1, dim=-1 - found.nesting)
+    drawn = poutine.trace(particles(poutine.uncondition(program.model))).get_trace(**filled(flat))
+    for name, index in where.items():
+        flat[index.flatten()] = drawn.nodes[name]["value"].reshape(index.shape).flatten().to(flat)
+    return filled(flat), packed(drawn, found)[0]
+
+
+def _entries(name: str, node: Any, count: int) -> Tensor:
+    """Read off an observed site which entries of the data it observes."""
+    if isinstance(node["fn"], pyro.distributions.Unit):
+        raise ValueError(
+            f"Expected a model that data can be drawn from; site '{name}' is a factor, which no data come from."
+        )
+    index = node["value"].round().long()
+    if not bool(((index >= 0) & (index < count)).all()) or not torch.equal(index.to(node["value"]), node["value"]):
+        raise ValueError(
+            f"Expected a model that observes its data as they are; site '{name}' observes something made of them. "
+            "Transform the data beforehand."
+        )
+    return index
+
+
+def _distance(z: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
+    return ((z - reference) / scale).norm(dim=-1)
+
+
+def _rank(draws: Tensor, truth: Tensor) -> Tensor:
+    """Count the draws (k, ...) below the truth; ties are settled by lot."""
+    below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
+    return below + (torch.rand(ties.shape, dtype=torch.float64, device=ties.device) * (ties + 1)).long()
+
+
+def _chi_square(ranks: Tensor, draws: int) -> Tensor:
+    """Test each column of whole numbers from 0 to `draws` for uniformity; give the p-values."""
+    bins = min(_BINS, draws + 1)
+    counts = torch.nn.functional.one_hot(ranks * bins // (draws + 1), bins).sum(0).double()
+    width = torch.bincount(torch.arange(draws + 1, device=ranks.device) * bins // (draws + 1), minlength=bins)
+    expected = len(ranks) * width.double() / (draws + 1)
+    statistic = ((counts - expected).square() / expected).sum(-1)
+    return torch.special.gammaincc(torch.full_like(statistic, (bins - 1) / 2), statistic / 2)
+
+
+def _kolmogorov(uniform: Tensor) -> float:
+    """Test sorted numbers for uniformity on [0, 1]: the asymptotic p-value, with Stephens' correction (1970)."""
+    n = len(uniform)
+    steps = torch.arange(n + 1, dtype=uniform.dtype, device=uniform.device) / n
+    apart = float(torch.maximum(steps[1:] - uniform, uniform - steps[:-1]).max())
+    value = apart * (n**0.5 + 0.12 + 0.11 / n**0.5)
+    if value < 0.2:
+        return 1.0
+    terms = [(-1) ** (j - 1) * math.exp(-2 * (j * value) ** 2) for j in range(1, 101)]
+    return min(1.0, max(0.0, 2 * sum(terms)))

@@ -1,0 +1,271 @@
+"""The inference gap and its two parts, against their closed forms on PPCA and their signs elsewhere."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from scipy.fft import dct
+from sklearn.datasets import load_digits
+from torch import Tensor
+from twins import TWINS, draws, linear_vae, randomise
+
+from ppl_vae import PPCA, VAE, Conditional, Program, compare_posteriors, exact_posterior, fit, log_evidence
+from ppl_vae.exact import conditioned
+from ppl_vae.families import Bernoulli, FullNormal, MixtureNormal, Normal, StandardNormal
+from ppl_vae.gap import Gap, inference_gap
+from ppl_vae.networks import MLP, Linear, Table
+
+PARTS = ("total", "approximation", "amortization")
+
+
+def rotated(latent: int) -> tuple[PPCA, float, Tensor]:
+    """Give PPCA of the digits turned by the orthonormal DCT-II, the gap of its best mean-field guide, and the data."""
+    x = torch.from_numpy(load_digits().data)
+    ppca = PPCA.fit(x, latent)
+    turned = PPCA(ppca.loc, ppca.weight @ torch.from_numpy(dct(np.eye(latent), norm="ortho", axis=0)).T, ppca.scale)
+    precision = torch.eye(latent) + turned.weight.T @ turned.weight / turned.scale**2
+    gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+    return turned, gap.item(), x
+
+
+def guided(ppca: PPCA, family: Any, network: Any) -> VAE:
+    features, latent = ppca.weight.shape
+    vae = VAE(
+        Conditional(StandardNormal(latent)),
+        Conditional(Normal(features, scale="shared"), Linear()),
+        Conditional(family, network),
+    )
+    vae.likelihood.load_state_dict(ppca.to_vae().likelihood.state_dict())
+    return vae
+
+
+def mean(gap: Gap, part: str) -> tuple[float, float]:
+    """Give the mean over data of a part and its Monte Carlo error."""
+    errors = getattr(gap, "error" if part == "total" else f"{part}_error")
+    return getattr(gap, part).mean().item(), errors.square().sum().sqrt().item() / len(errors)
+
+
+def test_both_parts_of_rotated_ppca_are_those_of_the_closed_forms() -> None:
+    """A8 and A32: the family's part does not depend on the datum; the network's is what is left of the exact KL."""
+    ppca, known, x = rotated(10)
+    assert known == pytest.approx(0.81132250, abs=1e-8)
+    vae = guided(ppca, Normal(10), MLP(hidden=[16]))
+    vae.posterior.network.centre(x.mean(0), x.std())  # type: ignore[operator]
+    fit(vae, x, epochs=3, learning_rate=1e-2, parameters=list(vae.posterior.parameters()), progress=False)
+    found = inference_gap(vae, x[:60], draws=2000)
+    exact = compare_posteriors(vae, x[:60]).gap
+    assert exact.mean() > 5
+    average, error = mean(found, "approximation")
+    assert error < 0.01
+    assert known - 5 * error < average < known + 0.01 + 5 * error
+    average, error = mean(found, "amortization")
+    assert abs(average - (exact.mean().item() - known)) < 0.01 + 5 * error
+    assert ((found.total - exact).abs() < 5 * found.error).all()
+    torch.testing.assert_close(found.approximation + found.amortization, found.total)
+
+
+@pytest.mark.parametrize("scale", ["shared", "feature", "network"])
+def test_a_known_wrong_network_is_told_from_the_family(scale: Any) -> None:
+    """A linear network attains the best mean-field guide; shifted by d, it leaves half d' P d to amortization."""
+    ppca, known, x = rotated(5)
+    precision = torch.eye(5) + ppca.weight.T @ ppca.weight / ppca.scale**2
+    gain = torch.linalg.solve(precision, ppca.weight.T / ppca.scale**2)
+    best = precision.diagonal() ** -0.5
+    vae: Any = guided(ppca, Normal(5, scale=scale), Linear())
+    if scale == "shared":  # the best isotropic member has the trace of P
+        best = (precision.diagonal().mean() ** -0.5).repeat(5)
+        known = 0.5 * (5 * precision.diagonal().mean().log() - torch.logdet(precision)).item()
+    raw = (best - 1e-6).expm1().log()
+    shift = 0.5 * best
+    network = vae.posterior.network
+    with torch.no_grad():
+        network.weight.zero_()
+        network.weight[:5] = gain
+        network.bias[:5] = -gain @ ppca.loc + shift
+        if scale == "network":
+            network.bias[5:] = raw
+        else:
+            vae.posterior.family.raw_scale.copy_(raw[0] if scale == "shared" else raw)
+    found = inference_gap(vae, x[:40], draws=2000)
+    average, error = mean(found, "approximation")
+    assert abs(average - known) < 0.01 + 5 * error
+    average, error = mean(found, "amortization")
+    assert abs(average - 0.5 * (shift @ precision @ shift).item()) < 0.01 + 5 * error
+    assert average > 0.05
+
+
+def test_a_guide_at_its_best_has_no_amortization_gap_and_an_exact_one_no_gap() -> None:
+    x = draws(6, 7)
+    exact = TWINS["ppca_vae"]().program
+    none = inference_gap(exact, x, draws=10)
+    assert all(getattr(none, part).abs().max() < 1e-9 for part in PARTS)
+    target = exact_posterior(exact, x)
+    full: Any = VAE(
+        Conditional(StandardNormal(3)),
+        Conditional(Normal(7, scale="shared"), Linear()),
+        Conditional(FullNormal(3), Table(6)),
+    )
+    full.likelihood.load_state_dict(exact.likelihood.state_dict())
+    family = full.posterior.family
+    with torch.no_grad():
+        tril = target.scale_tril.clone()
+        tril.diagonal(dim1=-2, dim2=-1).copy_((tril.diagonal(dim1=-2, dim2=-1) - 1e-6).expm1().log())
+        full.posterior.network.value.copy_(torch.cat([target.loc, tril[:, family.row, family.column]], -1))
+    assert compare_posteriors(full, x).kl.abs().max() < 1e-9
+    none = inference_gap(full, x, draws=1000)
+    assert all(getattr(none, part).abs().max() < 0.002 for part in PARTS)
+    with torch.no_grad():
+        full.posterior.network.value.add_(0.3)
+    some = inference_gap(full, x, draws=1000)
+    assert (some.approximation.abs() < 0.01).all()
+    assert (some.amortization > 5 * some.amortization_error).all()
+
+
+def nonlinear(family: Any) -> VAE:
+    x = (torch.from_numpy(load_digits().data) > 8).double()
+    vae = VAE(
+        Conditional(StandardNormal(2)),
+        Conditional(Bernoulli(64), MLP(hidden=[16])),
+        Conditional(family, MLP(hidden=[16])),
+    ).initialise(x[:500])
+    fit(vae, x[:500], epochs=8, learning_rate=1e-2, progress=False)
+    return vae
+
+
+@pytest.mark.parametrize("family", [Normal(2), FullNormal(2), MixtureNormal(2, components=3)], ids=repr)
+def test_neither_part_is_negative_for_a_nonlinear_pair(family: Any) -> None:
+    torch.manual_seed(1)
+    vae = nonlinear(family)
+    x = (torch.from_numpy(load_digits().data[500:530]) > 8).double()
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    state = torch.get_rng_state()
+    found = inference_gap(vae, x, draws=500, seed=3)
+    assert all(torch.equal(value, vae.state_dict()[key]) for key, value in before.items())
+    assert all(p.grad is None or not p.grad.any() for p in vae.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not list(pyro.get_param_store().keys())
+    for part in PARTS:
+        value = getattr(found, part)
+        assert value.shape == (30,)
+        assert value.dtype == torch.float64
+        assert (value > -5 * getattr(found, "error" if part == "total" else f"{part}_error") - 1e-9).all()
+    assert found.amortization.mean() > 0.05
+    estimate = log_evidence(vae, x, 5000)
+    assert ((found.elbo - estimate.elbo).abs() < 5 * (found.amortization_error + found.error + 0.1)).all()
+    assert abs((found.log_evidence - estimate.log_evidence).mean().item()) < 0.05
+    again = inference_gap(vae, x, draws=500, seed=3)
+    assert all(torch.equal(getattr(found, part), getattr(again, part)) for part in PARTS)
+    given = inference_gap(vae, x, log_evidence=estimate, draws=500, seed=3, steps=1)
+    torch.testing.assert_close(given.total, estimate.log_evidence - given.elbo)
+    assert (given.error >= estimate.mc_se).all()
+    assert (given.best_elbo < found.best_elbo - 0.02).any()  # one step is no climb
+
+
+def test_the_prior_is_the_better_start_where_the_guide_is_lost() -> None:
+    """A guide with a vanishing scale, far off, climbs more slowly than the prior."""
+    x = draws(5, 7)
+    exact: Any = TWINS["ppca_vae"]().program
+    vae: Any = VAE(
+        Conditional(StandardNormal(3)),
+        Conditional(Normal(7, scale="shared"), Linear()),
+        Conditional(Normal(3), Table(5)),
+    )
+    vae.likelihood.load_state_dict(exact.likelihood.state_dict())
+    with torch.no_grad():
+        vae.posterior.network.value[:, :3] = 300.0
+    found = inference_gap(vae, x, draws=200)
+    assert found.from_prior.all()
+    assert (found.approximation < 2).all()
+    assert (found.amortization > 1e3).all()
+
+
+def test_missing_entries_do_not_count() -> None:
+    t = TWINS["masked"]()
+    vae = VAE(
+        copy.deepcopy(t.program.prior), copy.deepcopy(t.program.likelihood), Conditional(FullNormal(3), MLP(hidden=[4]))
+    ).double()
+    found = inference_gap(vae, t.batch, draws=500)
+    np.testing.assert_allclose(found.log_evidence, t.log_evidence, rtol=0, atol=1e-9)
+    assert (found.approximation.abs() < 0.02).all()
+
+
+def test_memory_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ppl_vae import gap
+
+    vae = linear_vae(StandardNormal(2), Normal(3, scale="shared"))
+    mean_field = VAE(vae.prior, vae.likelihood, Conditional(Normal(2), MLP(hidden=[4]))).double()
+    x = draws(7, 3)
+    sizes: list[int] = []
+    original = gap.conditioned
+
+    def spied(function: Any, values: Any, batch: Any, samples: int, nesting: int) -> Tensor:
+        sizes.append(samples * batch["x"].numel())
+        return original(function, values, batch, samples, nesting)
+
+    whole = inference_gap(mean_field, x, draws=500)
+    monkeypatch.setattr(gap, "conditioned", spied)
+    monkeypatch.setattr(gap, "_ENTRIES", 1000)
+    parts = inference_gap(mean_field, x, draws=500)
+    assert max(sizes) <= 1000
+    assert ((whole.approximation - parts.approximation).abs() < 0.01 + 5 * 2 * whole.approximation_error).all()
+
+
+def test_sticking_the_landing_has_no_noise_at_the_exact_posterior() -> None:
+    """A27: each draw's gradient is 0; the plain one is 0 on average alone; off the posterior neither is."""
+    t = TWINS["full_prior"]()
+    x = t.batch["x"]
+    target = exact_posterior(t.program, x)
+
+    def slopes(loc: Tensor, tril: Tensor, stick: bool, k: int) -> Tensor:
+        loc, tril = (value.detach().expand(k, *value.shape).clone().requires_grad_() for value in (loc, tril))
+        q = torch.distributions.MultivariateNormal(loc, scale_tril=tril)
+        z = q.rsample()
+        score = torch.distributions.MultivariateNormal(loc.detach(), scale_tril=tril.detach()) if stick else q
+        value = conditioned(t.program.model, {"z": z}, t.batch, k, 1) - score.log_prob(z)
+        both = torch.autograd.grad(value.sum(), [loc, tril])
+        return torch.cat([part.flatten(1) for part in both], 1)
+
+    stuck, plain = (slopes(target.loc, target.scale_tril, stick, 2000) for stick in (True, False))
+    assert stuck.abs().max() < 1e-10
+    lower = plain.std(0) > 1e-9
+    assert lower.double().mean() > 0.6
+    assert (plain.mean(0).abs() <= 5 * plain.std(0) / math.sqrt(2000) + 1e-12).all()
+    off = slopes(target.loc + 0.1, target.scale_tril, True, 2000)
+    assert (off.mean(0).abs() > 5 * off.std(0) / math.sqrt(2000)).any()
+    assert off.abs().max() > 0.01
+
+
+def test_what_has_no_gap_is_refused() -> None:
+    vae, x = linear_vae(StandardNormal(2), Normal(5, scale="shared")), draws(4, 5)
+    with pytest.raises(TypeError, match="Expected a VAE, whose guide's family is known; got Program"):
+        inference_gap(Program(vae.model, vae.guide), x)
+    with pytest.raises(TypeError, match="got TwoLevel"):
+        inference_gap(TWINS["two_level"]().program, x)
+    for options, message in (
+        ({"draws": 1}, "Expected `draws` to be a whole number, at least 2; got 1"),
+        ({"steps": 0}, "Expected `steps` to be a whole number, at least 1; got 0"),
+        ({"log_evidence": torch.zeros(3)}, r"Expected `log_evidence` of shape \(4,\).*got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inference_gap(vae, x, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Expected data of shape \(n, 5\); got \(4, 6\)"):
+        inference_gap(vae, draws(4, 6))
+
+
+def test_a_model_that_is_written_to_is_caught() -> None:
+    class Leaky(Linear):
+        def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
+            with torch.no_grad():
+                self.bias += 1e-3
+            return super().forward(context, observed)
+
+    vae = VAE(
+        Conditional(StandardNormal(2)), Conditional(Bernoulli(5), Leaky()), Conditional(Normal(2), MLP(hidden=[4]))
+    )
+    randomise(vae)
+    with pytest.raises(RuntimeError, match="Expected the model to stay frozen"):
+        inference_gap(vae, (draws(4, 5) > 0).double(), draws=2, steps=1)
