@@ -61,8 +61,8 @@ class Joint:
         self.transforms, self.shapes, sites = {}, {}, []
         for name in self.found.latents:
             node: Any = model.nodes[name]
+            value: Any = guide.nodes[name]["value"]
             self.transforms[name] = biject_to(_support(name, node["fn"].support))
-            value = guide.nodes[name]["value"]
             plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
             event = value.shape[value.dim() - node["fn"].event_dim :]
             batched = value.shape[: value.dim() - len(event)]
@@ -223,7 +223,9 @@ class Path:
 
 
 def _slope(value: Tensor, u: Tensor) -> Tensor:
-    found = torch.autograd.grad(value.sum(), u, retain_graph=True, allow_unused=True)[0] if value.requires_grad else None
+    if not value.requires_grad:
+        return torch.zeros_like(u)
+    found = torch.autograd.grad(value.sum(), u, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(u) if found is None else found
 
 
@@ -486,7 +488,8 @@ def bidirectional(
         parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
         batches.append(batch)
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    return Sandwich(*(torch.cat(part) for part in zip(*parts, strict=True)), joined)
+    lower, upper, lower_error, upper_error = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Sandwich(lower, upper, lower_error, upper_error, joined)
 
 
 def _blocks(

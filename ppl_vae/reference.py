@@ -60,9 +60,7 @@ class Reference:
     def sites(self) -> dict[str, Tensor]:
         """Give the posterior mean of each latent site by name, (n, *inner plates, *event)."""
         parts = self.loc.split([math.prod(shape) for shape in self.shapes.values()], -1)
-        return {
-            name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
 def reference_posterior(
@@ -192,18 +190,18 @@ def _quadrature(
 def _integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tuple[Tensor, ...]:
     lattice = _Lattice(joint, entries)
     most = int(points ** (1 / joint.size) + 1e-9)
-    side = min(max(17, lattice.fine()), (most + 1) // 2)
+    side = min(max(17, lattice.fine()), 2 * most // 3)
     for _ in range(60):
         if not lattice.fit(lattice.sum(side), tolerance):
             break
     before = lattice.sum(side)
     while True:
-        side = 2 * side - 1
+        side = 3 * side // 2
         after = lattice.sum(side)
         error = (after.log_mass - before.log_mass).abs() + after.outside
         error = torch.where(after.missed | error.isnan(), math.inf, error)
         error = error + 4 * torch.finfo(torch.float64).eps * after.log_mass.abs()
-        if bool((error < tolerance).all()) or 2 * side - 1 > most:
+        if bool((error < tolerance).all()) or 3 * side // 2 > most:
             return after.log_mass, error, *lattice.moments(after)
         before = after
 
@@ -392,9 +390,7 @@ def _nuts(
     path = Path(joint)
     with _quiet(joint, seed), warnings.catch_warnings():
         kernel = NUTS(potential_fn=lambda given: _Potential.apply(given["u"], path))
-        sampler = MCMC(
-            kernel, draws, warmup, initial_params={"u": joint.draw("guide", chains)}, disable_progbar=True
-        )
+        sampler = MCMC(kernel, draws, warmup, initial_params={"u": joint.draw("guide", chains)}, disable_progbar=True)
         sampler.run()
         u = sampler.get_samples()["u"]  # (draws, chains, n, z)
         divergences = len(sampler.diagnostics()["divergences"]["chain 0"])

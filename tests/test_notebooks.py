@@ -41,8 +41,6 @@ def test_runs(path, tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PPL_VAE_FAST", "1")
-    # The suite's own filters do not reach the kernel. tqdm.auto asks for ipywidgets, a nicety that we do not install.
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own puts pictures into the notebook
     notebook = read(path)
     folder = {"metadata": {"path": str(tmp_path)}}
