@@ -1,54 +1,53 @@
-"""Train a program by stock Pyro, the loop in sight: python inference/svi.py models/vae.py --latent 10."""
+"""Train by stock Pyro, the loop in sight, and leave a run: python inference/svi.py models/ppca.toml --out runs/svi."""
 
 import argparse
-import inspect
 import math
+import time
 
 import pyro
-import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae import batches as batching
-from ppl_vae import data
-from ppl_vae.program import load_program
+from ppl_vae import batches, load_spec
+from ppl_vae.run import pick_folder, write_run
+from ppl_vae.toml import parse_override
+from ppl_vae.traces import prepare
 
 ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit the program to the digits, print the bound as it goes, and leave the weights in a file if asked to."""
+    """Fit a spec or a program by `SVI.step` at a constant learning rate, and leave its run directory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("program", help="file.py or file.py:Class")
-    parser.add_argument("--data", default="digits", help="a data set's name or a path to .npy, .npz or .csv")
-    parser.add_argument("--latent", type=int, default=10)
-    parser.add_argument("--elbo", choices=ELBOS, default="Trace_ELBO")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="where to leave the weights, a .pt file")
+    parser.add_argument("spec", help="a spec, or a program file.py[:Class]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the spec")
+    parser.add_argument("--out", help="the run directory; by default a new one under runs/")
     given = parser.parse_args(arguments)
 
-    pyro.set_rng_seed(given.seed)
-    x = data.load(given.data).train["x"]
-    kind = load_program(given.program)
-    sizes = {"features": x.shape[1], "latent": given.latent}
-    program = kind(**{name: size for name, size in sizes.items() if name in inspect.signature(kind).parameters})
-    if hasattr(program, "initialise"):
-        program.initialise(x)
+    overrides = {"svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what the loop below does
+    spec = load_spec(given.spec, {**overrides, **dict(map(parse_override, given.set))})
+    folder = pick_folder(spec, given.out, force=False)
+    data = spec.load_data()
+    program = spec.build(data)
+    spec.check(data, program)
 
-    optimizer = pyro.optim.Adam({"lr": given.learning_rate})
-    svi = SVI(program.model, program.guide, optimizer, loss=ELBOS[given.elbo]())
-    for epoch in range(given.epochs):
+    elbo = ELBOS[spec.svi.elbo](num_particles=spec.svi.particles, vectorize_particles=spec.svi.particles > 1)
+    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": spec.svi.learning_rate}), loss=elbo)
+    pyro.set_rng_seed(spec.svi.seed)
+    bounds, seconds, steps, began = [], [], 0, time.perf_counter()
+    for epoch in range(spec.svi.epochs):
         loss = 0.0
-        for batch in batching.batches({"x": x}, given.batch_size, seed=given.seed, epoch=epoch):
+        drawn = prepare(program, data.epoch(epoch))
+        for batch in batches.batches(drawn, spec.svi.batch_size, seed=spec.svi.seed, epoch=epoch):
             loss += svi.step(**batch)
+            steps += 1
         if not math.isfinite(loss):
-            raise SystemExit(f"Expected a finite loss; got {loss} in epoch {epoch + 1}. Lower --learning-rate.")
-        if epoch % 10 == 9 or epoch == given.epochs - 1:
-            print(f"epoch {epoch + 1:4d}   ELBO {-loss / len(x):10.3f} nats per datum")
-    if given.out:
-        torch.save(program.state_dict(), given.out)
+            raise SystemExit(f"Expected a finite loss; got {loss} in epoch {epoch + 1}. Lower svi.learning_rate.")
+        bounds.append(-loss / len(data.train["x"]))
+        seconds.append(time.perf_counter() - began)
+        print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
+    rates = [spec.svi.learning_rate] * len(bounds)
+    history = {"elbo": bounds, "validation": [], "learning_rate": rates, "seconds": seconds, "steps": steps}
+    print(write_run(folder, spec, program, data, history).path / "report.md")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Joint:
         self.n, self.device = len(first), first.device
         with torch.no_grad(), scope(program), seeded(0, device=self.device):
             model, guide = trace_pair(program, batch, 1, self.found.nesting)
+        self.auxiliary = [name for name in guide.stochastic_nodes if guide.nodes[name]["infer"].get("is_auxiliary")]
         self.transforms, self.shapes, sites = {}, {}, []
         for name in self.found.latents:
             node: Any = model.nodes[name]
@@ -82,8 +83,10 @@ class Joint:
     def log_guide(self, u: Tensor) -> Tensor:
         """Give log q(z|x), (k, n) in nats, at vectors u (k, n, z)."""
         values, volume = self._values(u)
-        trace = self._trace(self.program.guide, values, len(u))
-        return log_density(trace, len(u), self.n, self.found.latents) + volume
+        try:
+            return log_density(self._trace(self.program.guide, values, len(u)), len(u), self.n) + volume
+        except NotImplementedError as error:
+            raise ValueError("Expected a guide that can score any z for start='guide'; got one that cannot.") from error
 
     @torch.no_grad()
     def draw(self, start: Literal["prior", "guide"], k: int) -> Tensor:
@@ -176,6 +179,8 @@ class Path:
     def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
         if start not in ("prior", "guide"):
             raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
+        if start == "guide" and joint.auxiliary:
+            raise ValueError(f"Expected a guide without auxiliary sites for start='guide'; got {joint.auxiliary[0]!r}.")
         self.joint, self.start = joint, start
         self.seen: Counter[int] = Counter()
         self.graphs: dict[int, Callable[[Tensor], tuple[Tensor, ...]]] = {}
@@ -460,12 +465,12 @@ def bidirectional(
         program: any program whose latent sites are continuous and whose observed sites are entries of the batch.
         x: data (n, *x) or a batch dict, whose shapes, masks and labels the simulated data take.
         chains: a datum, each way.
-        temperatures: see `annealed_importance`, as for the other settings.
-        leapfrog: steps in a move.
-        schedule: of the temperatures.
-        start: the base.
-        tuning: temperatures of the preliminary run.
-        entries: bound of the memory.
+        temperatures: this and the other settings are those of `annealed_importance`.
+        leapfrog: likewise.
+        schedule: likewise.
+        start: likewise.
+        tuning: likewise.
+        entries: likewise.
         seed: of the data and the draws.
 
     Returns:
@@ -524,6 +529,8 @@ def _quiet(joint: Joint, *key: int | str) -> Iterator[None]:
 
 def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None) -> HMC:
     """Adapt the step sizes in a run with k chains of its own, and freeze them."""
+    if leapfrog < 1:
+        raise ValueError(f"Expected `leapfrog` to be at least 1; got {leapfrog}.")
     coarse = ladder(max(temperatures // 4, min(temperatures, 25)) if tuning is None else tuning, schedule)
     scale = path.joint.draw(path.start, 64).std(0).clamp_min(1e-6)
     steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)

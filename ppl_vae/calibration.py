@@ -1,11 +1,12 @@
 r"""Calibration: whether a guide's posteriors are right on average over data of its own model.
 
 If z is drawn from the prior, x from the likelihood and :math:`z_1, \dots, z_L` from the exact posterior p(z|x), then z
-and the draws cannot be told apart: the rank of each coordinate of z among theirs is uniform on {0, ..., L}
-(Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Talts, Betancourt, Simpson, Vehtari and
-Gelman 2018), and so is that of its distance to a reference point, in all coordinates at once (Sampling-Based Accuracy
-Testing of Posterior Estimators, Lemos, Coogan, Hezaveh and Perreault-Levasseur 2023). A guide that is not the exact
-posterior betrays itself by ranks that are not.
+and the draws cannot be told apart, and the rank of anything made of z and x among the same made of the draws is
+uniform on {0, ..., L}: of each coordinate (Validating Bayesian Inference Algorithms with Simulation-Based Calibration,
+Talts, Betancourt, Simpson, Vehtari and Gelman 2018), of the distance to a reference point, which knows of all
+coordinates at once (Sampling-Based Accuracy Testing of Posterior Estimators, Lemos, Coogan, Hezaveh and
+Perreault-Levasseur 2023), and of log p(x, z), which knows of x as well (Simulation-Based Calibration Checking for
+Bayesian Computation: The Choice of Test Quantities Shapes Sensitivity, Modrak et al. 2023).
 """
 
 import math
@@ -18,13 +19,15 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.batches import as_batch
+from ppl_vae.exact import Layout, conditioned
 from ppl_vae.latents import guide_draws, packed
 from ppl_vae.program import VAE
-from ppl_vae.traces import Structure, prepare, scope, seeded, structure
+from ppl_vae.traces import Structure, place, prepare, scope, seeded, structure
 
 __all__ = ["Calibration", "calibrate", "simulate"]
 
 _DATA = 100  # data at a time
+_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 _BINS = 20  # of the ranks, for the chi-square test
 _LEVELS = 101  # nominal levels of the coverage curve
 
@@ -39,6 +42,8 @@ class Calibration:
         levels: nominal levels of the guide's regions, from 0 to 1, shape (l,).
         coverage: the fraction of simulations whose truth lies in the region of that level, shape (l,).
         coverage_p_value: of the Kolmogorov-Smirnov test that the two agree.
+        joint_p_value: of the chi-square test that the ranks of log p(x, z) are uniform; coordinates and coverage alone
+            would let pass a guide that ignores x and answers the prior.
         draws: L, the guide's draws of each simulation.
         level: the false alarms that the verdict allows: a guide that is exact fails with at most this probability.
     """
@@ -48,14 +53,15 @@ class Calibration:
     levels: Tensor
     coverage: Tensor
     coverage_p_value: float
+    joint_p_value: float
     draws: int
     level: float
 
     @property
     def p_value(self) -> float:
         """Give the smallest p-value of all tests, times their number (Bonferroni), at most 1."""
-        smallest = min(float(self.p_values.min()), self.coverage_p_value)
-        return min(1.0, (len(self.p_values) + 1) * smallest)
+        smallest = min(float(self.p_values.min()), self.coverage_p_value, self.joint_p_value)
+        return min(1.0, (len(self.p_values) + 2) * smallest)
 
     @property
     def verdict(self) -> Literal["no fault found", "miscalibrated"]:
@@ -87,8 +93,8 @@ def calibrate(
             data as they are, or its latent variables or data depend on observed values.
 
     References:
-        Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is the
-        truth of another, and distances are in units of the prior's standard deviations.
+        Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is one
+        more draw of the guide.
     """
     for name, value, least in (("draws", draws, 1), ("simulations", simulations, 2)):
         if not isinstance(value, int) or value < least:
@@ -119,23 +125,28 @@ def calibrate(
         batches.append(drawn)
         truths.append(truth)
     truth = torch.cat(truths)
-    scale = truth.std(0).clamp_min(torch.finfo(truth.dtype).tiny)
-    reference = truth.roll(1, 0)
-    ranks, distances = [], []
-    for number, (part, one, far) in enumerate(
-        zip(batches, truth.split(_DATA), reference.split(_DATA), strict=True)
-    ):
+    ranks, distances, joints = [], [], []
+    for number, (part, one) in enumerate(zip(batches, truth.split(_DATA), strict=True)):
         with scope(program), seeded(seed, "guide", number, device=first.device):
-            z = guide_draws(program, part, draws, found)
-            ranks.append(_rank(z, one))
-            distances.append(_rank(_distance(z, far, scale), _distance(one, far, scale)))
+            z, layout = guide_draws(program, part, draws + 1, found)
+            ranks.append(_rank(z[1:], one))
+            distances.append(_rank(*_distances(z[1:], one, z[0])))
+            scores = _joint(program, part, layout, torch.cat([one.unsqueeze(0), z[1:]]))
+            joints.append(_rank(scores[1:], scores[0]))
     rank, distance = torch.cat(ranks), torch.cat(distances)
     with seeded(seed, "coverage", device=first.device):
         uniform = (distance + torch.rand(len(distance), dtype=torch.float64, device=first.device)) / (draws + 1)
     levels = torch.linspace(0, 1, _LEVELS, dtype=torch.float64, device=first.device)
     coverage = (uniform.unsqueeze(-1) <= levels).double().mean(0)
     return Calibration(
-        rank, _chi_square(rank, draws), levels, coverage, _kolmogorov(uniform.sort().values), draws, level
+        ranks=rank,
+        p_values=_chi_square(rank, draws),
+        levels=levels,
+        coverage=coverage,
+        coverage_p_value=_kolmogorov(uniform.sort().values),
+        joint_p_value=float(_chi_square(torch.cat(joints).unsqueeze(-1), draws)),
+        draws=draws,
+        level=level,
     )
 
 
@@ -177,7 +188,8 @@ def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[
     particles = pyro.plate("particles", 1, dim=-1 - found.nesting)
     drawn = poutine.trace(particles(poutine.uncondition(program.model))).get_trace(**filled(flat))
     for name, index in where.items():
-        flat[index.flatten()] = drawn.nodes[name]["value"].reshape(index.shape).flatten().to(flat)
+        node: Any = drawn.nodes[name]
+        flat[index.flatten()] = node["value"].reshape(index.shape).flatten().to(flat)
     return filled(flat), packed(drawn, found)[0]
 
 
@@ -196,8 +208,22 @@ def _entries(name: str, node: Any, count: int) -> Tensor:
     return index
 
 
-def _distance(z: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
-    return ((z - reference) / scale).norm(dim=-1)
+def _joint(program: Any, batch: dict[str, Tensor], layout: Layout, z: Tensor) -> Tensor:
+    """Give log p(x, z) in nats at draws (k, n, z), shape (k, n), a bounded number of entries at a time."""
+    size = max(1, _ENTRIES // max(value.numel() for value in batch.values()))
+    dtype = place(program)[1] or torch.get_default_dtype()
+    scores = []
+    for some in z.split(size):
+        values = {name: value.to(dtype) for name, value in layout.unpack(some).items()}
+        scores.append(conditioned(program.model, values, batch, len(some), layout.nesting))
+    return torch.cat(scores)
+
+
+def _distances(z: Tensor, truth: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the distances of draws (k, n, z) and truth (n, z) from a reference, in units that treat them alike."""
+    both = torch.cat([z, truth.unsqueeze(0)])
+    apart = ((both - reference) / both.std(0).clamp_min(torch.finfo(z.dtype).tiny)).norm(dim=-1)
+    return apart[:-1], apart[-1]
 
 
 def _rank(draws: Tensor, truth: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -21,6 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+UNWRITABLE = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "EBUSY", "EMFILE"),
+        *("ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP"),
+    )
+    if hasattr(errno, name)
+}
 
 
 class Device(StrEnum):
@@ -42,7 +55,10 @@ Place = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU 
 
 @app.command()
 def fit(
-    spec: Annotated[Path, typer.Argument(help="A spec, or the directory of an interrupted run to go on with.")],
+    spec: Annotated[
+        Path,
+        typer.Argument(help="A spec, a program file.py[:Class], or the directory of an interrupted run to go on with."),
+    ],
     set_: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Where the run goes; by default a new directory under runs/.")
@@ -52,12 +68,14 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train what a spec says, evaluate it, and leave a run directory with a report."""
-    with plainly():
-        read_toml(spec / "spec.toml" if spec.is_dir() else spec)
+    with plainly() as screen:
+        changes = overrides(set_)
+        if not any((spec / name).exists() for name in ("spec.toml", "model.safetensors")):
+            read_toml(spec)
         from ppl_vae.run import fit_spec
 
-        run = fit_spec(spec, overrides(set_), out=out, device=device.value, force=force, say=say)
-        show(run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
+        run = fit_spec(spec, changes, out=out, device=device.value, force=force, say=say)
+        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
 
 
 @app.command()
@@ -69,11 +87,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run again and rewrite its report."""
-    with plainly():
+    with plainly() as screen:
         from ppl_vae.run import evaluate_run
 
         done = evaluate_run(run, samples=samples, device=device.value, trust_code=trust_code)
-        show(done.report, as_json, lambda: f"{headline(done.report)}\n{done.path / 'report.md'}")
+        show(screen, done.report, as_json, lambda: f"{headline(done.report)}\n{done.path / 'report.md'}")
 
 
 @app.command()
@@ -82,27 +100,30 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
-    with plainly():
+    with plainly() as screen:
         from ppl_vae.run import compare_runs
 
         found = compare_runs(runs)
-        show(found, as_json, lambda: comparison(found))
+        show(screen, found, as_json, lambda: comparison(found))
 
 
 @app.command()
 def check(
-    spec: Annotated[Path, typer.Argument(help="A spec.")],
+    spec: Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")],
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Say what a spec would build and whether it makes sense, without training."""
-    with plainly():
+    with plainly() as screen:
+        changes = overrides(set_)
         read_toml(spec)
         from ppl_vae.spec import load_spec
 
-        loaded = load_spec(spec, overrides(set_))
+        loaded = load_spec(spec, changes)
+        if loaded.model.program is not None:
+            say(f"runs the code of {loaded.model.program}")
         found = loaded.check(loaded.load_data())
-        show(found.to_dict(), as_json, lambda: str(found))
+        show(screen, found.to_dict(), as_json, lambda: str(found))
 
 
 @app.command("list")
@@ -111,12 +132,12 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List the families and networks that a spec can name, with their keys."""
-    with plainly():
+    with plainly() as screen:
         from ppl_vae.schema import components
 
         found = components(role)
         plain = {"components": [component._asdict() for component in found]}
-        show(plain, as_json, lambda: "\n".join(listing(plain["components"])))
+        show(screen, plain, as_json, lambda: "\n".join(listing(plain["components"])))
 
 
 @app.command()
@@ -125,11 +146,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train on real digits, and show how far each approximate posterior is from the exact one."""
-    with plainly():
+    with plainly() as screen:
         from ppl_vae.demo import run_demo
 
-        found = run_demo(out)
-        show(found, as_json, lambda: str(found["table"]))
+        found = run_demo(out, say=say)
+        show(screen, found, as_json, lambda: str(found["table"]))
 
 
 def main() -> None:
@@ -137,33 +158,54 @@ def main() -> None:
     app()
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to keep what was trained as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Turn a user's mistake into one plain message and exit status 2; faults of ours keep their traceback and 1."""
+def plainly() -> Iterator[TextIO]:
+    """Turn a user's mistake into one plain message and exit status 2; faults of ours keep their traceback and 1.
+
+    Gives standard output for the results; whatever else is printed, by a program's file too, goes to standard error.
+    """
+    screen = sys.stdout
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield screen
     except ValueError as error:
         say(f"ppl-vae: {error}")
         raise typer.Exit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+        raise typer.Exit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+        if error.errno not in UNWRITABLE:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        say(f"ppl-vae: Expected to be able to write{where}; {error.strerror}. Nothing half-written is left. Use --out.")
+        say(
+            f"ppl-vae: Expected to be able to read and write{where}; {error.strerror}. Nothing half-written is left. "
+            "Free the place, or choose another by --out."
+        )
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stop:
-        say(f"\nppl-vae: {stop or 'interrupted'}")
-        raise typer.Exit(130) from None
+        say(f"\nppl-vae: {stop if str(stop) else 'interrupted'}")
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
 
 
 def say(message: str) -> None:
     """Tell the user something on standard error."""
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
 
 
-def show(found: Any, as_json: bool, text: Any) -> None:
-    """Print results on standard output, as JSON or as text."""
-    print(json.dumps(found, allow_nan=False) if as_json else text())
+def show(screen: TextIO, found: Any, as_json: bool, text: Callable[[], str]) -> None:
+    """Print results, as JSON or as text."""
+    print(json.dumps(found, allow_nan=False) if as_json else text(), file=screen, flush=True)
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -171,9 +213,10 @@ def headline(report: Mapping[str, Any]) -> str:
     test = report["test"]
     value, bound = test["log_evidence"], test["elbo"]
     sign = ">=" if value["kind"] == "lower bound" else "  "
+    part = "held-out" if report["data"]["part"] == "test" else "training"
     lines = [
-        f"ELBO             {bound['mean']:.3f} nats per datum{_plus(bound['se'])}",
-        f"log evidence  {sign} {value['mean']:.3f}{_plus(value['se'])} ({value['kind']}, K = {test['samples']})",
+        f"ELBO             {_figure(bound)} nats per {part} datum",
+        f"log evidence  {sign} {_figure(value)} ({value['kind']}, K = {test['samples']})",
     ]
     if report["exact"]:
         lines.append(f"exact            {report['exact']['log_evidence']:.3f} ({report['exact']['method']})")
@@ -182,8 +225,11 @@ def headline(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.3f}"
+def _figure(given: Mapping[str, Any]) -> str:
+    """Write a mean and its standard error over data; either may be missing."""
+    if given["mean"] is None:
+        return "not finite"
+    return f"{given['mean']:.3f}" + ("" if given["se"] is None else f" ± {given['se']:.3f}")
 
 
 def comparison(found: Mapping[str, Any]) -> str:
@@ -196,14 +242,21 @@ def comparison(found: Mapping[str, Any]) -> str:
         rows.append(
             (
                 run["path"],
-                f"{run['test']['elbo']['mean']:.3f}",
-                f"{sign}{value['mean']:.3f}{_plus(value['se'])}",
+                _figure({**run["test"]["elbo"], "se": None}),
+                f"{sign}{_figure(value)}",
                 f"{exact['log_evidence']:.3f}" if exact else "-",
                 f"{ppca['ppca']['log_evidence']:.3f}" if ppca else "-",
             )
         )
-    lines = [*table(rows), "", "Differences of log evidence, nats per datum, paired over the same held-out data:"]
-    lines += [f"{one['a']} - {one['b']}: {one['mean']:+.3f}{_plus(one['se'])}" for one in found["differences"]]
+    lines = [
+        *table(rows),
+        "",
+        "Differences of log evidence, nats per datum, paired over the same data, ± standard error:",
+    ]
+    lines += [f"{one['a']} - {one['b']}: {_figure(one)}" for one in found["differences"]]
+    kinds = {run["test"]["log_evidence"]["kind"] for run in found["runs"]}
+    if "lower bound" in kinds:
+        lines.append(">= is a lower bound, so a difference may be of the bounds and not of the models.")
     return "\n".join(lines)
 
 
@@ -239,7 +292,7 @@ def overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> None:
-    """Refuse a file that is no TOML before anything slow is imported."""
+    """Refuse a file that is missing or no TOML before anything slow is imported."""
     from ppl_vae.toml import read
 
     read(path)

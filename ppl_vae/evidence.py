@@ -8,7 +8,7 @@ largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Y
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
@@ -19,10 +19,11 @@ from torch import Tensor
 from ppl_vae.batches import as_batch
 from ppl_vae.traces import log_density, place, prepare, scope, seeded, structure, trace_pair
 
-__all__ = ["Evidence", "log_evidence", "log_weights", "pareto_k"]
+__all__ = ["BoundCurve", "Evidence", "bound_curve", "log_evidence", "log_weights", "pareto_k"]
 
 _DATA = 100  # data in a block
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Evidence:
         pareto_k: shape of the weights' upper tail; NaN below 25 samples and where all weights are equal to rounding.
         elbo_mc_se: Monte Carlo standard error of `elbo`.
         distortion: :math:`-\frac1k \sum_i \log p(x \mid z_i)`, from the same draws; `elbo` is -(rate + distortion).
+        jackknife: the estimate freed of its first-order bias by leaving out each sample in turn,
+            :math:`k L_k - (k - 1) \frac1k \sum_i L_{k-1}^{(-i)}`. It is no bound, and noisier than `log_evidence`.
         samples: k.
     """
 
@@ -49,6 +52,7 @@ class Evidence:
     pareto_k: Tensor
     elbo_mc_se: Tensor
     distortion: Tensor
+    jackknife: Tensor
     samples: int
 
     @property
@@ -188,7 +192,7 @@ class _Sums:
 
     def __init__(self, samples: int, rounding: float) -> None:
         self.samples, self.rounding = samples, rounding
-        self.tail = _tail_length(samples) + 1
+        self.tail = max(_tail_length(samples) + 1, _LEFT_OUT)
         self.started = False
 
     def add(self, block: Tensor, likelihood: Tensor) -> None:
@@ -196,7 +200,7 @@ class _Sums:
             self.started = True
             self.origin = block.mean(0).nan_to_num(0.0, 0.0, 0.0)
             self.log_sum = torch.full_like(self.origin, -math.inf)
-            self.log_square = self.log_sum.clone()
+            self.log_square, self.log_cube, self.log_fourth = (self.log_sum.clone() for _ in range(3))
             self.total = torch.zeros_like(self.origin)
             self.square = torch.zeros_like(self.origin)
             self.likelihood = torch.zeros_like(self.origin)
@@ -204,6 +208,8 @@ class _Sums:
             self.least = torch.full_like(self.origin, math.inf)
         self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
         self.log_square = torch.logaddexp(self.log_square, (2 * block).logsumexp(0))
+        self.log_cube = torch.logaddexp(self.log_cube, (3 * block).logsumexp(0))
+        self.log_fourth = torch.logaddexp(self.log_fourth, (4 * block).logsumexp(0))
         self.total += (block - self.origin).sum(0)
         self.square += (block - self.origin).square().sum(0)
         self.likelihood += likelihood.sum(0)
@@ -229,8 +235,120 @@ class _Sums:
             pareto_k=torch.where(equal, math.nan, shape),
             elbo_mc_se=(variance / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
             distortion=-self.likelihood / k,
+            jackknife=self._jackknife(value),
             samples=k,
         )
+
+    def _jackknife(self, value: Tensor) -> Tensor:
+        r"""Leave out each sample: :math:`L_k - (k - 1) [\frac1k \sum_i \log(1 - u_i) - \log(1 - 1 / k)]`.
+
+        :math:`u_i` is the weight's share of the sum: of the largest exactly, of the others, each at most one in
+        `_LEFT_OUT`, to the fourth power.
+        """
+        k = self.samples
+        if k < 2:
+            return torch.full_like(value, math.nan)
+        shares = (self.largest - self.log_sum).exp()
+        left = torch.log1p(-shares).sum(0)
+        for power, log_sum in enumerate((self.log_sum, self.log_square, self.log_cube, self.log_fourth), 1):
+            rest = (log_sum - power * self.log_sum).exp() - shares.pow(power).sum(0)
+            left -= rest.clamp_min(0) / power
+        return value - (k - 1) * (left / k - math.log1p(-1 / k))
+
+
+@dataclass(frozen=True)
+class BoundCurve:
+    r"""The importance-weighted bound over its number of samples, in nats, in double precision.
+
+    Args:
+        counts: numbers of samples K, rising, shape (c,).
+        bound: the mean of :math:`\log \frac1K \sum_i w_i` over disjoint groups of K samples, shape (c, n): for each K
+            an unbiased estimate of its expectation :math:`\mathcal L_K`, which is a lower bound of log p(x).
+        error: its Monte Carlo standard error, shape (c, n), from the spread of the groups; NaN for a single group.
+    """
+
+    counts: Tensor
+    bound: Tensor
+    error: Tensor
+
+
+@torch.no_grad()
+def bound_curve(
+    program: Any, x: Any, samples: int, *, counts: Sequence[int] | None = None, seed: int = 0
+) -> BoundCurve:
+    r"""Estimate the bound :math:`\mathcal L_K` for several K from one set of draws, those of `log_evidence`.
+
+    It rises with K from the ELBO (K = 1) towards log p(x). Streams over the draws: of each K it keeps the group that
+    is not full yet.
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+        samples: draws a datum in all.
+        counts: the numbers of samples K; by default 1, 2, 5, 10, 20, ... up to `samples`.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        The bound of each K and datum.
+
+    Raises:
+        ValueError: for counts that do not rise from at least 1 to at most `samples`, or as in `log_evidence`.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), theorem 1.
+    """
+    steps = [base * 10**power for power in range(len(str(samples))) for base in (1, 2, 5)]
+    chosen = [count for count in steps if count <= samples] if counts is None else list(counts)
+    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > samples:
+        raise ValueError(f"Expected `counts` to rise, from at least 1 to at most {samples}, the samples; got {chosen}.")
+    parts = []
+    for _, blocks in _blocks(program, x, samples, seed):
+        groups = [_Groups(count) for count in chosen]
+        for weights, _ in blocks:
+            for group in groups:
+                group.add(weights)
+        parts.append([group.bound() for group in groups])
+    bound, error = (torch.cat([torch.stack([row[which] for row in part]) for part in parts], 1) for which in (0, 1))
+    return BoundCurve(torch.tensor(chosen), bound, error)
+
+
+class _Groups:
+    """Running mean and spread of the log mean weights of disjoint groups, datum by datum."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.groups, self.filled = count, 0, 0
+
+    def add(self, block: Tensor) -> None:
+        if not self.groups and not self.filled:
+            self.open = torch.full_like(block[0], -math.inf)
+            self.mean, self.square = torch.zeros_like(block[0]), torch.zeros_like(block[0])
+        first = min(self.count - self.filled, len(block)) if self.filled else 0
+        if first:
+            self._grow(block[:first])
+        whole = (len(block) - first) // self.count * self.count
+        if whole:
+            self._close(block[first : first + whole].unflatten(0, (-1, self.count)).logsumexp(1))
+        if first + whole < len(block):
+            self._grow(block[first + whole :])
+
+    def _grow(self, block: Tensor) -> None:
+        self.open, self.filled = torch.logaddexp(self.open, block.logsumexp(0)), self.filled + len(block)
+        if self.filled == self.count:
+            self._close(self.open.unsqueeze(0))
+            self.open, self.filled = torch.full_like(self.open, -math.inf), 0
+
+    def _close(self, sums: Tensor) -> None:
+        """Merge the mean and the sum of squares about it with those of new groups."""
+        new, m = sums - math.log(self.count), len(sums)
+        mean, total = new.mean(0), self.groups + m
+        apart = mean - self.mean
+        self.square += (new - mean).square().sum(0) + apart.square() * self.groups * m / total
+        self.mean, self.groups = self.mean + apart * m / total, total
+
+    def bound(self) -> tuple[Tensor, Tensor]:
+        if self.groups < 2:
+            return self.mean, torch.full_like(self.mean, math.nan)
+        return self.mean, (self.square / (self.groups - 1) / self.groups).sqrt()
 
 
 def _tail_length(samples: int) -> int:

@@ -41,16 +41,21 @@ def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Ten
     for number, start in enumerate(range(0, len(first), _DATA)):
         part = {key: value[start : start + _DATA] for key, value in batch.items()}
         with scope(program), seeded(seed, "codes", number, device=first.device):
-            z = guide_draws(program, part, draws, found)
+            z, _ = guide_draws(program, part, draws, found)
         means.append(z.mean(0))
         variances.append(z.var(0))
     return torch.cat(means), torch.cat(variances)
 
 
-def guide_draws(program: Any, batch: dict[str, Tensor], draws: int, found: Structure) -> Tensor:
-    """Draw the latent variables from the guide, shape (k, n, z), several sites side by side in the model's order."""
+def guide_draws(program: Any, batch: dict[str, Tensor], draws: int, found: Structure) -> tuple[Tensor, Layout]:
+    """Draw the latent variables from the guide.
+
+    Returns:
+        Draws (k, n, z) in double precision, several sites side by side in the model's order, and how they lie.
+    """
     particles = pyro.plate("particles", draws, dim=-1 - found.nesting)
-    return packed(poutine.trace(particles(program.guide)).get_trace(**batch_of(program.guide, batch)), found)
+    trace = poutine.trace(particles(program.guide)).get_trace(**batch_of(program.guide, batch))
+    return packed(trace, found), layout_of(trace, found)
 
 
 def packed(trace: Any, found: Structure) -> Tensor:

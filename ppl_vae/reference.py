@@ -1,4 +1,4 @@
-r"""Reference posteriors: log p(x) with its own error and the moments of p(z|x), by the strongest method that is allowed.
+r"""Reference posteriors: log p(x) with its own error and the moments of p(z|x), by the strongest method there is.
 
 Closed form where the program is linear-Gaussian; quadrature for up to three latent variables; annealed importance
 sampling for any number; NUTS for a handful of data, which gives draws and moments but no evidence.

@@ -1,7 +1,9 @@
 """Reports: what was fitted, how right it is, and what to distrust, in numbers, words and pictures."""
 
+import inspect
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,35 +20,64 @@ from ppl_vae.data import Data
 from ppl_vae.evidence import Evidence, log_evidence
 from ppl_vae.exact import exact_log_evidence, gaussians
 from ppl_vae.latents import active_units, codes
+from ppl_vae.networks import Table
 from ppl_vae.ppca import PPCA
 from ppl_vae.program import VAE
 from ppl_vae.traces import batch_of, place, prepare, scope, seeded, structure, trace_pair
 
-__all__ = ["distrust", "evaluate", "figures", "markdown"]
+__all__ = ["describe", "distrust", "evaluate", "figures", "judged", "markdown", "measure", "rendering", "trained"]
 
 SHOWN = 1000  # data that pictures and checks on the training part look at
 
 
-def evaluate(program: Any, data: Data, *, samples: int, seed: int = 0) -> tuple[dict[str, Any], Evidence]:
-    """Measure a trained program on the test data.
+def judged(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
+    """Choose the data that figures are about: the test part, or the training part where the guide knows no other.
+
+    A guide that asks for `index`, a `Table` or a program's own, has a row for each datum of the training part.
+
+    Returns:
+        `test` or `train`, and that part.
+    """
+    if isinstance(program, VAE):
+        tabled = isinstance(program.posterior.network, Table)
+    else:
+        tabled = any("index" in inspect.signature(part).parameters for part in (program.model, program.guide))
+    return ("train", data.train) if tabled else ("test", data.test)
+
+
+def evaluate(
+    program: Any, data: Data, *, samples: int, seed: int = 0, latent: int | None = None
+) -> tuple[dict[str, Any], Evidence]:
+    """Measure a trained program on the data that `judged` chooses.
 
     Args:
         program: any program.
         data: its data.
         samples: importance samples a datum.
         seed: of all draws.
+        latent: how many latent variables PPCA beside it has; none for no PPCA.
 
     Returns:
-        The blocks `test`, `exact` and `baseline` of a report, and the evidence of each test datum.
+        The blocks `test`, `exact` and `baseline` of a report, and the evidence of each datum.
     """
-    evidence = log_evidence(program, data.test, samples, seed=seed)
+    _, rows = judged(program, data)
+    evidence = log_evidence(program, rows, samples, seed=seed)
     test = evidence.summary()
     volume = float(data.protocol.get("log_volume") or 0.0)
     test["bits_per_dim"] = bits_per_dim(test["log_evidence"]["mean"] - volume, data.features)
-    few = {key: value[:SHOWN] for key, value in data.test.items()}
+    few = {key: value[:SHOWN] for key, value in rows.items()}
     active = active_units(program, few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
-    return {"test": test, "exact": _exact(program, data), "baseline": _baseline(program, data)}, evidence
+    exact = _exact(program, rows, test["elbo"]["mean"])
+    baseline = None if latent is None else _baseline(program, data, rows, latent)
+    return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
+
+
+def finite(value: Any) -> Any:
+    """Put None, which JSON has, in the place of NaN and infinities, which it has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bits_per_dim(nats: float, features: int) -> float:
@@ -54,29 +85,31 @@ def bits_per_dim(nats: float, features: int) -> float:
     return -nats / (features * math.log(2))
 
 
-def _exact(program: Any, data: Data) -> dict[str, Any] | None:
-    """Compare with the closed form, where there is one."""
+def _exact(program: Any, rows: Mapping[str, Tensor], elbo: float) -> dict[str, Any] | None:
+    """Compare with the closed form, where there is one; a guide that is not Gaussian by the sampled ELBO."""
     try:
-        value = float(exact_log_evidence(program, data.test).mean())
+        value = float(exact_log_evidence(program, rows).mean())
     except ValueError:
         return None
     try:
-        compared = compare_posteriors(program, data.test)
+        compared = compare_posteriors(program, rows)
     except ValueError:
-        return {"method": "closed-form", "log_evidence": value, "gap": None, "posterior_kl": None}
-    gap, kl = float(compared.gap.mean()), float(compared.kl.mean())
-    return {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl}
+        gap = kl = value - elbo
+        kind = "sampled"
+    else:
+        gap, kl, kind = float(compared.gap.mean()), float(compared.kl.mean()), "closed-form"
+    return {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl, "gap_method": kind}
 
 
-def _baseline(program: Any, data: Data) -> dict[str, Any] | None:
+def _baseline(program: Any, data: Data, rows: Mapping[str, Tensor], latent: int) -> dict[str, Any] | None:
     """Fit PPCA of the same latent size to the same data, where its density is of the same measure."""
-    if not isinstance(program, VAE) or measure(program, data.test) != "density" or "mask" in data.train:
+    if measure(program, rows) != "density" or "mask" in data.train:
         return None
     try:
-        ppca = PPCA.fit(data.train["x"].double(), program.prior.family.event_shape.numel())
+        ppca = PPCA.fit(data.train["x"].double(), latent)
     except ValueError:
         return None
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(data.test["x"].double()).mean())}}
+    return {"ppca": {"log_evidence": float(ppca.log_evidence(rows["x"].double()).mean())}}
 
 
 def measure(program: Any, x: Mapping[str, Tensor]) -> str:
@@ -90,32 +123,47 @@ def measure(program: Any, x: Mapping[str, Tensor]) -> str:
 
 
 def trained(program: Any, data: Data, *, seed: int = 0) -> dict[str, Any]:
-    """Measure the bound on the training data after training, at most 1,000 of them, as `evaluate` does on the test."""
+    """Measure the bound on the training data after training, at most 1,000 of them, as `evaluate` does on the test.
+
+    Returns:
+        `elbo` and its standard error `elbo_se` over the `n` data, `rate` and `distortion`.
+    """
     some = {key: value[:SHOWN] for key, value in data.train.items()}
-    return log_evidence(program, some, 10, seed=seed).summary()["elbo"]  # type: ignore[no-any-return]
+    found = log_evidence(program, some, 10, seed=seed).summary()
+    bound = {"elbo": found["elbo"]["mean"], "elbo_se": found["elbo"]["se"], "n": found["n"]}
+    return finite({**bound, "rate": found["rate"], "distortion": found["distortion"]})  # type: ignore[no-any-return]
 
 
-def distrust(report: Mapping[str, Any], history: list[float], *, train_se: float = 0.0) -> list[str]:
+def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
     """Say in plain words what the figures give reason to doubt, and what would help.
 
     Args:
         report: what `report.json` says.
         history: the bound of each epoch.
-        train_se: standard error over data of the bound on the training data.
     """
     test, train, found = report["test"], report["train"], []
-    latents = test["latents"]
-    shape, value, bound = test["pareto_k"], test["log_evidence"], test["elbo"]["mean"]
-    if value["kind"] == "lower bound" and shape["above_0.5"] is not None:
+    latents, shape, value, bound = test["latents"], test["pareto_k"], test["log_evidence"], test["elbo"]["mean"]
+    if report["data"]["part"] == "train":
         found.append(
-            f"**The log evidence is a lower bound, not an estimate.** For {shape['above_0.5']:.0%} of the held-out "
-            f"data "
-            "the importance weights have a tail shape k above 0.5: no finite variance, so no error bar would hold. "
-            "More "
+            "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
+            "nothing here says how the model does on new data. `Linear` or `MLP` in its place would."
+        )
+    if None in (value["mean"], bound, train["elbo"]):
+        found.append(
+            "**Some figures are not finite**: the model gives a datum no density. Nothing here can be trusted."
+        )
+        return found
+    if value["kind"] == "lower bound" and shape["above_0.5"]:
+        found.append(
+            f"**The log evidence is a lower bound, not an estimate.** For {shape['above_0.5']:.0%} of the data the "
+            "importance weights have a tail shape k above 0.5: no finite variance, so no error bar would hold. More "
             "samples (`ppl-vae evaluate --samples`) or a guide nearer to the posterior tighten it."
         )
     elif value["kind"] == "lower bound":
-        found.append("**The log evidence is a lower bound.** Too few samples a datum to tell how good they are.")
+        found.append(
+            "**The log evidence is a lower bound.** Too few samples a datum to tell how good they are: give 25 or more "
+            "(`ppl-vae evaluate --samples`)."
+        )
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
         found.append(
             f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples shrink it."
@@ -123,27 +171,29 @@ def distrust(report: Mapping[str, Any], history: list[float], *, train_se: float
     if test["active_units"] < latents:
         found.append(
             f"**{latents - test['active_units']} of {latents} latents are collapsed**: their posterior means hardly "
-            f"vary "
-            "over the held-out data (variance below 0.01), so they carry nothing. Fewer latents would do as well."
+            "vary over the data (variance below 0.01), so they carry nothing. Fewer latents would do as well."
         )
     tenth = max(len(history) // 10, 1)
     if len(history) >= 2:
         last, before = float(np.mean(history[-tenth:])), float(np.mean(history[-2 * tenth : -tenth]))
         if last - before > max(0.1, 5e-4 * abs(last)):
-            rise = f"by {last - before:.2f} nats over the last {tenth} epoch{'s' if tenth > 1 else ''}"
-            found.append(f"**The bound was still rising**, {rise}. Train on (`svi.epochs`).")
+            spell = f"the last {tenth} epochs" if tenth > 1 else "the last epoch"
+            found.append(
+                f"**The bound was still rising**, by {last - before:.2f} nats over {spell}. Train longer "
+                "(`svi.epochs`)."
+            )
+    else:
+        found.append("**One epoch was trained**, too few to tell whether the bound has settled. Raise `svi.epochs`.")
     ahead = train["elbo"] - bound
-    if ahead > 3 * math.hypot(test["elbo"]["se"] or 0.0, train_se) and ahead > 0.01 * abs(bound):
+    if ahead > 3 * math.hypot(test["elbo"]["se"] or 0.0, train["elbo_se"] or 0.0) and ahead > 0.01 * abs(bound):
         found.append(
             f"**The training data fit better, by {ahead:.1f} nats**: the model memorises. Fewer parameters, fewer "
-            f"epochs "
-            '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+            'epochs (`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
         )
-    if report["exact"] and (report["exact"]["gap"] or 0.0) > 0.1:
+    if report["exact"] and report["exact"]["gap"] > 0.1:
         found.append(
             f"**The guide misses the exact posterior** by {report['exact']['gap']:.2f} nats on average. A richer "
-            f"family, "
-            "such as FullNormal, or longer training would come closer."
+            "family, such as FullNormal, or longer training would come closer."
         )
     return found
 
@@ -161,44 +211,67 @@ def markdown(
         doubts: what `distrust` found.
         pictures: captions by file name.
     """
-    test, exact, value = report["test"], report["exact"], report["test"]["log_evidence"]
-    sign = ">= " if value["kind"] == "lower bound" else ""
-    rows = [
-        ("ELBO", f"{report['train']['elbo']:.3f}", f"{test['elbo']['mean']:.3f}", _error(test["elbo"]), "estimate"),
-        ("log evidence", "", f"{sign}{value['mean']:.3f}", _error(value), value["kind"]),
-        ("rate", "", f"{test['rate']:.3f}", "", "estimate"),
-        ("distortion", "", f"{test['distortion']:.3f}", "", "estimate"),
-    ]
-    if exact:
-        rows.append(("exact log evidence", "", f"{exact['log_evidence']:.3f}", "0", exact["method"]))
-        if exact["posterior_kl"] is not None:
-            rows.append(("exact KL of the guide", "", f"{exact['posterior_kl']:.4f}", "0", exact["method"]))
-    if report["baseline"]:
-        known = report["baseline"]["ppca"]["log_evidence"]
-        rows.append(("PPCA's log evidence", "", f"{known:.3f}", "0", "closed-form"))
     keys = ("binarization", "scaling", "dequantization")
     notes = [f"{key} {report['data']['protocol'][key]}" for key in keys if report["data"]["protocol"][key] != "none"]
     template = jinja2.Template(
-        files("ppl_vae").joinpath("report.md.jinja").read_text(), undefined=jinja2.StrictUndefined
+        files("ppl_vae").joinpath("report.md.jinja").read_text(encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
+    held_out = report["data"]["part"] == "test"
     return template.render(
         report=report,
         title=title,
         words=words,
-        program=program.rstrip(),
+        program="\n".join(line.rstrip() for line in program.splitlines()),
         doubts=doubts,
         pictures=pictures,
-        rows=rows,
-        latents=test["latents"],
+        rows=_rows(report),
+        judged="held-out" if held_out else "training",
+        column="test" if held_out else "train, all",
         protocol=f" ({', '.join(notes)})" if notes else "",
     )
 
 
-def _error(figure: Mapping[str, Any]) -> str:
-    spread = [] if figure["se"] is None else [f"{figure['se']:.3f} data"]
-    noise = figure["mc_se"]
-    known = noise is not None and not math.isnan(noise) and figure.get("kind") != "lower bound"
-    return ", ".join([*spread, f"{noise:.4f} mc"] if known else spread)
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Lay out the table of figures: quantity, train, test, Monte Carlo error, kind."""
+    test, train, exact, baseline = (report[key] for key in ("test", "train", "exact", "baseline"))
+    value, bound, shape = test["log_evidence"], test["elbo"], test["pareto_k"]
+    sure = value["kind"] == "estimate"
+    rows = [
+        ("ELBO", _figure(train["elbo"], train["elbo_se"]), _figure(bound["mean"], bound["se"])),
+        ("log evidence", "", ("" if sure else ">= ") + _figure(value["mean"], value["se"])),
+        ("rate: KL of the guide to the prior", _figure(train["rate"]), _figure(test["rate"])),
+        ("distortion: - E log p(x given z)", _figure(train["distortion"]), _figure(test["distortion"])),
+    ]
+    errors = [_figure(bound["mc_se"], digits=4), _figure(value["mc_se"] if sure else None, digits=4), "", ""]
+    kinds = ["estimate", value["kind"], "estimate", "estimate"]
+    table = [(*row, error, kind) for row, error, kind in zip(rows, errors, kinds, strict=True)]
+    if exact:
+        drawn = "estimate" if exact["gap_method"] == "sampled" else exact["gap_method"]
+        table.append(("exact log evidence", "", _figure(exact["log_evidence"]), "0", exact["method"]))
+        table.append(("exact log evidence - ELBO", "", _figure(exact["gap"], digits=4), "", drawn))
+        table.append(("KL of guide to exact posterior", "", _figure(exact["posterior_kl"], digits=4), "", drawn))
+    if baseline:
+        known = _figure(baseline["ppca"]["log_evidence"])
+        table.append(("log evidence of PPCA, as many latents", "", known, "0", "closed-form"))
+    worst = "-" if shape["max"] is None else f"{shape['median']:.2f} / {shape['max']:.2f}"
+    sign = "" if sure else "<= "
+    return [
+        *table,
+        ("bits per dimension, lower is better", "", f"{sign}{_figure(test['bits_per_dim'], digits=4)} bits", "", ""),
+        ("active latents", "", f"{test['active_units']} of {test['latents']}", "", ""),
+        ("effective samples, median / least", "", f"{test['ess']['median']:.0f} / {test['ess']['min']:.1f}", "", ""),
+        ("tail shape k of the weights, median / largest", "", worst, "", ""),
+    ]
+
+
+def _figure(value: float | None, error: float | None = None, *, digits: int = 3) -> str:
+    """Write a figure and its error; a dash where there is none."""
+    if value is None:
+        return "-"
+    value = round(value, digits) + 0.0  # no minus before zero
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def rendering(program: Any, x: Mapping[str, Tensor]) -> str:
@@ -217,29 +290,43 @@ def rendering(program: Any, x: Mapping[str, Tensor]) -> str:
 
 
 def describe(program: Any, spec: Any) -> str:
-    """Say in a few sentences what was fitted."""
-    objective = f"Trained by {spec.svi.elbo}: ELBO = E_q[log p(x, z) - log q(z | x)], a lower bound of log p(x)."
+    """Say in a few sentences and formulas what was fitted."""
+    bound = (
+        f"Trained by {spec.svi.elbo} to maximise ELBO = E_q[log p(x, z) - log q(z | x)] = -(rate + distortion), a "
+        "lower bound of log p(x). Judged by log p(x) = log E_q[p(x, z) / q(z | x)], importance sampling from the guide."
+    )
     if not isinstance(program, VAE):
         summary = (type(program).__doc__ or "").strip().split("\n")[0]
-        return f"The program `{type(program).__name__}`: {summary}\n{objective}"
+        file, _, _ = spec.model.program.partition(":")
+        return f"The program `{type(program).__name__}` of `{Path(file).name}`: {summary}\n\n{bound}"
     z, x = program.prior.family.event_shape.numel(), program.likelihood.family.event_shape.numel()
-    return (
-        f"A variational autoencoder of {z} latents and {x} features.\n\n"
-        f"- prior p(z): {_part(spec.prior)}\n"
-        f"- likelihood p(x | z): {_part(spec.likelihood)}\n"
-        f"- approximate posterior q(z | x): {_part(spec.posterior)}\n\n{objective}"
+    parts = (program.prior, program.likelihood, program.posterior)
+    tables = (spec.prior, spec.likelihood, spec.posterior)
+    names = ("prior p(z)", "likelihood p(x | z)", "approximate posterior q(z | x)")
+    lines = [f"- {name}: {_part(t, p)}" for name, t, p in zip(names, tables, parts, strict=True)]
+    return "\n".join(
+        [
+            f"A variational autoencoder of {z} latent{'s' * (z > 1)} and {x} feature{'s' * (x > 1)}, "
+            "p(x) = ∫ p(x | z) p(z) dz:\n",
+            *lines,
+            f"\n{bound}",
+        ]
     )
 
 
-def _part(table: Any) -> str:
+def _part(table: Any, part: Any) -> str:
+    """Say what a part is: its family and network with their keys, and the family's own sentence."""
     keys = table.model_dump(exclude_none=True)
     network = keys.pop("network", None)
+    text = _called(keys) + (f" on {_called(network)}" if network is not None else "")
+    first = " ".join((inspect.getdoc(type(part.family)) or "").split("\n\n")[0].split())
+    formula = re.sub(":math:`([^`]*)`", r"$\1$", first)
+    return f"{text}. {formula}"
+
+
+def _called(keys: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in keys.items() if key != "family")
-    text = f"`{keys['family']}`" + (f" ({settings})" if settings else "")
-    if network is None:
-        return text
-    inner = ", ".join(f"{key} {value}" for key, value in network.items() if key != "family")
-    return f"{text} on `{network['family']}`" + (f" ({inner})" if inner else "")
+    return f"`{keys['family']}`" + (f" ({settings})" if settings else "")
 
 
 @torch.no_grad()
@@ -257,14 +344,16 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
     keep("training.png", curve, "The bound over the epochs of training.")
     if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
         return drawn
-    test = {key: value[:SHOWN] for key, value in data.test.items()}
+    part, rows = judged(program, data)
+    whose = "Held-out" if part == "test" else "Training"
+    test = {key: value[:SHOWN] for key, value in rows.items()}
     few = {key: value[:10] for key, value in test.items()}
     shape, latents = data.shape, program.prior.family.event_shape.numel()
     means = program.reconstruct(few, seed=seed)
     keep(
         "reconstructions.png",
         plots.reconstructions(few["x"], means, shape=shape),
-        "Held-out data, and below each the mean of p(x|z) for one draw of z from q(z|x).",
+        f"{whose} data, and the mean of p(x given z) for one draw of z from the guide.",
     )
     draws = plots.samples(program.sample(64, seed=seed), shape=shape)
     keep("samples.png", draws, "Draws from the model: z from the prior, x from the likelihood.")
@@ -278,7 +367,7 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
     keep(
         "latents.png",
         spread,
-        "The aggregate posterior, as means of q(z|x) of held-out data, over draws of the prior; the first two latents.",
+        f"{whose} data in the latent space: the guide's means over draws of the prior, the first two latents.",
     )
     if latents == 2 and shape is not None:
         grid = plots.latent_grid(program, shape=shape)
@@ -289,5 +378,5 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
         return drawn
     pairs = (q.loc, q.covariance), (p.loc, p.covariance)
     beside = plots.ellipses(*pairs, x=few["x"], shape=shape)
-    keep("posteriors.png", beside, "The guide's ellipses over the exact posterior's, of a few held-out data.")
+    keep("posteriors.png", beside, f"The guide's ellipses over the exact posterior's. {whose} data.")
     return drawn

@@ -10,12 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
+from torch import nn
 
 from ppl_vae.data import Data
-from ppl_vae.report import describe, distrust, evaluate, figures, markdown, measure, rendering, trained
+from ppl_vae.report import describe, distrust, evaluate, figures, judged, markdown, measure, rendering, trained
 from ppl_vae.spec import Spec, load_spec
-from ppl_vae.store import FORMAT, check_folder, read_state, read_weights, replacing, write_state, write_weights
+from ppl_vae.store import (
+    check_folder,
+    digest,
+    read_metadata,
+    read_metrics,
+    read_report,
+    read_state,
+    read_tensors,
+    read_weights,
+    replacing,
+    reserved,
+    weights,
+    write_state,
+    write_tensors,
+)
 from ppl_vae.svi import SETTINGS, State, fit, pick_device
 from ppl_vae.toml import read
 from ppl_vae.traces import place
@@ -41,7 +56,7 @@ class Run:
 
 
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
-    """Load a finished run; neither the original spec nor any pickle is read.
+    """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
 
     Args:
         path: the run directory.
@@ -52,7 +67,7 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
             program file where `trust_code` is not given.
     """
     path = Path(path)
-    check_folder(path)
+    check_folder(path, finished=True)
     report = read_report(path)
     spec = read_spec(path, trust_code=trust_code)
     program = spec.assemble(features=report["data"]["features"], rows=report["data"]["n_train"])
@@ -61,10 +76,38 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
 
 
 def read_spec(path: Path, *, trust_code: bool) -> Spec:
-    """Read a run's spec; a program is that of the run's own copy of the file."""
-    wanted = read(path / "spec.toml").get("model", {}).get("program")
-    own = {} if wanted is None else {"model.program": Path(wanted).name}
-    return load_spec(path / "spec.toml", own, trust_code=trust_code)
+    """Read a run's spec; a program is that of the run's own copy of the file.
+
+    Raises:
+        ValueError: where the spec or the program's file is not what was fitted.
+    """
+    known = read_metadata(path / "model.safetensors")
+    model = read(path / "spec.toml").get("model")
+    own = {}
+    if isinstance(model, dict) and isinstance(model.get("program"), str):
+        file, colon, name = model["program"].partition(":")
+        copy = path / Path(file).name
+        if not copy.is_file() or digest(copy) != known.get("program"):
+            raise ValueError(
+                f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
+                f"{'changed' if copy.is_file() else 'missing'}. Fit again."
+            )
+        own = {"model.program": f"{copy.name}{colon}{name}"}
+    spec = load_spec(path / "spec.toml", own, trust_code=trust_code)
+    if _pinned(spec) != known.get("spec"):
+        raise ValueError(
+            f"Expected {path / 'spec.toml'} to say what was fitted; it was changed or cut since. Only data.name, "
+            f"data.root and data.download may change, where the data have moved. Restore it, or fit again."
+        )
+    return spec
+
+
+def _pinned(spec: Spec) -> str:
+    """Give all of a spec that belongs to what was fitted; paths may change."""
+    tables = spec.to_dict()
+    for table, key in (("data", "name"), ("data", "root"), ("data", "download"), ("model", "program")):
+        tables[table].pop(key, None)
+    return json.dumps(tables, sort_keys=True)
 
 
 def fit_spec(
@@ -79,7 +122,7 @@ def fit_spec(
     """Train what a spec says, evaluate it, and leave a run directory.
 
     Args:
-        source: a spec, or the directory of an interrupted run to go on with.
+        source: a spec, a program `file.py[:Class]`, or the directory of an interrupted run to go on with.
         overrides: values by dotted key, put in their place before the spec is checked.
         out: the run directory, by default a new one under `runs/`.
         device: `auto`, `cpu` or `cuda`.
@@ -92,43 +135,64 @@ def fit_spec(
     """
     source = Path(source)
     resumed = source if source.is_dir() else None
-    if resumed is not None:
-        check_folder(resumed)
-        if (resumed / "report.json").exists():
-            raise ValueError(
-                f"Expected a spec or an interrupted run; {resumed} is a finished run. Evaluate or compare it."
-            )
-        if overrides:
-            raise ValueError("Expected no --set with an interrupted run, which goes on as it began; got some.")
-    spec = read_spec(resumed, trust_code=True) if resumed else load_spec(source, overrides)
-    folder = resumed or pick_folder(spec, out, force)
-    target = pick_device(device)
+    if resumed is None:
+        spec = load_spec(source, overrides)
+        folder = pick_folder(spec, out, force)
+    else:
+        check_folder(resumed, finished=False)
+        if overrides or out is not None:
+            raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
+        spec, folder = read_spec(resumed, trust_code=True), resumed
+    if spec.model.program is not None:
+        say(f"runs the code of {spec.model.program}")
+    with reserved(folder):
+        return _train(spec, folder, pick_device(device), resumed, say)
+
+
+def _train(spec: Spec, folder: Path, device: torch.device, resumed: Path | None, say: Callable[[str], None]) -> Run:
+    """Train from the start or from an interrupted run's state, and leave what came of it in a directory."""
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))
-    state = read_state(resumed / "state.safetensors") if resumed else None
-    reached: list[dict[str, Any]] = [state] if state else []
+    weights(program)
+    state = None
+    if resumed is not None:
+        state = read_state(resumed / "state.safetensors")
+        _same_data(resumed, state.pop("protocol"), data)
+        read_weights(program, resumed / "model.safetensors")
+        say(f"goes on after epoch {len(state['history']['elbo'])} of {spec.svi.epochs}")
+    reached = [] if state is None else [(state, weights(program))]
 
     def note(epoch: int, now: State) -> None:
-        reached[:] = [now.save()]
+        reached[:] = [(now.save(), weights(program))]
+
+    def keep(when: str) -> str:
+        saved, learned = reached[0]
+        with replacing(folder) as partial:
+            _write_trained(partial, folder, spec, learned, saved["history"])
+            write_state({**saved, "protocol": data.protocol}, partial / "state.safetensors")
+        return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}"
 
     settings = {key: getattr(spec.svi, key) for key in (*SETTINGS, "seed")}
+    given: dict[str, Any] = {"validation": data.validation, "resume": state, "on_epoch": note}
     try:
-        history = fit(
-            program, data.to(target), **settings, device=device, validation=data.validation, resume=state, on_epoch=note
-        )
-    except KeyboardInterrupt:
+        history = fit(program, data.to(device), **settings, device=str(device), **given)
+    except KeyboardInterrupt as stop:
         if not reached:
-            raise KeyboardInterrupt("interrupted in the first epoch; nothing was kept") from None
-        with replacing(folder) as partial:
-            _write_trained(partial, spec, program, reached[0]["history"])
-            write_state(reached[0], partial / "state.safetensors")
-        done = len(reached[0]["history"]["elbo"])
-        raise KeyboardInterrupt(
-            f"interrupted after epoch {done} of {spec.svi.epochs}; its state is in {folder}. "
-            f"Go on with: ppl-vae fit {folder}"
-        ) from None
-    return write_run(folder, spec, program, data, vars(history))
+            raise type(stop)("interrupted in the first epoch; nothing was kept") from None
+        done = len(reached[0][0]["history"]["elbo"])
+        raise type(stop)(keep(f"interrupted after epoch {done} of {spec.svi.epochs}")) from None
+    part, rows = judged(program, data)
+    say(f"evaluates {len(rows['x']):,} data of the {part} part, with {spec.evaluation.samples:,} samples each")
+    try:
+        return write_run(folder, spec, program, data, vars(history))
+    except KeyboardInterrupt as stop:
+        raise type(stop)(keep("interrupted in the evaluation, after the last epoch")) from None
+    except OSError:
+        raise
+    except Exception:
+        say(keep("the evaluation failed after the last epoch"))
+        raise
 
 
 def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mapping[str, Any]) -> Run:
@@ -141,11 +205,13 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
         data: its data.
         history: the entries of `History` by name.
     """
-    with replacing(folder) as partial:
-        _write_trained(partial, spec, program, history)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "spec.toml").is_file():
+        raise ValueError(f"Expected {folder} to be new, empty or an earlier run; it holds something else.")
+    with reserved(folder), replacing(folder) as partial:
+        home = _write_trained(partial, folder, spec, weights(program), history)
         last = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
-        report = _report(partial, spec, program, data, dict(last), history, spec.evaluation.samples)
-    return Run(folder, spec, program, report)
+        report = _report(partial, folder.resolve().name, home, program, data, last, history, spec.evaluation.samples)
+    return Run(folder, home, program, report)
 
 
 def evaluate_run(
@@ -160,53 +226,57 @@ def evaluate_run(
         trust_code: whether the copy of a program file in the run may be executed.
 
     Raises:
-        ValueError: for a path that is no finished run, or samples out of range.
+        ValueError: for a path that is no finished run, samples out of range, or data that are not those of the run.
     """
-    run = load_run(path, trust_code=trust_code)
     if samples is not None and samples < 1:
-        raise ValueError(f"Expected `samples` to be at least 1; got {samples}.")
-    run.program.to(pick_device(device))
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    history = {"elbo": [line["elbo"] for line in lines], "validation": [line["validation"] for line in lines]}
-    history["validation"] = [bound for bound in history["validation"] if bound is not None]
+        raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples}.")
+    run = load_run(path, trust_code=trust_code)
+    data = run.spec.load_data()
+    _same_data(run.path, run.report["data"]["protocol"], data)
+    if isinstance(run.program, nn.Module):
+        run.program.to(pick_device(device))
+    lines = read_metrics(run.path, run.report["train"]["epochs"])
+    bounds = [line["validation"] for line in lines if line["validation"] is not None]
+    history = {"elbo": [line["elbo"] for line in lines], "validation": bounds}
     with replacing(run.path) as partial:
-        for kept in run.path.iterdir():
-            if kept.is_file():
-                shutil.copy2(kept, partial / kept.name)
+        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
         report = _report(
-            partial, run.spec, run.program, run.spec.load_data(), run.report["train"], history,
+            partial, run.path.resolve().name, run.spec, run.program, data, run.report["train"], history,
             samples or run.spec.evaluation.samples,
         )  # fmt: skip
     return Run(run.path, run.spec, run.program, report)
 
 
 def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Put finished runs side by side, with paired differences of log evidence over the same held-out data.
+    """Put finished runs side by side, with paired differences of log evidence over the same data.
 
     Returns:
         `runs`, a summary each, and `differences`, each `a`, `b`, `mean` (a minus b, nats per datum) and `se` over data.
 
     Raises:
         ValueError: for fewer than two runs, or runs that no one measure can compare: a density beside a probability
-        mass,
-            or other data, split, binarisation, scaling or dequantisation.
+            mass, or other data, split, binarisation, scaling or dequantisation.
     """
     if len(paths) < 2:
         raise ValueError(f"Expected two or more runs to compare; got {len(paths)}.")
     runs, values = [], []
     for path in map(Path, paths):
-        check_folder(path)
+        check_folder(path, finished=True)
         report = read_report(path)
         runs.append({"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}})
-        values.append(safetensors.torch.load_file(path / "evidence.safetensors")["log_evidence"].double())
-    first = runs[0]["data"]
+        found = read_tensors(path / "evidence.safetensors").get("log_evidence")
+        if found is None or len(found) != report["test"]["n"]:
+            raise ValueError(
+                f"Expected {path / 'evidence.safetensors'} to hold the evidence of each datum; it is damaged."
+            )
+        values.append(found.double())
+    first = runs[0]
     for other in runs[1:]:
-        for what, mine, theirs in _measures(first, other["data"]):
+        for what, mine, theirs in _measures(first["data"], other["data"]):
             if mine != theirs:
                 raise ValueError(
-                    f"Expected runs whose figures share one measure; {what} is {mine} in {runs[0]['path']} and "
-                    f"{theirs} in "
-                    f"{other['path']}, so their nats do not compare."
+                    f"Expected runs whose figures share one measure; {what} is {mine} in {first['path']} and {theirs} "
+                    f"in {other['path']}, so their nats do not compare. Compare runs that agree in it."
                 )
     differences = []
     for a in range(len(runs)):
@@ -218,81 +288,94 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def _measures(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    yield "what is measured", a["measure"], b["measure"]
-    for key in ("name", "binarization", "scaling", "dequantization", "split", "seed", "digest"):
-        yield f"data.{key}", a["protocol"].get(key), b["protocol"].get(key)
+    """Yield what has to agree between two runs, by name."""
+    yield "the likelihood's figure", f"a {a['measure']}", f"a {b['measure']}"
+    for key in ("name", "binarization", "scaling", "dequantization", "seed"):
+        yield f"data.{key}", json.dumps(a["protocol"].get(key)), json.dumps(b["protocol"].get(key))
+    mine, theirs = a["protocol"]["split"], b["protocol"]["split"]
+    for key in dict.fromkeys([*mine, *theirs]):
+        yield f"the split's {key}", mine.get(key, 0), theirs.get(key, 0)
+    yield "the part that was evaluated", a["part"], b["part"]
+    yield "the digest of the test data", a["protocol"]["digest"][:12], b["protocol"]["digest"][:12]
 
 
-def _write_trained(folder: Path, spec: Spec, program: Any, history: Mapping[str, Any]) -> None:
-    """Write what training leaves: spec, weights, a line an epoch, and the program's file where there is one."""
-    (folder / "spec.toml").write_text(spec.to_toml())
-    write_weights(program, folder / "model.safetensors")
+def _same_data(path: Path, known: Mapping[str, Any], data: Data) -> None:
+    """Refuse data that have changed since the run was fitted to them."""
+    if data.protocol["digest"] != known["digest"] or data.protocol["split"] != known["split"]:
+        raise ValueError(
+            f"Expected the data that {path} was fitted to; {data.name} has changed since. Put the old data back, or "
+            f"fit again. If they have moved, correct data.name in {path / 'spec.toml'}."
+        )
+
+
+def _write_trained(
+    partial: Path, folder: Path, spec: Spec, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
+) -> Spec:
+    """Write what training leaves: weights, a line an epoch, the program's file where there is one, and the spec.
+
+    Returns:
+        The spec as it was written for `folder`, where it names the run's own copy of the program's file.
+    """
+    known, home = {}, spec
+    if spec.model.program is not None:
+        file, colon, name = spec.model.program.partition(":")
+        shutil.copy2(file, partial / Path(file).name)
+        known = {"program": digest(partial / Path(file).name)}
+        own = f"{folder.resolve() / Path(file).name}{colon}{name}"
+        home = dataclasses.replace(spec, model=spec.model.model_copy(update={"program": own}))
+    home = dataclasses.replace(home, path=folder / "spec.toml")
+    (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
+    tensors, constraints = learned
+    write_tensors(tensors, partial / "model.safetensors", spec=_pinned(spec), **known, **constraints)
     lines = []
     for epoch, elbo in enumerate(history["elbo"]):
         validation = history["validation"][epoch] if epoch < len(history["validation"]) else None
         rate, seconds = history["learning_rate"][epoch], history["seconds"][epoch]
         line = {"epoch": epoch, "elbo": elbo, "validation": validation, "learning_rate": rate, "seconds": seconds}
-        lines.append(json.dumps(line))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    if spec.model.program is not None:
-        file = Path(spec.model.program.rpartition(":")[0] or spec.model.program)
-        shutil.copy2(file, folder / file.name)
+        lines.append(json.dumps(line) + "\n")
+    (partial / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    return home
 
 
 def _report(
-    folder: Path,
-    spec: Spec,
-    program: Any,
-    data: Data,
-    train: dict[str, Any],
-    history: Mapping[str, Any],
-    samples: int,
-) -> dict[str, Any]:
-    """Evaluate and write the report, its pictures and the evidence of each test datum into a folder."""
-    device = place(program)[0]
+    partial: Path, title: str, spec: Spec, program: Any, data: Data, train: Mapping[str, Any],
+    history: Mapping[str, Any], samples: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate and write the report, its pictures and the evidence of each datum into a folder."""
+    device, seed = place(program)[0], spec.svi.seed
     data = data.to(device)
-    bound = trained(program, data, seed=spec.svi.seed)
-    blocks, evidence = evaluate(program, data, samples=samples, seed=spec.svi.seed)
+    part, rows = judged(program, data)
+    blocks, evidence = evaluate(program, data, samples=samples, seed=seed, latent=spec.model.latent)
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
-        "seed": spec.svi.seed,
+        "seed": seed,
         "versions": versions(),
         "device": device.type,
         "data": {
             "name": data.name,
             "protocol": data.protocol,
-            "measure": measure(program, data.test),
+            "measure": measure(program, rows),
+            "part": part,
             "features": data.features,
             "n_train": len(data.train["x"]),
             "n_test": len(data.test["x"]),
         },
-        "train": {**train, "elbo": bound["mean"]},
+        "train": {**train, **trained(program, data, seed=seed)},
         **blocks,
     }
-    doubts = distrust(report, history["elbo"], train_se=bound["se"] or 0.0)
     text = markdown(
         report,
-        title=spec.path.stem if spec.path.stem != "spec" else folder.name.strip(".").split(".")[0],
+        title=title,
         words=describe(program, spec),
-        program=rendering(program, data.test),
-        doubts=doubts,
-        pictures=figures(program, data, history, folder / "figures", seed=spec.svi.seed),
+        program=rendering(program, rows),
+        doubts=distrust(report, history["elbo"]),
+        pictures=figures(program, data, history, partial / "figures", seed=seed),
     )
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    (folder / "report.md").write_text(text)
-    table = {f.name: getattr(evidence, f.name).cpu() for f in dataclasses.fields(evidence) if f.name != "samples"}
-    safetensors.torch.save_file(table, folder / "evidence.safetensors", {"format_version": FORMAT})
+    (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (partial / "report.md").write_text(text, encoding="utf-8")
+    table = {f.name: getattr(evidence, f.name) for f in dataclasses.fields(evidence) if f.name != "samples"}
+    write_tensors(table, partial / "evidence.safetensors")
     return report
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Read `report.json` of a finished run."""
-    if not (path / "report.json").is_file():
-        raise ValueError(f"Expected a finished run; {path} was interrupted. Go on with: ppl-vae fit {path}")
-    try:
-        return json.loads((path / "report.json").read_text())  # type: ignore[no-any-return]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Expected {path / 'report.json'} to be JSON; it is damaged ({error}). Fit again.") from None
 
 
 def pick_folder(spec: Spec, out: str | Path | None, force: bool) -> Path:
@@ -302,16 +385,17 @@ def pick_folder(spec: Spec, out: str | Path | None, force: bool) -> Path:
         ValueError: where `out` holds a finished run and `force` is not given, or something else than a run.
     """
     if out is None:
-        name = spec.path.stem if spec.path else "run"
-        folder, number = Path("runs") / name, 2
+        name, number = spec.path.stem, 1
+        folder = Path("runs") / name
         while folder.exists():
-            folder, number = Path("runs") / f"{name}-{number}", number + 1
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
         return folder
     folder = Path(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if not (folder / "spec.toml").is_file():
-        raise ValueError(f"Expected --out to be new or an earlier run; {folder} holds something else.")
+        raise ValueError(f"Expected --out to be a new directory or an earlier run; {folder} holds something else.")
     if (folder / "report.json").is_file() and not force:
         raise ValueError(f"Expected --out to be new; {folder} holds a finished run. Choose another, or give --force.")
     return folder

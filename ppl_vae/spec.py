@@ -7,28 +7,27 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 
 import math
 import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyro
 import tomli_w
 import torch
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 from torch.distributions import constraints
 
 from ppl_vae import data as datasets
 from ppl_vae import families, networks, sources, svi
+from ppl_vae.check import Check, try_out
 from ppl_vae.conditional import Conditional
 from ppl_vae.data import Data
 from ppl_vae.program import VAE, PyroPair, load_program
 from ppl_vae.schema import CPU, ROLES, SECTIONS, explain, filled, is_path, needs, sections
-from ppl_vae.toml import listed, merge, near, read, show
-from ppl_vae.traces import prepare, scope, seeded, structure, trace_pair
+from ppl_vae.toml import is_program, listed, merge, near, read, show
+from ppl_vae.traces import prepare, seeded, structure
 
 __all__ = ["Check", "Spec", "load_spec"]
 
@@ -133,7 +132,7 @@ class Spec:
             found = structure(program, batch, seed=self.svi.seed)
             svi.check_objective(self.svi.elbo, found)
             few = {key: value[:100] for key, value in batch.items()}
-            trace, kept = _trace(program, few, self.svi.particles, found.nesting, self.svi.seed)
+            trace, kept = try_out(program, few, self.svi.particles, found.nesting, self.svi.seed)
         n, size = len(data.train["x"]), min(self.svi.batch_size, len(data.train["x"]))
         held = sum(part.nbytes for part in batch.values()) + 4 * sum(value.nbytes for _, value in values)
         return Check(
@@ -150,60 +149,13 @@ class Spec:
         )
 
 
-@dataclass(frozen=True)
-class Check:
-    """What `Spec.check` found; `str` gives it as a page for people.
-
-    Args:
-        data: the name of the data.
-        n_train: data for training.
-        features: columns of `x`.
-        latents: the latent sites in the model's order and the shape of an event of each.
-        observed: the observed sites, likewise.
-        kl: for each latent site, whether the objective takes its KL term `analytic` or `sampled`.
-        parameters: how many numbers each part learns.
-        epochs: passes over the data.
-        steps: optimiser steps in all.
-        memory: a rough estimate of the bytes that training takes, beyond the libraries themselves.
-    """
-
-    data: str
-    n_train: int
-    features: int
-    latents: dict[str, tuple[int, ...]]
-    observed: dict[str, tuple[int, ...]]
-    kl: dict[str, str]
-    parameters: dict[str, int]
-    epochs: int
-    steps: int
-    memory: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the findings as plain values, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
-        sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
-        counts = [f"{name} {count:,}" for name, count in self.parameters.items()]
-        return "\n".join(
-            [
-                f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features",
-                f"sites       {'; '.join(sites)}".replace("'n'", "n").replace("(n,)", "(n)"),
-                f"parameters  {', '.join(counts) or 'none'}; {sum(self.parameters.values()):,} in all",
-                f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
-                f"memory      about {max(self.memory / 2**20, 0.1):.1f} MiB",
-            ]
-        )
-
-
 def load_spec(
     path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, trust_code: bool = True
 ) -> Spec:
     """Read and check a spec.
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or a program, `file.py[:Class]`, to be fitted to the digits with 10 latent variables.
         overrides: values by dotted key, put in their place before anything is checked:
             `{"svi.epochs": 3, "likelihood.network.hidden": [50]}`. A whole table may be given; it replaces the old one.
         trust_code: whether the file of `model.program` may run; it does so here, for its keys to be checked.
@@ -214,7 +166,9 @@ def load_spec(
     path = Path(path)
     raw = merge(path, read(path), overrides or {})
     errors: list[str] = []
-    program = _resolve(path.resolve().parent, raw, errors, trust_code)
+    program = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
+    if is_program(path) and program is not None and "latent" in needs(program):
+        raw["model"].setdefault("latent", 10)
     paired = isinstance(raw.get("model"), dict) and "program" in raw["model"]
     known = sections(program, opened=paired and program is None)
     tables: dict[str, Any] = dict.fromkeys(SECTIONS)
@@ -244,7 +198,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
         if isinstance(root, str):
             data["root"] = str((folder / Path(root).expanduser()).resolve())
         if isinstance(name, str) and is_path(name):
-            places = [place / Path(name).expanduser() for place in (folder, sources.root_folder(None)[0])]
+            places = [place / Path(name).expanduser() for place in (folder, sources.root_folder(None)[0], Path.cwd())]
             data["name"] = str(next((place for place in places if place.exists()), places[0]).resolve())
     if not isinstance(model, dict) or not isinstance(model.get("program"), str):
         return None
@@ -351,7 +305,7 @@ def _assemble(spec: Spec, features: int, latent: int, rows: int) -> VAE:
 
 @contextmanager
 def _named(spec: Spec, data: Data | None = None) -> Iterator[None]:
-    """Name the file in an error, and print the `--set` that mends it where one does."""
+    """Name the file in an error, with the line of a program's file, or the `--set` that mends it where one does."""
     try:
         yield
     except ValueError as error:
@@ -366,29 +320,13 @@ def _named(spec: Spec, data: Data | None = None) -> Iterator[None]:
             elif learned in ("network", "feature") and bool((x == x[0]).all(0).any()):
                 remedy = " Try --set likelihood.scale=shared."
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
-
-
-def _trace(program: Any, batch: dict[str, torch.Tensor], particles: int, nesting: int, seed: int) -> tuple[Any, int]:
-    """Score a batch under Pyro's validation: the model's trace, and the bytes kept for gradients."""
-    kept: dict[int, int] = {}
-
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    first = next(iter(batch.values()))
-    with scope(program), seeded(seed, device=first.device), pyro.validation_enabled(True):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            try:
-                traces = trace_pair(program, batch, particles, nesting)
-                for trace in traces:
-                    trace.compute_log_prob()
-            except RuntimeError as error:
-                raise ValueError(
-                    "Expected a program that also runs with dims of particles left of the data's, as evidence needs: "
-                    f"shapes (..., n, event); it raised: {str(error).splitlines()[0]}"
-                ) from error
-    held = [*batch.values(), *(program.parameters() if isinstance(program, torch.nn.Module) else ())]
-    for value in held:
-        kept.pop(value.untyped_storage().data_ptr(), None)
-    return traces[0], sum(kept.values())
+    except Exception as error:
+        if spec.model.program is None:
+            raise
+        file = spec.model.program.partition(":")[0]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f", line {lines[-1]}," if lines else ""
+        raise ValueError(
+            f"{spec.path}: model.program: Expected model and guide of {file} to run on the data;{where} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error

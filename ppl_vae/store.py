@@ -22,6 +22,8 @@ __all__ = [
     "check_folder",
     "digest",
     "read_metadata",
+    "read_metrics",
+    "read_report",
     "read_state",
     "read_tensors",
     "read_weights",
@@ -151,6 +153,30 @@ def read_weights(program: Any, path: Path) -> None:
         raise ValueError(f"Expected {path} to hold this program's weights; {last}") from None
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """Read `report.json` of a finished run."""
+    file, wanted = path / "report.json", {"spec", "data", "train", "test", "exact", "baseline"}
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected {file} to be JSON; it is damaged ({error}). Fit again.") from None
+    if not isinstance(report, dict) or not wanted <= report.keys() or "protocol" not in report["data"]:
+        raise ValueError(f"Expected {file} to be a report; it lacks some of {', '.join(sorted(wanted))}. Fit again.")
+    return report
+
+
+def read_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl` of a finished run, a line an epoch."""
+    file = path / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"Expected {file} to hold JSON lines; it is damaged ({error}). Fit again.") from None
+    if len(lines) != epochs:
+        raise ValueError(f"Expected a line for each of {epochs} epochs in {file}; got {len(lines)}. Fit again.")
+    return lines
+
+
 def write_state(state: Mapping[str, Any], path: Path) -> None:
     """Save a training state, nested containers of tensors and plain values, as safetensors and JSON."""
     tensors: dict[str, Tensor] = {}
@@ -211,6 +237,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     Where the block raises, the directory stays as it was, and nothing half-written is left.
     """
+    folder = folder.resolve()
     partial, former = (folder.parent / f".{folder.name}.{what}-{os.getpid()}" for what in ("partial", "former"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["merge", "near", "parse_override", "read", "show"]
+__all__ = ["is_program", "merge", "near", "parse_override", "read", "show"]
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -27,8 +27,19 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), parsed["value"] if list(parsed) == ["value"] else value.strip()
 
 
+def is_program(path: Path) -> bool:
+    """Whether a path is that of a program, `file.py` or `file.py:Class`, and not of a spec."""
+    return path.name.partition(":")[0].endswith(".py")
+
+
 def read(path: Path) -> dict[str, Any]:
-    """Parse a file, or say what is wrong with it and where."""
+    """Parse a file, or say what is wrong with it and where; a program's path gives its spec, on the digits."""
+    if is_program(path):
+        file = path.with_name(path.name.partition(":")[0])
+        if not file.is_file():
+            there = [str(other) for other in sorted(file.parent.glob("*.py"))]
+            raise ValueError(f"Expected a program at {file.absolute()}; got no such file.{near(file, there)}")
+        return {"data": {"name": "digits"}, "model": {"program": path.name}}
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
