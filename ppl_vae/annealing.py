@@ -58,11 +58,12 @@ class Joint:
         self.n, self.device = len(first), first.device
         with torch.no_grad(), scope(program), seeded(0, device=self.device):
             model, guide = trace_pair(program, batch, 1, self.found.nesting)
-        self.auxiliary = [name for name in guide.stochastic_nodes if guide.nodes[name]["infer"].get("is_auxiliary")]
+        nodes: Any = guide.nodes
+        self.auxiliary = [name for name in guide.stochastic_nodes if nodes[name]["infer"].get("is_auxiliary")]
         self.transforms, self.shapes, sites = {}, {}, []
         for name in self.found.latents:
             node: Any = model.nodes[name]
-            value: Any = guide.nodes[name]["value"]
+            value: Any = nodes[name]["value"]
             self.transforms[name] = biject_to(_support(name, node["fn"].support))
             plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
             event = value.shape[value.dim() - node["fn"].event_dim :]
@@ -196,7 +197,7 @@ class Path:
         After a few calls with one k, the tensor operations are read off one evaluation and from then on replayed
         without Pyro; where a second point shows that the replay is not the program, it goes on step by step.
         """
-        u, k = u.detach(), len(u)
+        u, k = u.detach().contiguous(), len(u)
         self.seen[k] += 1
         if self.seen[k] == _EAGER:
             self.graphs[k] = self._capture(u)
@@ -216,7 +217,7 @@ class Path:
 
     def _capture(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         try:
-            graph: Any = make_fx(self._ends)(u)
+            graph: Any = make_fx(lambda given: self._ends(given))(u)
             graph.graph.eliminate_dead_code()
             graph.recompile()
             other = u.roll(1, 0) + 0.1 * torch.randn_like(u)
@@ -344,7 +345,10 @@ class Annealing:
 
     @property
     def error(self) -> Tensor:
-        r"""Give its standard error by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for a single chain."""
+        r"""Give its standard error by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for a single chain.
+
+        Where few chains are effective (`ess`), it is too small.
+        """
         return _delta(self.log_weights)
 
     @property

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import Layout, conditioned
-from ppl_vae.latents import guide_draws, packed
+from ppl_vae.latents import guide_draws, packed, site_values
 from ppl_vae.program import VAE
-from ppl_vae.traces import Structure, place, prepare, scope, seeded, structure
+from ppl_vae.traces import Structure, prepare, scope, seeded, structure
 
 __all__ = ["Calibration", "calibrate", "simulate"]
 
@@ -211,10 +211,9 @@ def _entries(name: str, node: Any, count: int) -> Tensor:
 def _joint(program: Any, batch: dict[str, Tensor], layout: Layout, z: Tensor) -> Tensor:
     """Give log p(x, z) in nats at draws (k, n, z), shape (k, n), a bounded number of entries at a time."""
     size = max(1, _ENTRIES // max(value.numel() for value in batch.values()))
-    dtype = place(program)[1] or torch.get_default_dtype()
     scores = []
     for some in z.split(size):
-        values = {name: value.to(dtype) for name, value in layout.unpack(some).items()}
+        values = site_values(program, layout, some)
         scores.append(conditioned(program.model, values, batch, len(some), layout.nesting))
     return torch.cat(scores)
 

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.exact import gaussians
+from ppl_vae.batches import as_batch
+from ppl_vae.exact import Gaussian, gaussians
+from ppl_vae.latents import packed
+from ppl_vae.traces import log_density, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["Comparison", "compare_posteriors"]
+
+_DATA = 100  # data at a time
+_DRAWS = 100  # draws at a time
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,12 @@ class Comparison:
 
     Args:
         kl: :math:`\mathrm{KL}(q \,\|\, p)` in nats.
-        wasserstein: the 2-Wasserstein distance, not squared, in units of z.
+        wasserstein: the 2-Wasserstein distance, not squared, in units of z; where q is not Gaussian, that of the
+            Gaussians of the same moments, which is a lower bound of it.
         mean_error: distance of the means, in units of p's marginal standard deviations.
         scale_ratio: geometric mean over the latents of q's marginal standard deviation divided by p's.
         gap: log p(x) - ELBO in nats, which equals `kl`.
+        error: Monte Carlo standard error of `kl` and `gap`; 0 where they are in closed form.
     """
 
     kl: Tensor
@@ -29,26 +37,36 @@ class Comparison:
     mean_error: Tensor
     scale_ratio: Tensor
     gap: Tensor
+    error: Tensor
 
 
-def compare_posteriors(program: Any, x: Any) -> Comparison:
-    r"""Compare a Gaussian guide with the exact posterior of its linear-Gaussian model, in closed form.
+def compare_posteriors(program: Any, x: Any, *, draws: int = 1000, seed: int = 0) -> Comparison:
+    r"""Compare a guide with the exact posterior of its linear-Gaussian model.
+
+    In closed form where the guide is Gaussian; else by sampling from the guide, whose log weights are
+    :math:`\log p(x) - \log q(z \mid x) + \log p(z \mid x)`, so that their distance from the exact log p(x) is the KL.
 
     Args:
-        program: a linear-Gaussian program whose guide is Gaussian, in whatever form.
+        program: a program whose model is linear-Gaussian, with any guide.
         x: data, a tensor (n, *x) or a batch dict.
+        draws: samples a datum from a guide that is not Gaussian, more than there are latents.
+        seed: of the draws; the global random state is left alone.
 
     Returns:
         The distances of each datum.
 
     Raises:
-        ValueError: where model or guide is not Gaussian in the latent variables.
+        ValueError: where the model is not Gaussian in the latent variables, or for too few draws.
 
     References:
         KL and 2-Wasserstein distance of Gaussians: The Frechet distance between multivariate normal distributions
         (Dowson and Landau 1982), equation 16; Pattern Recognition and Machine Learning (Bishop 2006), exercise 2.13.
     """
-    p, q = gaussians(program, x, "model"), gaussians(program, x, "guide")
+    p = gaussians(program, x, "model")
+    try:
+        q = gaussians(program, x, "guide")
+    except ValueError:
+        return _sampled(program, x, p, draws, seed)
     apart = q.loc - p.loc
     trace = (p.precision * q.covariance).sum((-2, -1))
     distance = (apart.unsqueeze(-2) @ p.precision @ apart.unsqueeze(-1)).flatten()
@@ -57,14 +75,47 @@ def compare_posteriors(program: Any, x: Any) -> Comparison:
     peak = p.log_normaliser - 0.5 * size * math.log(2 * math.pi) + 0.5 * torch.logdet(p.precision)
     elbo = peak - 0.5 * (distance + trace) + entropy
     kl = 0.5 * (trace + distance - size - torch.logdet(p.precision) + torch.logdet(q.precision))
-    scale_p, scale_q = (one.covariance.diagonal(dim1=-2, dim2=-1).sqrt() for one in (p, q))
+    return _comparison(p, q.loc, q.covariance, kl, p.log_normaliser - elbo, torch.zeros_like(kl))
+
+
+def _comparison(p: Gaussian, loc: Tensor, covariance: Tensor, kl: Tensor, gap: Tensor, error: Tensor) -> Comparison:
+    scale_p, scale_q = (one.diagonal(dim1=-2, dim2=-1).sqrt() for one in (p.covariance, covariance))
     return Comparison(
         kl=kl,
-        wasserstein=wasserstein(p.loc, p.covariance, q.loc, q.covariance),
-        mean_error=(apart / scale_p).norm(dim=-1),
+        wasserstein=wasserstein(p.loc, p.covariance, loc, covariance),
+        mean_error=((loc - p.loc) / scale_p).norm(dim=-1),
         scale_ratio=(scale_q / scale_p).log().mean(-1).exp(),
-        gap=p.log_normaliser - elbo,
+        gap=gap,
+        error=error,
     )
+
+
+@torch.no_grad()
+def _sampled(program: Any, x: Any, p: Gaussian, draws: int, seed: int) -> Comparison:
+    size = p.loc.shape[1]
+    if draws <= size + 1:
+        raise ValueError(
+            f"Expected `draws` to exceed the number of latents, {size}, by two or more, for their covariance under a "
+            f"guide that is not Gaussian; got {draws}."
+        )
+    batch = prepare(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    parts = []
+    for number, start in enumerate(range(0, len(p.loc), _DATA)):
+        rows = slice(start, start + _DATA)
+        part = {key: value[rows] for key, value in batch.items()}
+        n, codes, weights = len(p.loc[rows]), [], []
+        for block, done in enumerate(range(0, draws, _DRAWS)):
+            k = min(_DRAWS, draws - done)
+            with scope(program), seeded(seed, "compare", number, block, device=p.loc.device):
+                model, guide = trace_pair(program, part, k, found.nesting)
+                codes.append(packed(model, found))
+                weights.append(log_density(model, k, n) - log_density(guide, k, n))
+        z, gaps = torch.cat(codes), p.log_normaliser[rows] - torch.cat(weights)
+        centred = (z - z.mean(0)).transpose(0, 1)
+        parts.append((z.mean(0), centred.mT @ centred / (draws - 1), gaps.mean(0), gaps.std(0) / draws**0.5))
+    loc, covariance, gap, error = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _comparison(p, loc, covariance, gap, gap, error)
 
 
 def wasserstein(loc_p: Tensor, covariance_p: Tensor, loc_q: Tensor, covariance_q: Tensor) -> Tensor:

@@ -298,7 +298,8 @@ def describe(program: Any, spec: Any) -> str:
     if not isinstance(program, VAE):
         summary = (type(program).__doc__ or "").strip().split("\n")[0]
         file, _, _ = spec.model.program.partition(":")
-        return f"The program `{type(program).__name__}` of `{Path(file).name}`: {summary}\n\n{bound}"
+        name = f"The program `{type(program).__name__}` of `{Path(file).name}`"
+        return f"{name}{': ' + summary if summary else '.'}\n\n{bound}"
     z, x = program.prior.family.event_shape.numel(), program.likelihood.family.event_shape.numel()
     parts = (program.prior, program.likelihood, program.posterior)
     tables = (spec.prior, spec.likelihood, spec.posterior)

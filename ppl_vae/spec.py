@@ -325,8 +325,9 @@ def _named(spec: Spec, data: Data | None = None) -> Iterator[None]:
             raise
         file = spec.model.program.partition(":")[0]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        where = f", line {lines[-1]}," if lines else ""
+        where = f"line {lines[-1]}" if lines else "it"
+        what = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{spec.path}: model.program: Expected model and guide of {file} to run on the data;{where} raised "
-            f"{type(error).__name__}: {error}"
+            f"{spec.path}: model.program: Expected model and guide of {file} to run on the data; {where} raised "
+            f"{type(error).__name__}: {what}"
         ) from error

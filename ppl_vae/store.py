@@ -145,8 +145,11 @@ def read_weights(program: Any, path: Path) -> None:
     if params:
         held = {name: getattr(constraints, kind) for name, kind in kinds.items()}
         vars(program)["_ppl_vae_params"] = {"params": params, "constraints": held}
+    kept = {value.dtype for value in tensors.values() if value.is_floating_point()}
     try:
         if isinstance(program, nn.Module):
+            if len(kept) == 1:  # whatever torch's default is now
+                program.to(kept.pop())
             program.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()

@@ -542,7 +542,7 @@ def test_the_jackknife_of_exponential_weights(samples: int, known: float) -> Non
     found = log_evidence(gamma_weights(), torch.zeros(5000, 1), samples, seed=2)
     error = found.jackknife.std().item() / math.sqrt(5000)
     assert abs(found.jackknife.mean().item() - exact) < 5 * error
-    assert abs(exact) < 0.1 * abs(digamma(samples) - math.log(samples))
+    assert abs(exact) < 0.15 * abs(digamma(samples) - math.log(samples))
     assert found.jackknife.std() > found.log_evidence.std()
 
 
@@ -621,7 +621,7 @@ def test_intervals_cover_the_evidence_of_the_twins_where_the_tail_is_light_and_f
         for width, level in ((0.99446, 0.68), (1.95996, 0.95)):
             low, high = binom(1000, level).ppf([0.0005, 0.9995])
             inside = int((apart < width * found.mc_se).sum())
-            assert (low <= inside <= high) is holds
+            assert bool(low <= inside <= high) is holds
         assert (found.kind == "estimate") is holds
         assert bool(found.pareto_k.median() < 0.5) is holds
 

@@ -88,43 +88,44 @@ def test_latent_sites_come_back_by_name(site, shapes):
     np.testing.assert_allclose(array(joined), truth.loc, atol=1e-9)
 
 
-SINGLES: dict[str, tuple[Program, list[float], Any]] = {
-    "gamma_poisson": (
-        single(dist.Gamma(2.0, 1.0), dist.Poisson, dist.Gamma(2.0, 1.0)),
-        [3.0, 0.0, 40.0],
-        stats.nbinom(2, 0.5).logpmf,
-    ),
-    "beta_bernoulli": (
-        single(dist.Beta(2.0, 1.0), dist.Bernoulli, dist.Beta(1.0, 1.0)),
-        [0.0, 1.0],
-        stats.bernoulli(2 / 3).logpmf,
-    ),
-    "uniform_bernoulli": (
-        single(dist.Uniform(0.0, 2.0), lambda z: dist.Bernoulli(z / 2), dist.Uniform(0.0, 2.0)),
-        [0.0, 1.0],
-        stats.bernoulli(0.5).logpmf,
-    ),
-    "tails_of_cauchy": (
-        single(dist.Cauchy(0.0, 1.0), lambda z: dist.Cauchy(z, 1.0), dist.Normal(0.0, 1.0)),
-        [0.0, 4.0, -300.0],
-        stats.cauchy(0, 2).logpdf,
-    ),
-    "far_from_guide_and_prior": (
-        single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1e-4), dist.Normal(-3.0, 0.1)),
-        [0.5, 12.0, -60.0],
-        stats.norm(0, math.sqrt(1 + 1e-8)).logpdf,
-    ),
-    "two_modes": (
-        single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.abs(), 0.01), dist.Normal(0.0, 1.0)),
-        [2.0, 0.7],
-        lambda x: np.log(2) + stats.norm(0, math.sqrt(1 + 1e-4)).logpdf(x),
-    ),
-}
+def singles() -> dict[str, tuple[Program, list[float], Any]]:
+    return {
+        "gamma_poisson": (
+            single(dist.Gamma(2.0, 1.0), dist.Poisson, dist.Gamma(2.0, 1.0)),
+            [3.0, 0.0, 40.0],
+            stats.nbinom(2, 0.5).logpmf,
+        ),
+        "beta_bernoulli": (
+            single(dist.Beta(2.0, 1.0), dist.Bernoulli, dist.Beta(1.0, 1.0)),
+            [0.0, 1.0],
+            stats.bernoulli(2 / 3).logpmf,
+        ),
+        "uniform_bernoulli": (
+            single(dist.Uniform(0.0, 2.0), lambda z: dist.Bernoulli(z / 2), dist.Uniform(0.0, 2.0)),
+            [0.0, 1.0],
+            stats.bernoulli(0.5).logpmf,
+        ),
+        "tails_of_cauchy": (
+            single(dist.Cauchy(0.0, 1.0), lambda z: dist.Cauchy(z, 1.0), dist.Normal(0.0, 1.0)),
+            [0.0, 4.0, -300.0],
+            stats.cauchy(0, 2).logpdf,
+        ),
+        "far_from_guide_and_prior": (
+            single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1e-4), dist.Normal(-3.0, 0.1)),
+            [0.5, 12.0, -60.0],
+            stats.norm(0, math.sqrt(1 + 1e-8)).logpdf,
+        ),
+        "two_modes": (
+            single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.abs(), 0.01), dist.Normal(0.0, 1.0)),
+            [2.0, 0.7],
+            lambda x: np.log(2) + stats.norm(0, math.sqrt(1 + 1e-4)).logpdf(x),
+        ),
+    }
 
 
-@pytest.mark.parametrize("name", SINGLES)
+@pytest.mark.parametrize("name", singles())
 def test_quadrature_finds_place_and_width_of_any_posterior(name):
-    program, values, exact = SINGLES[name]
+    program, values, exact = singles()[name]
     x = torch.tensor(values).unsqueeze(-1)
     found = reference_posterior(program, x, "quadrature")
     miss = np.abs(array(found.log_evidence) - exact(np.array(values)))
@@ -140,11 +141,11 @@ def test_quadrature_finds_place_and_width_of_any_posterior(name):
 
 
 def test_quadrature_short_of_points_says_so():
-    program, values, _ = SINGLES["two_modes"]
+    program, values, _ = singles()["two_modes"]
     x = torch.tensor(values).unsqueeze(-1)
     found, fine = (reference_posterior(program, x, "quadrature", points=points) for points in (40, 2**18))
     assert not found.converged
-    assert (found.error > 1e-6).all()
+    assert (found.error > 1).all()
     assert ((found.log_evidence - fine.log_evidence).abs() <= found.error).all()
 
 
@@ -211,6 +212,7 @@ def test_nuts_that_did_not_mix_carries_its_failure():
         "nuts",
         draws=40,
         warmup=40,
+        chains=8,
     )
     assert not found.converged
     assert float(found.diagnostics["r_hat"].max()) > 1.01

@@ -1,0 +1,120 @@
+"""Evidence, annealing and the gap on MNIST, as `models/mnist.toml` trains it for a few epochs.
+
+python benchmarks/how_right.py [--epochs 4] [--out benchmarks/results/how_right.json]
+
+On 100 held-out images: is the lower bound by annealed importance sampling above the importance-weighted one, are both
+parts of the gap at least 0, and does the sandwich close on data that the model made? Needs MNIST under PPL_VAE_DATA.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+from ppl_vae import fit, load_spec, log_evidence
+from ppl_vae.annealing import annealed_importance, bidirectional
+from ppl_vae.gap import inference_gap
+from ppl_vae.svi import SETTINGS
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def main() -> None:
+    """Run all, print the figures, and write them as JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--chains", type=int, default=16)
+    parser.add_argument("--temperatures", type=int, default=500)
+    parser.add_argument("--leapfrog", type=int, default=10)
+    parser.add_argument("--simulated", type=int, default=20)
+    parser.add_argument("--simulated-temperatures", type=int, default=2000)
+    parser.add_argument("--out", help="a JSON file")
+    given = parser.parse_args()
+    spec = load_spec(MODELS / "mnist.toml", {"svi.epochs": given.epochs})
+    data = spec.load_data()
+    program: Any = spec.build(data)
+    began = time.perf_counter()
+    history = fit(program, data, **{key: getattr(spec.svi, key) for key in (*SETTINGS, "seed")})
+    found: dict[str, Any] = {"epochs": given.epochs, "train_elbo": history.elbo[-1], "train_seconds": seconds(began)}
+    x = {key: value[: given.images] for key, value in data.test.items()}
+
+    began = time.perf_counter()
+    weighted = log_evidence(program, x, 5000)
+    found["importance_weighted"] = {
+        "samples": 5000,
+        "elbo": float(weighted.elbo.mean()),
+        "log_evidence": float(weighted.log_evidence.mean()),
+        "kind": weighted.kind,
+        "seconds": seconds(began),
+    }
+    print(json.dumps(found["importance_weighted"]))
+
+    began = time.perf_counter()
+    settings = {"chains": given.chains, "temperatures": given.temperatures, "leapfrog": given.leapfrog}
+    annealed = annealed_importance(program, x, **settings)
+    spread = (annealed.error**2 + weighted.mc_se**2).sqrt()
+    above = annealed.log_evidence >= weighted.log_evidence - 2 * spread
+    found["annealing"] = {
+        **settings,
+        "log_evidence": float(annealed.log_evidence.mean()),
+        "mean_difference": float((annealed.log_evidence - weighted.log_evidence).mean()),
+        "above_within_2_errors": int(above.sum()),
+        "above": int((annealed.log_evidence >= weighted.log_evidence).sum()),
+        "images": given.images,
+        "median_error": float(annealed.error.median()),
+        "seconds": seconds(began),
+    }
+    print(json.dumps(found["annealing"]))
+
+    began = time.perf_counter()
+    few = {key: value[: given.simulated] for key, value in x.items()}
+    longer = {**settings, "temperatures": given.simulated_temperatures}
+    sandwich = bidirectional(program, few, **longer)
+    found["sandwich"] = {
+        **longer,
+        "data": given.simulated,
+        "mean_gap": float(sandwich.gap.mean()),
+        "median_gap": float(sandwich.gap.median()),
+        "largest_gap": float(sandwich.gap.max()),
+        "seconds": seconds(began),
+    }
+    print(json.dumps(found["sandwich"]))
+
+    began = time.perf_counter()
+    gap = inference_gap(program, x, log_evidence=annealed)
+    found["gap"] = {
+        "total": float(gap.total.mean()),
+        "approximation": float(gap.approximation.mean()),
+        "amortization": float(gap.amortization.mean()),
+        "approximation_not_below_0_within_3_errors": int((gap.approximation >= -3 * gap.approximation_error).sum()),
+        "amortization_not_below_0_within_3_errors": int((gap.amortization >= -3 * gap.amortization_error).sum()),
+        "images": given.images,
+        "seconds": seconds(began),
+    }
+    print(json.dumps(found["gap"]))
+    found["machine"] = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+    }
+    if given.out:
+        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(given.out).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def seconds(began: float) -> float:
+    """Give the time since then."""
+    return round(time.perf_counter() - began, 1)
+
+
+if __name__ == "__main__":
+    main()

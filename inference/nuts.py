@@ -1,0 +1,47 @@
+"""Sample the posterior of a few of a run's held-out data by Pyro's NUTS: python inference/nuts.py runs/vae --data 2."""
+
+import argparse
+
+from ppl_vae import load_run
+from ppl_vae.latents import codes
+from ppl_vae.reference import reference_posterior
+from ppl_vae.report import judged
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print each latent's mean and scale by NUTS beside the guide's; the exit status is 1 where NUTS did not mix."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--data", type=int, default=2, help="how many of the first data to sample")
+    parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--warmup", type=int, default=500)
+    parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust-code", action="store_true", help="allow the run's program file to be executed")
+    given = parser.parse_args(arguments)
+    settings = {name: getattr(given, name) for name in ("draws", "warmup", "chains", "seed")}
+    try:
+        run = load_run(given.run, trust_code=given.trust_code)
+        part, rows = judged(run.program, run.spec.load_data())
+        x = {key: value[: given.data] for key, value in rows.items()}
+        found = reference_posterior(run.program, x, "nuts", **settings)
+        loc, variance = codes(run.program, x, 1000, seed=given.seed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+    spread = found.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    names = [f"{name}[{i}]" for name, value in found.sites.items() for i in range(value[0].numel())]
+    print(f"{part} data, {given.chains} chains of {given.draws} draws")
+    print(f"{'datum':>5} {'latent':>10} {'mean':>9} {'scale':>8} {'guide mean':>11} {'guide scale':>12}")
+    for row in range(len(found.loc)):
+        for column, name in enumerate(names):
+            exact = f"{found.loc[row, column]:9.3f} {spread[row, column]:8.3f}"
+            print(f"{row:5d} {name:>10} {exact} {loc[row, column]:11.3f} {variance[row, column].sqrt():12.3f}")
+    r_hat, ess = (found.diagnostics[name] for name in ("r_hat", "ess"))
+    print(f"R-hat {r_hat.max():.4f}, bulk draws {ess.min():.0f}, divergences {found.diagnostics['divergences']}")
+    if not found.converged:
+        raise SystemExit("NUTS did not converge: ask for more --warmup and --draws.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The command line: what it prints where, its exit status, and one plain message for each mistake."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ppl_vae import demo, run
+from ppl_vae.cli import app
+
+MODELS = Path(__file__).parents[1] / "models"
+SHORT = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+PPCA = str(MODELS / "ppca.toml")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run(monkeypatch, tmp_path):
+    """Single precision, as the command line has it, no pictures, in a folder of its own."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "ppca"
+    assert invoke("fit", PPCA, *SHORT, "--out", out).exit_code == 0
+    return out
+
+
+def invoke(*arguments):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def refused(*arguments):
+    """Run a command that must be refused plainly, whatever is asked for, and give the message."""
+    for more in ([], ["--json"]):
+        found = invoke(*arguments, *more)
+        assert found.exit_code == 2, found.output
+        assert found.stdout == ""
+        assert found.stderr.count("ppl-vae: ") == 1
+        assert "Traceback" not in found.stderr
+        assert isinstance(found.exception, SystemExit)
+    return found.stderr
+
+
+def python(*arguments, **more):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **more
+    )
+
+
+def test_help_and_a_file_that_is_no_toml_wait_for_neither_torch_nor_pyro(tmp_path):
+    (tmp_path / "bad.toml").write_text("[data\n")
+    for arguments, status in ((["--help"], 0), (["fit", "bad.toml"], 2), (["check", "none.toml"], 2)):
+        found = python("-X", "importtime", "-m", "ppl_vae", *arguments, cwd=tmp_path)
+        assert found.returncode == status
+        imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines() if "import time:" in line}
+        assert "typer" in imported
+        assert not {"torch", "pyro", "numpy", "matplotlib", "pydantic"} & imported
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in ("fit", "evaluate", "compare", "check", "list", "demo"))])
+def test_each_command_has_help(command):
+    found = invoke(*command, "--help")
+    assert found.exit_code == 0
+    assert "--json" in found.stdout or not command
+
+
+def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypatch):
+    (tmp_path / "loud.py").write_text((MODELS / "vae.py").read_text() + "\nprint('a loud program')\n")
+    monkeypatch.setattr(demo, "run_demo", lambda out, say: say("a row") or {"table": "text", "rows": []})
+    commands = {
+        "fit": ["fit", PPCA, *SHORT, "--out", tmp_path / "a"],
+        "program": ["fit", "loud.py", *SHORT, "--set", "model.hidden=5", "--out", tmp_path / "b"],
+        "evaluate": ["evaluate", finished, "--samples", 40],
+        "compare": ["compare", finished, tmp_path / "a"],
+        "check": ["check", PPCA],
+        "list": ["list", "network"],
+        "demo": ["demo"],
+    }
+    said = {}
+    for name, arguments in commands.items():
+        found = invoke(*arguments, "--json")
+        assert found.exit_code == 0, found.output
+        said[name] = json.loads(found.stdout), found.stderr
+    assert said["fit"][0] == json.loads((tmp_path / "a" / "report.json").read_text())
+    assert said["evaluate"][0] == json.loads((finished / "report.json").read_text())
+    assert said["evaluate"][0]["test"]["samples"] == 40
+    assert {"spec", "seed", "versions", "device", "data", "train", "test", "exact", "baseline"} <= said["fit"][0].keys()
+    assert said["compare"][0].keys() == {"runs", "differences"}
+    assert said["check"][0]["steps"] == 4500
+    assert {one["name"] for one in said["list"][0]["components"]} >= {"MLP", "Linear", "Table", "Free"}
+    assert said["demo"] == ({"table": "text", "rows": []}, "a row\n")
+    assert f"runs the code of {tmp_path / 'loud.py'}" in said["program"][1]
+    assert "a loud program" in said["program"][1]
+
+
+def test_text_for_people(finished, tmp_path):
+    made = invoke("fit", PPCA, *SHORT, "--out", tmp_path / "a", "--set", "svi.seed=1")
+    assert "nats per held-out datum" in made.stdout
+    assert str(tmp_path / "a" / "report.md") in made.stdout
+    assert "z (n, 10) latent, KL analytic; x (n, 64) observed" in made.stderr
+    table = invoke("compare", finished, tmp_path / "a").stdout.splitlines()
+    assert table[0].split() == ["run", "ELBO", "log", "evidence", "exact", "PPCA"]
+    assert len({len(line) for line in table[:4]}) == 1
+    assert f"{finished} - {tmp_path / 'a'}: " in "\n".join(table)
+    assert "steps in 300 epochs" in invoke("check", PPCA).stdout
+    assert "components = 10" in invoke("list", "prior").stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("svi.epoch=3", "svi.epoch: Expected"),
+        ("model.latnet=3", "Did you mean latent?"),
+        ("prior={family='StandardNorml'}", "Did you mean StandardNormal?"),
+        ("svi.learning_rate=-0.1", "positive number; got -0.1"),
+        ("svi.epochs='many'", "svi.epochs: Expected a whole number"),
+        ("evaluation.samples=0", "evaluation.samples: Expected at least 1; got 0"),
+        ("data.name=mnits", "Did you mean"),
+        ("data.name=/none/x.csv", "got no such file"),
+        ("svi.seed", "Expected KEY=VALUE"),
+        ("data.binarization=dynamic", "Try --set data.binarization=none"),
+    ],
+)
+def test_mistakes_in_a_spec(change, expected, tmp_path):
+    message = refused("fit", PPCA, "--set", change)
+    assert expected in message
+    assert PPCA in message or "KEY=VALUE" in message
+    assert expected in refused("check", PPCA, "--set", change)
+    assert not list(tmp_path.iterdir())
+
+
+def data_files(folder):
+    (folder / "empty.csv").touch()
+    (folder / "text.csv").write_text("a,b\n1,2\n3,four\n5,6\n")
+    (folder / "ragged.csv").write_text("1,2\n3\n5,6\n")
+    (folder / "nan.csv").write_text("1,2\n3,nan\n5,6\n")
+    np.savez(folder / "keys.npz", images=np.ones((9, 3)), others=np.ones((9, 3)))
+    (folder / "cut.npz").write_bytes((folder / "keys.npz").read_bytes()[:100])
+    np.save(folder / "nan.npy", np.full((9, 3), np.nan))
+    (folder / "folder.csv").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("empty.csv", "Expected rows of numbers"),
+        ("text.csv", "line 3, column 'b'; got 'four'"),
+        ("ragged.csv", "line 2, as in its first row; got 1"),
+        ("nan.csv", "line 2, column 2; got 'nan'"),
+        ("nan.npy", "got nan in row 0, column 0"),
+        ("keys.npz", "'images', 'others'"),
+        ("cut.npz", "Expected a NumPy file"),
+        ("folder.csv", "got the folder"),
+    ],
+)
+def test_mistakes_in_data(name, expected, tmp_path):
+    data_files(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    message = refused("fit", PPCA, "--set", f"data.name={tmp_path / name}", "--set", "model.latent=1")
+    assert expected in message
+    assert name in message
+    assert PPCA in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "got no such file"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("def broken(:", "SyntaxError"),
+        ("class P:\n    def guide(self, x): ...\n", "with `model` and `guide`; it has none"),
+        (
+            "class P:\n    def __init__(self, features): ...\n    def model(self, x):\n        x.nothing()\n"
+            "    def guide(self, x): ...\n",
+            "line 4 raised AttributeError",
+        ),
+    ],
+)
+def test_mistakes_in_a_program(text, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "own.py").write_text(text)
+    (tmp_path / "own.toml").write_text('[data]\nname = "digits"\n[model]\nprogram = "own.py"\n')
+    for source in ("own.toml", "own.py"):
+        message = refused("fit", source)
+        assert expected in message
+        assert "own.py" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistakes_in_a_path(finished, tmp_path):
+    assert "Did you mean" in refused("fit", MODELS / "digit.toml")
+    assert "digits.toml" in refused("fit", MODELS)
+    assert "is a finished run" in refused("fit", finished)
+    assert "holds a finished run" in refused("fit", PPCA, "--out", finished)
+    (tmp_path / "empty.toml").touch()
+    assert "empty file" in refused("check", "empty.toml")
+    assert "is missing" in refused("evaluate", tmp_path / "none")
+    assert "is a file" in refused("evaluate", PPCA)
+    assert "`samples`" in refused("evaluate", finished, "--samples", 0)
+    assert "two or more runs" in refused("compare", finished)
+    assert "holds none of its files" in refused("compare", finished, tmp_path)
+    assert "Expected a role" in refused("list", "priors")
+    (tmp_path / "file").touch()
+    assert "file" in refused("fit", PPCA, *SHORT, "--out", tmp_path / "file" / "run")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").write_bytes(
+        weights.replace(b'"format_version":"1"', b'"format_version":"2"')
+    )
+    assert "newer ppl_vae" in refused("evaluate", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(weights[:-9])
+    for command in (["evaluate"], ["compare", finished]):
+        assert "model.safetensors" in refused(*command, tmp_path / "run")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_cannot_be_written(code, tmp_path, monkeypatch):
+    def failing(*given, **more):
+        raise OSError(code, os.strerror(code), str(tmp_path / "somewhere"))
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    message = refused("fit", PPCA, *SHORT, "--out", tmp_path / "new")
+    assert os.strerror(code) in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fit"], ["fit", PPCA, "--epochs", "3"], ["train"], ["fit", PPCA, "--device", "tpu"]]
+)
+def test_unknown_words(arguments):
+    found = invoke(*arguments)
+    assert found.exit_code == 2
+    assert found.stdout == ""
+    assert "Usage" in found.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def broken(*given, **more):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(run, "fit_spec", broken)
+    found = invoke("fit", PPCA)
+    assert found.exit_code == 1
+    assert isinstance(found.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_last_epoch_and_fit_goes_on_to_the_same_numbers(number, status, tmp_path):
+    (tmp_path / "tell.py").write_text(
+        "import sys\nfrom ppl_vae import run\nfrom ppl_vae.cli import main\nfit = run.fit\n"
+        "def telling(*given, on_epoch, **more):\n"
+        "    def told(epoch, state):\n"
+        "        on_epoch(epoch, state)\n"
+        "        print('epoch', epoch, file=sys.stderr, flush=True)\n"
+        "    return fit(*given, on_epoch=told, **more)\n"
+        "run.fit = telling\nmain()\n"
+    )
+    settings = ["--set", "svi.epochs=40", "--set", "evaluation.samples=30"]
+    command = [sys.executable, "tell.py", "fit", PPCA, *settings, "--out", "part"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path) as process:
+        for line in process.stderr:
+            if line.startswith("epoch 3"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == status
+    assert "Go on with: ppl-vae fit part" in rest
+    assert "Traceback" not in rest
+    done = len((tmp_path / "part" / "metrics.jsonl").read_text().splitlines())
+    assert 3 < done < 40
+    assert invoke("fit", "part").exit_code == 0
+    assert invoke("fit", PPCA, *settings, "--out", "whole").exit_code == 0
+    part, whole = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("part", "whole"))
+    assert part["test"] == whole["test"]
+    assert part["train"]["elbo"] == whole["train"]["elbo"]
