@@ -126,7 +126,7 @@ def _read(program: Any, batch: dict[str, Tensor], role: str) -> Gaussian:
     if bool(failed.any()):
         raise ValueError(
             f"Expected a {role} whose precision of {', '.join(found.latents)} is positive definite; that of datum "
-            f"{int(failed.nonzero()[0])} of its block is not, to rounding: the covariance is nearly singular or improper."
+            f"{int(failed.nonzero()[0])} of its block is not, to rounding: its covariance is nearly singular."
         )
     shift = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
