@@ -19,6 +19,8 @@ _HOME = {
     "exact_posterior": "exact",
     "exact_log_evidence": "exact",
     "compare_posteriors": "compare",
+    "reference_posterior": "reference",
+    "inference_gap": "gap",
 }
 
 __all__ = [*_HOME, "data", "families", "networks"]

@@ -44,6 +44,16 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Reference(StrEnum):
+    """How to find the posterior without the guide."""
+
+    auto = "auto"
+    closed_form = "closed-form"
+    quadrature = "quadrature"
+    ais = "ais"
+    nuts = "nuts"
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the spec; VALUE is TOML. Repeatable."),
@@ -82,6 +92,13 @@ def fit(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     samples: Annotated[int | None, typer.Option(help="Importance samples a datum; as in the spec by default.")] = None,
+    reference: Annotated[
+        Reference | None, typer.Option(help="Hold log p(x) against a reference posterior by this method.")
+    ] = None,
+    gap: Annotated[
+        bool, typer.Option("--gap", help="Split log p(x) - ELBO into the family's and the network's.")
+    ] = False,
+    calibration: Annotated[bool, typer.Option("--calibration", help="Test the guide on data of the model.")] = False,
     device: Place = Device.auto,
     trust_code: Trust = False,
     as_json: Json = False,
@@ -90,8 +107,12 @@ def evaluate(
     with plainly() as screen:
         from ppl_vae.run import evaluate_run
 
-        done = evaluate_run(run, samples=samples, device=device.value, trust_code=trust_code)
+        asked: dict[str, Any] = {"reference": reference and reference.value, "gap": gap, "calibration": calibration}
+        done = evaluate_run(run, samples=samples, device=device.value, trust_code=trust_code, **asked)
         show(screen, done.report, as_json, lambda: f"{headline(done.report)}\n{done.path / 'report.md'}")
+        if not done.report.get("reference", {}).get("converged", True):
+            say("ppl-vae: Expected a reference that passes its own checks; it did not. The report says which failed.")
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -173,8 +194,8 @@ def plainly() -> Iterator[TextIO]:
     Gives standard output for the results; whatever else is printed, by a program's file too, goes to standard error.
     """
     screen = sys.stdout
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    mainly = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _terminate) if mainly else None
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield screen
@@ -196,6 +217,9 @@ def plainly() -> Iterator[TextIO]:
     except KeyboardInterrupt as stop:
         say(f"\nppl-vae: {stop if str(stop) else 'interrupted'}")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        if mainly:
+            signal.signal(signal.SIGTERM, former)
 
 
 def say(message: str) -> None:

@@ -199,7 +199,14 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
 
 
 def markdown(
-    report: Mapping[str, Any], *, title: str, words: str, program: str, doubts: list[str], pictures: Mapping[str, str]
+    report: Mapping[str, Any],
+    *,
+    title: str,
+    words: str,
+    program: str,
+    doubts: list[str],
+    pictures: Mapping[str, str],
+    findings: Sequence[str] = (),
 ) -> str:
     """Write a report for people.
 
@@ -210,6 +217,7 @@ def markdown(
         program: Pyro's rendering of the program's sites and shapes.
         doubts: what `distrust` found.
         pictures: captions by file name.
+        findings: what a closer look found.
     """
     keys = ("binarization", "scaling", "dequantization")
     notes = [f"{key} {report['data']['protocol'][key]}" for key in keys if report["data"]["protocol"][key] != "none"]
@@ -225,6 +233,7 @@ def markdown(
         words=words,
         program="\n".join(line.rstrip() for line in program.splitlines()),
         doubts=doubts,
+        findings=findings,
         pictures=pictures,
         rows=_rows(report),
         judged="held-out" if held_out else "training",
@@ -374,7 +383,8 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
         grid = plots.latent_grid(program, shape=shape)
         keep("manifold.png", grid, "The mean of x over the latent plane, a regular grid in the prior's quantiles.")
     try:
-        q, p = gaussians(program, few, "guide"), gaussians(program, few, "model")
+        with torch.enable_grad():
+            q, p = gaussians(program, few, "guide"), gaussians(program, few, "model")
     except ValueError:
         return drawn
     pairs = (q.loc, q.covariance), (p.loc, p.covariance)

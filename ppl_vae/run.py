@@ -15,6 +15,7 @@ from torch import nn
 
 from ppl_vae.data import Data
 from ppl_vae.report import describe, distrust, evaluate, figures, judged, markdown, measure, rendering, trained
+from ppl_vae.scrutiny import scrutinise
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import (
     check_folder,
@@ -215,18 +216,29 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
 
 
 def evaluate_run(
-    path: str | Path, *, samples: int | None = None, device: str = "auto", trust_code: bool = False
+    path: str | Path,
+    *,
+    samples: int | None = None,
+    reference: str | None = None,
+    gap: bool = False,
+    calibration: bool = False,
+    device: str = "auto",
+    trust_code: bool = False,
 ) -> Run:
     """Evaluate a finished run again, and replace its report, pictures and evidence.
 
     Args:
         path: the run directory.
         samples: importance samples a datum, as in the spec by default.
+        reference: a method of `reference_posterior` to hold the evidence against.
+        gap: whether to split log p(x) - ELBO into its parts.
+        calibration: whether to test the guide on data of the model.
         device: `auto`, `cpu` or `cuda`.
         trust_code: whether the copy of a program file in the run may be executed.
 
     Raises:
-        ValueError: for a path that is no finished run, samples out of range, or data that are not those of the run.
+        ValueError: for a path that is no finished run, samples out of range, data that are not those of the run, or a
+            reference that the program does not allow.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples}.")
@@ -243,6 +255,7 @@ def evaluate_run(
         report = _report(
             partial, run.path.resolve().name, run.spec, run.program, data, run.report["train"], history,
             samples or run.spec.evaluation.samples,
+            {"reference": reference, "gap": gap, "calibration": calibration},
         )  # fmt: skip
     return Run(run.path, run.spec, run.program, report)
 
@@ -339,7 +352,7 @@ def _write_trained(
 
 def _report(
     partial: Path, title: str, spec: Spec, program: Any, data: Data, train: Mapping[str, Any],
-    history: Mapping[str, Any], samples: int,
+    history: Mapping[str, Any], samples: int, closer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate and write the report, its pictures and the evidence of each datum into a folder."""
     device, seed = place(program)[0], spec.svi.seed
@@ -363,13 +376,22 @@ def _report(
         "train": {**train, **trained(program, data, seed=seed)},
         **blocks,
     }
+    pictures = figures(program, data, history, partial / "figures", seed=seed)
+    findings: list[str] = []
+    if closer is not None and any(closer.values()):
+        more, findings, drawn = scrutinise(
+            program, rows, evidence, partial / "figures", shape=data.shape, seed=seed, **closer
+        )
+        report.update(more)
+        pictures |= drawn
     text = markdown(
         report,
         title=title,
         words=describe(program, spec),
         program=rendering(program, rows),
         doubts=distrust(report, history["elbo"]),
-        pictures=figures(program, data, history, partial / "figures", seed=seed),
+        findings=findings,
+        pictures=pictures,
     )
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")

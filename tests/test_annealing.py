@@ -13,8 +13,9 @@ from torch import Tensor
 from twins import TWINS, array, draws, randomise
 
 from ppl_vae import VAE, Conditional, Program, exact_log_evidence
-from ppl_vae.annealing import HMC, Joint, Path, anneal, annealed_importance, bidirectional, ladder
+from ppl_vae.annealing import HMC, anneal, annealed_importance, bidirectional, ladder
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
+from ppl_vae.joint import Joint, Path
 from ppl_vae.networks import MLP
 from ppl_vae.traces import prepare, seeded
 

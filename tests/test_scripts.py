@@ -32,13 +32,13 @@ def main(name, *arguments):
 
 
 def test_every_script_is_short():
-    assert SCRIPTS.keys() == {"svi", "importance_weighted", "exact_posterior"}
+    assert SCRIPTS.keys() >= {"svi", "importance_weighted", "exact_posterior"}
     for path in SCRIPTS.values():
         assert len(path.read_text().splitlines()) <= 60
         assert "main" in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("source", ["ppca.toml", "two_level.toml", "vae.py", "vae.py:VAE", "state_space.py"])
+@pytest.mark.parametrize("source", ["ppca.toml", "two_level.toml", "vae.py", "vae.py:VAE"])
 def test_svi_leaves_a_run(source, tmp_path, capsys):
     short = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
     main("svi", ROOT / "models" / source, *short, "--out", tmp_path / "run")
@@ -54,7 +54,7 @@ def test_svi_leaves_a_run(source, tmp_path, capsys):
 
 
 def test_the_visible_loop_finds_what_fit_finds(tmp_path):
-    settings = {"svi.epochs": 60, "svi.schedule": "constant", "svi.learning_rate": 0.05, "evaluation.samples": 30}
+    settings = {"svi.epochs": 20, "svi.schedule": "constant", "svi.learning_rate": 0.1, "evaluation.samples": 30}
     known = fit_spec(ROOT / "models" / "ppca.toml", settings, out=tmp_path / "fit").report
     changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     main("svi", ROOT / "models" / "ppca.toml", *changes, "--out", tmp_path / "svi")

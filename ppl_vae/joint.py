@@ -1,0 +1,224 @@
+"""The log joint density of a program and the path that leads to it, as functions of one real vector a datum."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to, constraints, identity_transform
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppl_vae.exact import Layout
+from ppl_vae.traces import Structure, batch_of, log_density, scope, seeded, structure, trace_pair
+
+__all__ = ["Joint", "Path", "State"]
+
+_EAGER = 5  # evaluations before they are captured
+
+
+Batch = dict[str, Tensor]
+
+
+class Joint:
+    r"""The log joint density of a program, and its guide's, as functions of one real vector a datum.
+
+    The latent sites stand side by side in the model's order. One on the positive numbers is seen through a logarithm,
+    one on an interval through a logit, with the volume that this brings.
+
+    Args:
+        program: any program whose latent sites are continuous.
+        batch: data, as `prepare` gives them.
+        found: the program's structure, read off where not given.
+
+    Raises:
+        ValueError: for a latent site that is discrete or of a support without a simple change of variables.
+    """
+
+    def __init__(self, program: Any, batch: Batch, found: Structure | None = None) -> None:
+        self.program, self.batch = program, batch
+        self.found = structure(program, batch) if found is None else found
+        first = next(iter(batch.values()))
+        self.n, self.device = len(first), first.device
+        with torch.no_grad(), scope(program), seeded(0, device=self.device):
+            model, guide = trace_pair(program, batch, 1, self.found.nesting)
+        nodes: Any = guide.nodes
+        self.auxiliary = [name for name in guide.stochastic_nodes if nodes[name]["infer"].get("is_auxiliary")]
+        self.transforms, self.shapes, sites = {}, {}, []
+        for name in self.found.latents:
+            node: Any = model.nodes[name]
+            value: Any = nodes[name]["value"]
+            self.transforms[name] = biject_to(_support(name, node["fn"].support))
+            plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
+            event = value.shape[value.dim() - node["fn"].event_dim :]
+            batched = value.shape[: value.dim() - len(event)]
+            self.shapes[name] = (*(batched[dim] for dim in plates if -1 > dim > -1 - self.found.nesting), *event)
+            sites.append((name, value, node["fn"].event_dim))
+        self.layout = Layout(sites, self.found.nesting)
+        self.dtype = torch.promote_types(sites[0][1].dtype, torch.float32)
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+
+    def log_probs(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        trace = self._trace(self.program.model, values, len(u))
+        prior = log_density(trace, len(u), self.n, self.found.latents)
+        return prior + volume, log_density(trace, len(u), self.n, self.found.observed)
+
+    def log_guide(self, u: Tensor) -> Tensor:
+        """Give log q(z|x), (k, n) in nats, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        try:
+            return log_density(self._trace(self.program.guide, values, len(u)), len(u), self.n) + volume
+        except NotImplementedError as error:
+            raise ValueError("Expected a guide that can score any z for start='guide'; got one that cannot.") from error
+
+    @torch.no_grad()
+    def draw(self, start: Literal["prior", "guide"], k: int) -> Tensor:
+        """Draw k vectors a datum, (k, n, z), from the prior or the guide, out of the global random state."""
+        function = self.program.model if start == "prior" else self.program.guide
+        return self.vector(self._trace(function, {}, k))
+
+    def vector(self, trace: Trace) -> Tensor:
+        """Read the vectors (k, n, z) off a trace that has particles."""
+        nodes: Any = trace.nodes
+        return self.layout.pack({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.found.latents})
+
+    def latents(self, u: Tensor) -> Tensor:
+        """Give the latent variables themselves, (k, n, z) in double precision, at vectors u."""
+        values = self.layout.unpack(u)
+        return self.layout.pack({name: self.transforms[name](value) for name, value in values.items()}).double()
+
+    def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
+        values, volume = self.layout.unpack(u), 0.0
+        for name, raw in values.items():
+            transform = self.transforms[name]
+            if transform != identity_transform:
+                values[name] = transform(raw)
+                log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
+                inner = log_det.reshape(*log_det.shape[: 1 + self.found.nesting], -1).sum(-1)
+                volume = volume + inner.reshape(len(u), -1, self.n).sum(1)
+        return values, volume
+
+    def _trace(self, function: Callable[..., Any], values: dict[str, Tensor], k: int) -> Trace:
+        particles = pyro.plate("particles", k, dim=-1 - self.found.nesting)
+        conditioned = poutine.condition(function, data=values) if values else function
+        return poutine.trace(particles(conditioned)).get_trace(**batch_of(function, self.batch))
+
+
+def _support(name: str, support: Any) -> Any:
+    """Give an elementwise constraint that the support of a latent site is, or refuse it by name."""
+    inner = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner.is_discrete:
+        raise ValueError(f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete.")
+    if inner in (constraints.real, constraints.real_vector):
+        return constraints.real
+    if inner in (constraints.positive, constraints.nonnegative):
+        return constraints.positive
+    if isinstance(inner, constraints.interval):
+        low, high = torch.as_tensor(inner.lower_bound), torch.as_tensor(inner.upper_bound)
+        if bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all()):
+            return constraints.interval(low.flatten()[0], high.flatten()[0])
+    raise ValueError(
+        f"Expected latent sites on the real or the positive numbers, or on one interval; got '{name}' on {support}."
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the chains are.
+
+    Args:
+        u: vectors, (k, n, z).
+        base: log density of the base, (k, n).
+        tilt: log density of the joint less that of the base, (k, n).
+        base_slope: gradient of `base`, (k, n, z).
+        tilt_slope: gradient of `tilt`, (k, n, z).
+    """
+
+    u: Tensor
+    base: Tensor
+    tilt: Tensor
+    base_slope: Tensor
+    tilt_slope: Tensor
+
+    def where(self, accept: Tensor, other: "State") -> "State":
+        """Take the other state where `accept`, (k, n), is false."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(State)]
+        return State(*(torch.where(accept if a.dim() == 2 else accept.unsqueeze(-1), a, b) for a, b in pairs))
+
+
+class Path:
+    r"""The densities :math:`f_\beta` between a base and the joint.
+
+    Args:
+        joint: of the program and its data.
+        start: the base, `"prior"` or `"guide"`.
+
+    Raises:
+        ValueError: for another base.
+    """
+
+    def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
+        if start not in ("prior", "guide"):
+            raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
+        if start == "guide" and joint.auxiliary:
+            raise ValueError(f"Expected a guide without auxiliary sites for start='guide'; got {joint.auxiliary[0]!r}.")
+        self.joint, self.start = joint, start
+        self.seen: Counter[int] = Counter()
+        self.graphs: dict[int, Callable[[Tensor], tuple[Tensor, ...]]] = {}
+
+    def draw(self, k: int) -> State:
+        """Draw k states from the base."""
+        return self.at(self.joint.draw(self.start, k))
+
+    @torch.no_grad()
+    def at(self, u: Tensor) -> State:
+        """Evaluate both ends of the path and their gradients at u, (k, n, z).
+
+        After a few calls with one k, the tensor operations are read off one evaluation and from then on replayed
+        without Pyro; where a second point shows that the replay is not the program, it goes on step by step.
+        """
+        u, k = u.detach().contiguous(), len(u)
+        self.seen[k] += 1
+        if self.seen[k] == _EAGER:
+            self.graphs[k] = self._capture(u)
+        return State(u, *self.graphs.get(k, self._ends)(u))
+
+    def _ends(self, u: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            prior, likelihood = self.joint.log_probs(u)
+            if self.start == "prior":
+                ends = prior, likelihood, _slope(prior, u), _slope(likelihood, u)
+            else:
+                base = self.joint.log_guide(u)
+                slope, whole = _slope(base, u), prior + likelihood
+                ends = base, whole - base, slope, _slope(whole, u) - slope
+        return tuple(end.detach() for end in ends)
+
+    def _capture(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        try:
+            graph: Any = make_fx(lambda given: self._ends(given))(u)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            other = u.roll(1, 0) + 0.1 * torch.randn_like(u)
+            pairs = zip(graph(other), self._ends(other), strict=True)
+            same = all(torch.allclose(a, b, 1e-6, 1e-6, equal_nan=True) for a, b in pairs)
+        except Exception:  # whatever a program does that cannot be replayed
+            return self._ends
+        return graph if same else self._ends
+
+
+def _slope(value: Tensor, u: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(u)
+    found = torch.autograd.grad(value.sum(), u, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(u) if found is None else found

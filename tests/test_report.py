@@ -1,0 +1,195 @@
+"""Reports: every spec leaves a full one, in words that say what the figures are and what to distrust."""
+
+import copy
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae import PPCA, load_run, load_spec, report, sources
+from ppl_vae import data as datasets
+from ppl_vae.run import evaluate_run, fit_spec
+
+MODELS = Path(__file__).parents[1] / "models"
+SPECS = sorted(MODELS.glob("*.toml"))
+KEYS = {"spec", "seed", "versions", "device", "data", "train", "test", "exact", "baseline"}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Let every data set have 100 data to learn from and 40 held out."""
+    read = sources.read_table
+
+    def shortened(*given):
+        table = read(*given)
+        n = table.n_train or len(table.x) - 40
+        rows = np.r_[0:100, n : n + 40]
+        y = None if table.y is None else table.y[rows]
+        return table._replace(x=table.x[rows], y=y, n_train=table.n_train and 100)
+
+    monkeypatch.setattr(datasets, "read_table", shortened)
+
+
+def present(path):
+    """Skip with the reason where a spec's data are not on this machine."""
+    spec = load_spec(path)
+    root = sources.root_folder(spec.data.root)[0]
+    needed = root / "MNIST" / "raw" if spec.data.name == "mnist" else Path(spec.data.name)
+    if spec.data.name != "digits" and not needed.exists():
+        pytest.skip(f"no data at {needed}; set PPL_VAE_DATA (now {os.environ.get('PPL_VAE_DATA')})")
+
+
+def check_whole(folder):
+    """Hold a run directory against the contract, and give its report in numbers and words."""
+    found = json.loads((folder / "report.json").read_text())
+    text = (folder / "report.md").read_text()
+    assert KEYS <= found.keys()
+    assert {"name", "protocol", "features", "n_train", "n_test"} <= found["data"].keys()
+    assert {"epochs", "steps", "seconds", "elbo"} <= found["train"].keys()
+    test = found["test"]
+    assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units"} <= test.keys()
+    assert test["elbo"].keys() == {"mean", "se", "mc_se"}
+    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind"}
+    assert test["ess"].keys() == {"median", "min"}
+    assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
+    assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
+    assert test["rate"] + test["distortion"] == pytest.approx(-test["elbo"]["mean"])
+    assert (test["log_evidence"]["kind"] == "lower bound") == (">= " in text)
+    for heading in ("Numbers", "What to distrust", "The program", "Reproduce", "Pictures"):
+        assert f"\n## {heading}\n" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {6}
+    assert not re.search(r"\bnan\b|\bNone\b|\binf\b", text)
+    pictures = re.findall(r"!\[.+\]\((figures/.+\.png)\)", text)
+    assert {folder / picture for picture in pictures} == set((folder / "figures").iterdir())
+    assert all((folder / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    return found, text, {Path(picture).stem for picture in pictures}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_spec_leaves_a_full_report(path, few, tmp_path):
+    present(path)
+    settings = {"svi.epochs": 1, "evaluation.samples": 30}
+    made = fit_spec(path, settings, out=tmp_path / path.stem)
+    found, text, pictures = check_whole(made.path)
+    assert (found["data"]["n_train"], found["test"]["n"]) in ((100, 40), (112, 28))  # a file is split
+    assert text.startswith(f"# {path.stem}\n")
+    vae = made.spec.model.program is None
+    assert {"training"} | ({"reconstructions", "samples", "traversals"} if vae else set()) <= pictures
+    assert ("manifold" in pictures) == (vae and made.spec.model.latent == 2)
+    assert ("posteriors" in pictures) == (vae and found["exact"] is not None)
+    assert (found["baseline"] is None) == (found["data"]["measure"] == "probability mass")
+    assert load_run(made.path, trust_code=True).report == found
+    assert evaluate_run(made.path, trust_code=True).report == found
+
+
+def table(folder, rows=60, columns=5):
+    x = np.random.default_rng(0).normal(size=(rows, 2)) @ np.random.default_rng(1).normal(size=(2, columns))
+    x += 0.1 * np.random.default_rng(2).normal(size=x.shape)
+    file = folder / "own.csv"
+    np.savetxt(file, x + 0.3, delimiter=",", header=",".join("abcde"[:columns]), comments="")
+    return file
+
+
+@pytest.mark.parametrize("latent", [1, 2])
+def test_a_table_of_ones_own(latent, tmp_path):
+    settings = {"data.name": str(table(tmp_path)), "data.scaling": "standardize", "model.latent": latent}
+    settings |= {"svi.epochs": 2, "evaluation.samples": 30}
+    made = fit_spec(MODELS / "digits.toml", settings, out=tmp_path / "run")
+    found, text, pictures = check_whole(made.path)
+    assert "own.csv, 48 to learn from, 12 held out, 5 features (scaling standardize)" in text
+    assert ("latents" in pictures) == (latent == 2)
+    assert "manifold" not in pictures
+    volume = found["data"]["protocol"]["log_volume"]
+    stored = (found["test"]["log_evidence"]["mean"] - volume) / -5 / math.log(2)
+    assert found["test"]["bits_per_dim"] == pytest.approx(stored)
+    data = made.spec.load_data()
+    ppca = PPCA.fit(data.train["x"].double(), latent).log_evidence(data.test["x"].double()).mean()
+    assert found["baseline"]["ppca"]["log_evidence"] == pytest.approx(float(ppca))
+
+
+def test_one_sample_and_one_datum_give_null_and_no_nan(tmp_path):
+    settings = {"data.name": str(table(tmp_path, 6)), "model.latent": 1, "data.test_fraction": 0.1}
+    settings |= {"svi.epochs": 1, "evaluation.samples": 1}
+    made = fit_spec(MODELS / "digits.toml", settings, out=tmp_path / "run")
+    found, text, _ = check_whole(made.path)
+    assert found["test"]["n"] == 1
+    assert found["test"]["elbo"]["se"] is None
+    assert found["test"]["log_evidence"]["mc_se"] is None
+    assert found["test"]["pareto_k"] == dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
+    assert "Too few samples a datum" in text
+    assert "One epoch was trained" in text
+
+
+def example(**changes):
+    """A report with nothing to distrust, changed at dotted keys."""
+    found = {
+        "data": {"part": "test"},
+        "train": {"elbo": -100.0, "elbo_se": 0.1},
+        "test": {
+            "samples": 1000,
+            "latents": 4,
+            "active_units": 4,
+            "elbo": {"mean": -100.2, "se": 0.2, "mc_se": 0.01},
+            "log_evidence": {"mean": -99.9, "se": 0.2, "mc_se": 0.02, "bias": -0.001, "kind": "estimate"},
+            "pareto_k": {"median": 0.1, "max": 0.4, "above_0.5": 0.0, "above_0.7": 0.0},
+        },
+        "exact": None,
+    }
+    found = copy.deepcopy(found)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        here = found
+        for parent in parents:
+            here = here[parent]
+        here[last] = value
+    return found
+
+
+FLAT = [-100.0] * 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "history", "words"),
+    [
+        ({}, FLAT, None),
+        ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
+        ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
+        ({"test__active_units": 1}, FLAT, "3 of 4 latents are collapsed"),
+        ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
+        ({"test__elbo__mean": -100.9}, FLAT, None),
+        ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
+        ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
+        ({"exact": {"gap": 0.01}}, FLAT, None),
+        ({"data__part": "train"}, FLAT, "All figures are of the training data"),
+        ({"test__log_evidence__mean": None}, FLAT, "not finite"),
+    ],
+)
+def test_what_to_distrust_follows_from_the_figures(changes, history, words):
+    doubts = report.distrust(example(**changes), history)
+    if words is None:
+        assert doubts == []
+    else:
+        assert len(doubts) == 1
+        assert re.search(words, doubts[0])
+
+
+def test_json_has_no_nan():
+    assert report.finite({"a": [1.0], "b": {"c": math.nan, "d": -math.inf, "e": 2}}) == {
+        "a": [1.0],
+        "b": {"c": None, "d": None, "e": 2},
+    }
+
+
+def test_bits_per_dimension():
+    assert report.bits_per_dim(-64 * math.log(2), 64) == pytest.approx(1.0)
