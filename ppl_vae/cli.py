@@ -122,7 +122,7 @@ def compare(
 ) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
     with plainly() as screen:
-        from ppl_vae.run import compare_runs
+        from ppl_vae.paired import compare_runs
 
         found = compare_runs(runs)
         show(screen, found, as_json, lambda: comparison(found))

@@ -103,10 +103,11 @@ def _read(program: Any, batch: dict[str, Tensor], role: str) -> Gaussian:
     axes = torch.eye(size, dtype=torch.float64, device=origin.device).unsqueeze(1).expand(size, n, size)
     steps = torch.cat([torch.zeros_like(probes[:1]), axes, probes])
     points = (origin + steps).requires_grad_()
-    with scope(program), seeded(0, device=first.device):
+    with torch.enable_grad(), scope(program), seeded(0, device=first.device):
         given = {name: value.to(sites[name]["value"].dtype) for name, value in layout.unpack(points).items()}
         value = conditioned(getattr(program, role), given, batch, len(points), found.nesting)
-    gradient = torch.autograd.grad(value.sum(), points)[0] if value.requires_grad else torch.zeros_like(points)
+        gradient = torch.autograd.grad(value.sum(), points)[0] if value.requires_grad else torch.zeros_like(points)
+    value = value.detach()
     slope = gradient[0]  # (n, z)
     hessian = (gradient[1 : size + 1] - slope).transpose(0, 1)
     precision = -(hessian + hessian.mT) / 2

@@ -45,7 +45,10 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     A feature that is never observed has mean 0 and standard deviation 1.
     """
-    seen = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+    if mask is None:
+        scale = torch.where(x.amin(0) == x.amax(0), 0.0, x.std(0, correction=0))
+        return x.mean(0), scale
+    seen = mask.to(x.dtype)
     filled = torch.where(seen > 0, x, 0.0)
     count = seen.sum(0)
     loc = filled.sum(0) / count.clamp_min(1)

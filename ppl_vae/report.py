@@ -367,18 +367,19 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
     )
     draws = plots.samples(program.sample(64, seed=seed), shape=shape)
     keep("samples.png", draws, "Draws from the model: z from the prior, x from the likelihood.")
-    varied = plots.traversals(program, shape=shape)
-    keep("traversals.png", varied, "The mean of x as one latent runs from -2.5 to 2.5, the others at 0.")
+    found = codes(program, test, seed=seed)[0]
+    order = found.var(0, correction=0).argsort(descending=True, stable=True).tolist()
+    which = "" if latents <= 10 else "The ten latents that vary most over the data. "
+    varied = plots.traversals(program, shape=shape, latents=sorted(order[:10]))
+    keep("traversals.png", varied, f"{which}The mean of x as one latent runs from -2.5 to 2.5, the others at 0.")
     if latents < 2:
         return drawn
+    axes = min(order[:2]), max(order[:2])
     with seeded(seed, "prior", device=place(program)[0]):
         prior = program.prior().expand([SHOWN]).sample()
-    spread = plots.latent_scatter(codes(program, test, seed=seed)[0], test.get("y"), prior=prior)
-    keep(
-        "latents.png",
-        spread,
-        f"{whose} data in the latent space: the guide's means over draws of the prior, the first two latents.",
-    )
+    spread = plots.latent_scatter(found, test.get("y"), prior=prior, axes=axes)
+    which = "" if latents == 2 else ", of the two latents that vary most"
+    keep("latents.png", spread, f"{whose} data in the latent space: the guide's means{which}, over draws of the prior.")
     if latents == 2 and shape is not None:
         grid = plots.latent_grid(program, shape=shape)
         keep("manifold.png", grid, "The mean of x over the latent plane, a regular grid in the prior's quantiles.")
@@ -388,6 +389,6 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
     except ValueError:
         return drawn
     pairs = (q.loc, q.covariance), (p.loc, p.covariance)
-    beside = plots.ellipses(*pairs, x=few["x"], shape=shape)
+    beside = plots.ellipses(*pairs, axes=axes, x=few["x"], shape=shape)
     keep("posteriors.png", beside, f"The guide's ellipses over the exact posterior's. {whose} data.")
     return drawn

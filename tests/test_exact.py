@@ -363,3 +363,12 @@ def test_gap_of_the_best_mean_field_guide_of_rotated_ppca(latent: int, gap: floa
         with torch.no_grad():
             guided.posterior.family.raw_scale += 0.01
         assert (compare_posteriors(guided, digits[:2]).kl > expected + 1e-6).all()
+
+
+def test_the_closed_form_needs_no_gradients_from_its_caller():
+    twin = (
+        TWINS["two_level"]() if "two_level" in TWINS else next(make() for name, make in TWINS.items() if "two" in name)
+    )
+    with torch.no_grad():
+        inside = exact_log_evidence(twin.program, twin.batch)
+    assert torch.equal(inside, exact_log_evidence(twin.program, twin.batch))

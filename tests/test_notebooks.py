@@ -41,6 +41,8 @@ def test_runs(path, tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PPL_VAE_FAST", "1")
+    # Pyro imports tqdm.auto, which asks for ipywidgets, a nicety that we do not install.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own puts pictures into the notebook
     notebook = read(path)
     folder = {"metadata": {"path": str(tmp_path)}}

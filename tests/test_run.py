@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch.distributions import MultivariateNormal
 
 from ppl_vae import load_run, load_spec, log_evidence, log_weights, run, store
+from ppl_vae.paired import compare_runs
 from ppl_vae.ppca import PPCA
-from ppl_vae.run import compare_runs, evaluate_run, fit_spec
+from ppl_vae.run import evaluate_run, fit_spec
 from ppl_vae.spec import Spec
 
 MODELS = Path(__file__).parents[1] / "models"
