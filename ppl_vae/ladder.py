@@ -15,10 +15,8 @@ from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
 from ppl_vae.batches import as_batch, check_finite
-from ppl_vae.conditional import Conditional
-from ppl_vae.families import ExactNormal, Normal, StandardNormal, unconstrained
 from ppl_vae.linear_gaussian import LinearGaussian
-from ppl_vae.networks import Linear
+from ppl_vae.ppca import exact_vae
 from ppl_vae.program import VAE
 from ppl_vae.traces import seeded
 
@@ -244,17 +242,7 @@ class FactorAnalysis:
 
     def to_vae(self) -> VAE:
         """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
-        features, latent = self.weight.shape
-        prior = Conditional(StandardNormal(latent))
-        likelihood = Conditional(Normal(features, scale="feature"), Linear(), context=latent)
-        vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(self.weight)
-        with torch.no_grad():
-            network: Any = likelihood.network
-            network.weight.copy_(self.weight)
-            network.bias.copy_(self.loc)
-            family: Any = likelihood.family
-            family.raw_scale.copy_(unconstrained(self.scale.double()))
-        return vae
+        return exact_vae(self.loc, self.weight, self.scale)
 
     def _pair(self) -> LinearGaussian:
         latent = self.weight.shape[1]

@@ -99,19 +99,7 @@ class PPCA:
 
     def to_vae(self) -> VAE:
         """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
-        features, latent = self.weight.shape
-        if not latent:
-            raise ValueError("Expected at least one latent, for a VAE; got none.")
-        prior = Conditional(StandardNormal(latent))
-        likelihood = Conditional(Normal(features, scale="shared"), Linear(), context=latent)
-        vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(self.weight)
-        with torch.no_grad():
-            network: Any = likelihood.network
-            network.weight.copy_(self.weight)
-            network.bias.copy_(self.loc)
-            family: Any = likelihood.family
-            family.raw_scale.copy_(unconstrained(self.scale.double()))
-        return vae
+        return exact_vae(self.loc, self.weight, self.scale)
 
     def _pair(self) -> LinearGaussian:
         features, latent = self.weight.shape
@@ -122,3 +110,26 @@ class PPCA:
             bias=self.loc,
             scale=self.scale.expand(features),
         )
+
+
+def exact_vae(loc: Tensor, weight: Tensor, scale: Tensor) -> VAE:
+    """Give a linear-Gaussian model as a `VAE` whose guide is the exact posterior, in the precision of its weight.
+
+    Args:
+        loc: the bias of x, shape (x,).
+        weight: shape (x, z).
+        scale: standard deviation of the noise, shape () where all features share it, else (x,).
+    """
+    features, latent = weight.shape
+    if not latent:
+        raise ValueError("Expected at least one latent, for a VAE; got none.")
+    prior = Conditional(StandardNormal(latent))
+    family = Normal(features, scale="feature" if scale.dim() else "shared")
+    network = Linear()
+    likelihood = Conditional(family, network, context=latent)
+    vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(weight)
+    with torch.no_grad():
+        network.weight.copy_(weight)
+        network.bias.copy_(loc)
+        family.raw_scale.copy_(unconstrained(scale.double()))
+    return vae
