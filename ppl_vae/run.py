@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ppl_vae.data import Data
-from ppl_vae.report import describe, distrust, evaluate, figures, judged, markdown, measure, rendering, trained
+from ppl_vae.report import describe, distrust, evaluate, figures, finite, judged, markdown, measure, rendering, trained
 from ppl_vae.scrutiny import scrutinise
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import (
@@ -329,7 +329,7 @@ def _report(
         more, findings, drawn = scrutinise(
             program, rows, evidence, partial / "figures", shape=data.shape, seed=seed, **closer
         )
-        report.update(more)
+        report.update(finite(more))
         pictures |= drawn
     text = markdown(
         report,
