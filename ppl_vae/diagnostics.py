@@ -5,6 +5,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ppl_vae.calibration import Calibration
@@ -72,6 +73,7 @@ def gap_parts(approximation: Tensor, amortization: Tensor, *, ax: Axes | None = 
     above = np.maximum(family[order], 0)
     ax.bar(at, network[order], 1.0, bottom=above, color=_ORANGE, label=f"amortization, mean {network.mean():.2f}")
     ax.legend(frameon=False, loc="upper left")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="datum, in order of its gap", ylabel="log p(x) - ELBO, nats", xlim=(-0.5, len(order) - 0.5))
     return ax
 
