@@ -99,6 +99,9 @@ def evaluate(
         bool, typer.Option("--gap", help="Split log p(x) - ELBO into the family's and the network's.")
     ] = False,
     calibration: Annotated[bool, typer.Option("--calibration", help="Test the guide on data of the model.")] = False,
+    data: Annotated[
+        int | None, typer.Option(help="How many data the reference and the gap look at; few by default.")
+    ] = None,
     device: Place = Device.auto,
     trust_code: Trust = False,
     as_json: Json = False,
@@ -108,6 +111,7 @@ def evaluate(
         from ppl_vae.run import evaluate_run
 
         asked: dict[str, Any] = {"reference": reference and reference.value, "gap": gap, "calibration": calibration}
+        asked["looked"] = data
         done = evaluate_run(run, samples=samples, device=device.value, trust_code=trust_code, **asked)
         show(screen, done.report, as_json, lambda: f"{headline(done.report)}\n{done.path / 'report.md'}")
         if not done.report.get("reference", {}).get("converged", True):
@@ -240,13 +244,18 @@ def headline(report: Mapping[str, Any]) -> str:
     part = "held-out" if report["data"]["part"] == "test" else "training"
     lines = [
         f"ELBO             {_figure(bound)} nats per {part} datum",
-        f"log evidence  {sign} {_figure(value)} ({value['kind']}, K = {test['samples']})",
+        f"log evidence  {sign} {_figure(_sure(value))} ({value['kind']}, K = {test['samples']})",
     ]
     if report["exact"]:
         lines.append(f"exact            {report['exact']['log_evidence']:.3f} ({report['exact']['method']})")
     if report["baseline"]:
         lines.append(f"PPCA             {report['baseline']['ppca']['log_evidence']:.3f} (closed form)")
     return "\n".join(lines)
+
+
+def _sure(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take the error from a lower bound, about which there is no interval."""
+    return {**given, "se": None} if given["kind"] == "lower bound" else given
 
 
 def _figure(given: Mapping[str, Any]) -> str:
@@ -267,7 +276,7 @@ def comparison(found: Mapping[str, Any]) -> str:
             (
                 run["path"],
                 _figure({**run["test"]["elbo"], "se": None}),
-                f"{sign}{_figure(value)}",
+                f"{sign}{_figure(_sure(value))}",
                 f"{exact['log_evidence']:.3f}" if exact else "-",
                 f"{ppca['ppca']['log_evidence']:.3f}" if ppca else "-",
             )

@@ -10,18 +10,34 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Ellipse, Patch
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ppl_vae.families import Normal, StandardNormal
+from ppl_vae.panels import (
+    BLUE,
+    GREY,
+    OKABE_ITO,
+    VERMILLION,
+    Array,
+    as_array,
+    axes_for,
+    bare,
+    curve,
+    flat_rows,
+    mosaic,
+    number,
+    panels_of,
+    squares,
+    ticks_at,
+)
+from ppl_vae.plane import Plane
 from ppl_vae.program import VAE
 from ppl_vae.traces import place, seeded
 
@@ -30,17 +46,14 @@ __all__ = [
     "latent_grid",
     "latent_scatter",
     "reconstructions",
+    "regions",
     "samples",
     "training_curve",
     "traversals",
 ]
 
-Array = npt.NDArray[np.float64]
-
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 TWELVE = (*OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as far apart as those of Okabe and Ito
-BLUE, VERMILLION, GREY = OKABE_ITO[0], OKABE_ITO[5], "#8A8A8A"
-PANELS = 64  # of ellipses, at the most
+SHARES = (0.95, 0.5)  # of the mass that regions hold
 _EXACT: tuple[dict[str, Any], ...] = (
     {"facecolor": BLUE + "30", "edgecolor": BLUE + "60"},
     {"facecolor": BLUE + "60", "edgecolor": BLUE + "90"},
@@ -63,7 +76,7 @@ def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, a
     """
     if not len(elbo):
         raise ValueError("Expected at least one epoch; got none.")
-    ax = Figure((7, 4), dpi=120, layout="constrained").add_subplot() if ax is None else ax
+    ax = axes_for(ax)
     finite = []
     for given, label, colour in ((elbo, "training", BLUE), (validation, "validation", VERMILLION)):
         values = np.array([float(value) for value in given])
@@ -78,11 +91,11 @@ def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, a
     last = max(len(elbo), len(validation))
     margin = max(0.5, 0.03 * last)
     ax.set(xlim=(1 - margin, last + margin), xlabel="epoch", ylabel="ELBO (nats per datum)")
-    ax.xaxis.set_major_locator(_ticks(8))
+    ax.xaxis.set_major_locator(ticks_at(8))
     ax.grid(axis="y", color="0.92")
     if len(validation):
         ax.legend(frameon=False, loc="lower right")
-    return _bare(ax)
+    return ax
 
 
 def reconstructions(x: Tensor, means: Tensor, *, shape: Sequence[int] | None = None, count: int = 10) -> Figure:
@@ -99,19 +112,19 @@ def reconstructions(x: Tensor, means: Tensor, *, shape: Sequence[int] | None = N
     """
     if x.shape != means.shape:
         raise ValueError(f"Expected data and means of one shape; got {tuple(x.shape)} and {tuple(means.shape)}.")
-    data, fitted = _rows(x, count), _rows(means, count)
+    data, fitted = flat_rows(x, count), flat_rows(means, count)
     n = len(data)
     if shape is not None:
         columns = min(n, 10)
         blocks = [np.pad(part, ((0, -n % columns), (0, 0)), constant_values=np.nan) for part in (data, fitted)]
         pairs = np.stack([part.reshape(-1, columns, part.shape[1]) for part in blocks], 1)
-        figure, ax, at, _ = _mosaic(pairs.reshape(-1, data.shape[1]), shape, columns, left=1.15, limits=data)
+        figure, ax, at, _ = mosaic(pairs.reshape(-1, data.shape[1]), shape, columns, left=1.15, limits=data)
         ax.set_yticks(at, ["data", "reconstruction"] * len(pairs))
         return figure
-    figure, panels = _panels(n, min(n, 5), 1.7, 1.6)
+    figure, panels = panels_of(n, min(n, 5), 1.7, 1.6)
     for ax, one, other in zip(panels, data, fitted, strict=True):
-        _curve(ax, one, color="0.3", drawstyle="steps-mid", label="data")
-        _curve(ax, other, color=VERMILLION, label="reconstruction")
+        curve(ax, one, color="0.3", label="data")
+        curve(ax, other, color=VERMILLION, label="reconstruction")
     figure.legend(handles=list(panels[0].lines), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("feature", fontsize="medium")
     figure.supylabel("value", fontsize="medium")
@@ -129,13 +142,13 @@ def samples(x: Tensor, *, shape: Sequence[int] | None = None, count: int = 64) -
     Raises:
         ValueError: for no samples, or a shape that does not fit.
     """
-    data = _rows(x, count)
+    data = flat_rows(x, count)
     if shape is not None:
-        return _mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
+        return mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
     figure = Figure((7, 4), dpi=120, layout="constrained")
     ax = figure.add_subplot(xlabel="feature", ylabel="value")
     for row in data:
-        _curve(ax, row, color=BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
+        curve(ax, row, color=BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
     return figure
 
 
@@ -160,7 +173,7 @@ def latent_scatter(
         ValueError: for no data, fewer than two latents, or sizes that do not fit.
     """
     points = _latents(codes, axes)
-    values = None if labels is None else _array(labels).reshape(-1)
+    values = None if labels is None else as_array(labels).reshape(-1)
     if values is not None and len(values) != len(points):
         raise ValueError(f"Expected a label for each of {len(points)} data; got {len(values)}.")
     known = np.zeros(0) if values is None else np.unique(values)
@@ -194,7 +207,7 @@ def latent_scatter(
     (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0
     ax.set(xlim=(left - half, left + half), ylim=(bottom - half, bottom + half), aspect="equal", anchor="W")
     ax.set(xlabel=f"$z_{{{axes[0]}}}$", ylabel=f"$z_{{{axes[1]}}}$")
-    return _bare(ax)
+    return bare(ax)
 
 
 def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None) -> Figure:
@@ -235,10 +248,10 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
     up, across = torch.meshgrid(points[1].flip(0), points[0], indexing="ij")
     means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2))
     gap = (1 if max(shape) <= 16 else 0) if gap is None else gap
-    figure, ax, rows, columns = _mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
+    figure, ax, rows, columns = mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
-        ticks = [tick for tick in _ticks().tick_values(values[0], values[-1]) if values[0] <= tick <= values[-1]]
-        axis.set_ticks(np.interp(ticks, values, at).tolist(), [_number(tick) for tick in ticks])
+        ticks = [tick for tick in ticks_at().tick_values(values[0], values[-1]) if values[0] <= tick <= values[-1]]
+        axis.set_ticks(np.interp(ticks, values, at).tolist(), [number(tick) for tick in ticks])
     ax.set(xlabel="$z_{0}$", ylabel="$z_{1}$")
     return figure
 
@@ -284,17 +297,17 @@ def traversals(
     names = [f"$z_{{{index}}}$" for index in chosen]
     quantity = "value of the latent" if base is None else "offset of the latent from its base"
     if shape is not None:
-        figure, ax, rows, columns = _mosaic(means, shape, count, left=0.4, bottom=0.5)
+        figure, ax, rows, columns = mosaic(means, shape, count, left=0.4, bottom=0.5)
         ticks = np.unique(np.linspace(0, count - 1, min(count, 5)).round()).astype(int)
-        ax.set_xticks(columns[ticks], [_number(float(steps[tick])) for tick in ticks])
+        ax.set_xticks(columns[ticks], [number(float(steps[tick])) for tick in ticks])
         ax.set_yticks(rows, names)
         ax.set_xlabel(quantity)
         return figure
-    figure, panels = _panels(len(chosen), 1, 7, 0.8 if len(chosen) > 3 else 1.6)
+    figure, panels = panels_of(len(chosen), 1, 7, 0.8 if len(chosen) > 3 else 1.6)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
     for ax, curves, name in zip(panels, means.reshape(len(chosen), count, -1), names, strict=True):
         for row, colour in zip(curves, colours, strict=True):
-            _curve(ax, row, color=colour)
+            curve(ax, row, color=colour)
         ax.set_ylabel(name, rotation=0, labelpad=10, va="center")
     panels[-1].set_xlabel("feature")
     edge = spread * (1 + 1 / max(count - 1, 1))
@@ -329,71 +342,109 @@ def ellipses(
         ValueError: for no data or more than 64, sizes that do not fit, or covariances that are not positive definite.
     """
     q, p = (_gaussian(*given, axes) for given in (approximate, exact))
-    n, pair = len(p.loc), list(axes)
-    if n > PANELS:
-        raise ValueError(f"Expected at most {PANELS} data, a panel each; got {n}.")
+    pair = list(axes)
     if q.loc.shape != p.loc.shape:
         raise ValueError(f"Expected posteriors of one shape; got {tuple(q.loc.shape)} and {tuple(p.loc.shape)}.")
-    for name, given in (("labels", labels), ("x", x)):
-        if given is not None and len(given) != n:
-            raise ValueError(f"Expected `{name}` for each of {n} data; got {len(given)}.")
-    pictures = None if x is None or shape is None else _pictures(_rows(x, n), shape)
-    kl, columns = kl_divergence(q, p).tolist(), min(n, 4)
+    kl = kl_divergence(q, p)
     half = 1.45 * max(((one.loc - p.loc).abs() + 2 * one.stddev)[:, pair].max().item() for one in (q, p))
-    rows, side, across, down = -(-n // columns), 1.7 if n > 1 else 3.3, 0.45, 0.3 if labels is None else 0.55
-    width, height = 0.65 + columns * (side + across) - across + 0.1, 0.8 + rows * (side + down)  # in inches
-    figure = Figure((width, height), dpi=120)
-    spacing = {"left": 0.65 / width, "right": 1 - 0.1 / width, "wspace": across / side, "hspace": down / side}
-    spacing |= {"bottom": 0.5 / height, "top": 1 - (0.3 + down) / height}
-    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=spacing).ravel().tolist()
-    for spare in panels[n:]:
-        spare.remove()
-    for index, ax in enumerate(panels[:n]):
+    down = (p.covariance_matrix[:, pair[0], pair[1]] <= 0).tolist()
+    figure, panels = squares(down, kl=kl, labels=labels, axes=axes, x=x, shape=shape)
+    for index, ax in enumerate(panels):
         for one, looks, mark, colour in ((p, _EXACT, "+", BLUE), (q, _APPROXIMATE, ".", VERMILLION)):
-            loc, covariance = one.loc[index, pair].tolist(), one.covariance_matrix[index][pair][:, pair].numpy()
-            values, vectors = np.linalg.eigh(covariance)
-            angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
+            loc, covariance = one.loc[index, pair], one.covariance_matrix[index][pair][:, pair]
             for deviations, look in zip((2, 1), looks, strict=True):
-                ax.add_patch(Ellipse((loc[0], loc[1]), *(2 * deviations * np.sqrt(values)), angle=angle, **look))
-            ax.plot(*loc, marker=mark, ms=7, color=colour)
+                ax.add_patch(_ellipse(loc, covariance, deviations, look))
+            ax.plot(*loc.tolist(), marker=mark, ms=7, color=colour)
         left, low = (p.loc[index, pair] - half).tolist()
         ax.set(xlim=(left, left + 2 * half), ylim=(low, low + 2 * half), aspect="equal")
-        ax.set_xlabel(f"$z_{{{axes[0]}}}$" if index >= n - columns else "")
-        ax.set_ylabel(f"$z_{{{axes[1]}}}$" if index % columns == 0 else "")
-        ax.locator_params(nbins=4)
-        ax.tick_params(color="0.6", labelsize="small")
-        ax.spines[:].set_color("0.6")
-        right = bool(p.covariance_matrix[index][pair[0], pair[1]] <= 0)  # the picture's side: ellipses lean away
-        divergence = "< 0.01" if kl[index] < 0.005 else f"{kl[index]:.2f}"
-        start, align = (0.03, "left") if right else (0.97, "right")
-        ax.text(start, 0.03, f"KL {divergence} nats", ha=align, transform=ax.transAxes, fontsize=7.5, color="0.25")
-        if labels is not None:
-            label = labels[index]
-            ax.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize="medium")
-        if pictures is not None:
-            inset = ax.inset_axes((0.73 if right else 0.03, 0.73, 0.24, 0.24), anchor="NE" if right else "NW")
-            inset.imshow(pictures[index], cmap="gray")
-            inset.set(xticks=[], yticks=[])
-            inset.spines[:].set_visible(False)
     handles = [Patch(**_EXACT[1], label="exact p(z|x)"), Patch(**_APPROXIMATE[1], label="approximate q(z|x)")]
     note = "ellipses of 1 and 2 sd (39 % and 86 %)"
     figure.legend(handles=handles, title=note, loc="upper center", ncols=2, frameon=False, borderaxespad=0.1)
     return figure
 
 
-def _array(x: Tensor) -> Array:
-    return x.detach().double().cpu().numpy()  # type: ignore[no-any-return]
+def regions(
+    exact: Plane,
+    approximate: Plane | tuple[Tensor, Tensor],
+    *,
+    name: str = "guide q(z|x)",
+    kl: Tensor | None = None,
+    error: Tensor | None = None,
+    labels: Sequence[object] | Tensor | None = None,
+    x: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+) -> Figure:
+    r"""Draw the approximate posterior over the exact one's density, a panel a datum, whatever the shape of either.
+
+    Of each the regions of highest density that hold 50 % and 95 %; those of a Gaussian are ellipses of
+    :math:`\sqrt{-2 \ln(1 - 0.5)} = 1.18` and :math:`\sqrt{-2 \ln(1 - 0.95)} = 2.45` standard deviations. All panels
+    are of one width in z0, and in z1.
+
+    Args:
+        exact: p(z|x), by `posterior_plane`.
+        approximate: q(z|x), by `guide_plane`, or mean (n, 2) and covariance (n, 2, 2) of a Gaussian.
+        name: of q in the legend.
+        kl: what stands in each panel as KL, in nats, (n,).
+        error: its standard error, likewise.
+        labels: what stands above each panel.
+        x: data, shape (n, *x), for a small picture in each panel.
+        shape: of such a picture, (height, width).
+
+    Raises:
+        ValueError: for no data or more than 64, sizes that do not fit, or covariances that are not positive definite.
+    """
+    q = approximate if isinstance(approximate, Plane) else _gaussian(*approximate, (0, 1))
+    there = q.points if isinstance(q, Plane) else q.loc
+    if len(there) != len(exact.points) or there.shape[-1] != 2:
+        raise ValueError(
+            f"Expected two latents and {len(exact.points)} data of both; got {there.shape[-1]} and {len(there)}."
+        )
+    down = (exact.moments()[1][:, 0, 1] <= 0).tolist()
+    figure, panels = squares(down, kl=kl, error=error, labels=labels, x=x, shape=shape)
+    boxes = [_box(exact)]
+    if isinstance(q, Plane):
+        boxes.append(_box(q))
+    else:
+        radii = [math.sqrt(-2 * math.log1p(-share)) for share in SHARES]
+        boxes.append(torch.stack([q.loc - radii[0] * q.stddev, q.loc + radii[0] * q.stddev]))
+    low, high = torch.stack([box[0] for box in boxes]).amin(0), torch.stack([box[1] for box in boxes]).amax(0)
+    middle, half = (low + high) / 2, 0.72 * (high - low).amax(0)
+    for index, ax in enumerate(panels):
+        _region(ax, exact, index, _EXACT, filled=True)
+        if isinstance(q, Plane):
+            _region(ax, q, index, _APPROXIMATE, filled=False)
+        else:
+            for radius, look in zip(radii, _APPROXIMATE, strict=True):
+                ax.add_patch(_ellipse(q.loc[index], q.covariance_matrix[index], radius, look))
+        (left, bottom), (right, top) = (middle[index] - half).tolist(), (middle[index] + half).tolist()
+        ax.set(xlim=(left, right), ylim=(bottom, top), box_aspect=1)
+    handles = [Patch(**_EXACT[1], label="exact p(z|x), by quadrature"), Patch(**_APPROXIMATE[1], label=name)]
+    note = "regions of highest density that hold 50 % and 95 %"
+    figure.legend(handles=handles, title=note, loc="upper center", ncols=2, frameon=False, borderaxespad=0.1)
+    return figure
 
 
-def _rows(x: Tensor, count: int) -> Array:
-    """Give the first data, flat, shape (n, x)."""
-    if count < 1:
-        raise ValueError(f"Expected `count` to be at least 1; got {count}.")
-    if x.dim() < 2:
-        raise ValueError(f"Expected data of shape (n, *x); got {tuple(x.shape)}.")
-    if not len(x):
-        raise ValueError("Expected at least one datum; got none.")
-    return _array(x[:count].flatten(1))
+def _ellipse(loc: Tensor, covariance: Tensor, deviations: float, look: dict[str, Any]) -> Ellipse:
+    values, vectors = np.linalg.eigh(covariance.numpy())
+    angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
+    return Ellipse((float(loc[0]), float(loc[1])), *(2 * deviations * np.sqrt(values)), angle=angle, **look)
+
+
+def _box(plane: Plane) -> Tensor:
+    """Give the corners of the box around the larger region, (2, n, 2)."""
+    inside = (plane.density >= plane.level(SHARES[0])[:, None, None]).unsqueeze(-1)
+    corners = [torch.where(inside, plane.points, fill).flatten(1, 2) for fill in (torch.inf, -torch.inf)]
+    return torch.stack([corners[0].amin(1), corners[1].amax(1)]).cpu()
+
+
+def _region(ax: Axes, plane: Plane, index: int, looks: Sequence[dict[str, Any]], *, filled: bool) -> None:
+    across, up = as_array(plane.points[index]).transpose(2, 0, 1)
+    density, levels = as_array(plane.density[index]), [float(plane.level(share)[index]) for share in SHARES]
+    if filled:
+        colours = [look["facecolor"] for look in looks]
+        ax.contourf(across, up, density, [*levels, 1.01 * density.max()], colors=colours)
+    widths = [look.get("lw", 1.0) for look in looks]
+    ax.contour(across, up, density, levels, colors=[look["edgecolor"] for look in looks], linewidths=widths)
 
 
 def _latents(codes: Tensor, axes: tuple[int, int]) -> Array:
@@ -402,7 +453,7 @@ def _latents(codes: Tensor, axes: tuple[int, int]) -> Array:
         raise ValueError(f"Expected codes of shape (n, z) with two latents or more; got {tuple(codes.shape)}.")
     if len(set(axes)) != 2 or not all(0 <= axis < codes.shape[1] for axis in axes):
         raise ValueError(f"Expected `axes` to be two latents from 0 to {codes.shape[1] - 1}; got {axes}.")
-    return _rows(codes, max(len(codes), 1))[:, list(axes)]
+    return flat_rows(codes, max(len(codes), 1))[:, list(axes)]
 
 
 def _gaussian(loc: Tensor, covariance: Tensor, axes: tuple[int, int]) -> MultivariateNormal:
@@ -427,79 +478,4 @@ def _decode(vae: VAE, z: Tensor) -> Array:
     """Give the mean of p(x|z), shape (n, x), at z of shape (n, z)."""
     device, dtype = place(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
-    return _array(vae.likelihood(at).mean.flatten(1))
-
-
-def _pictures(rows: Array, shape: Sequence[int]) -> Array:
-    """Give pictures of shape (n, height, width)."""
-    if len(shape) != 2 or math.prod(shape) != rows.shape[1]:
-        raise ValueError(f"Expected a shape (height, width) of {rows.shape[1]} pixels; got {tuple(shape)}.")
-    return rows.reshape(-1, *shape)
-
-
-def _mosaic(
-    rows: Array,
-    shape: Sequence[int],
-    columns: int,
-    *,
-    gap: int | None = None,
-    cell: float = 0.8,
-    left: float = 0.05,
-    bottom: float = 0.05,
-    limits: Array | None = None,
-) -> tuple[Figure, Axes, Array, Array]:
-    """Lay pictures out as one, with margins in inches; give the centres of its rows and columns of pictures too.
-
-    Black and white are 0 and 1 where all values of `limits` (the pictures by default) lie between, else their range.
-    """
-    pictures, (height, width) = _pictures(rows, shape), shape
-    gap = max(1, round(max(shape) / 16)) if gap is None else gap
-    padded = np.pad(pictures, ((0, -len(rows) % columns), (0, gap), (0, gap)), constant_values=np.nan)
-    grid = padded.reshape(-1, columns, height + gap, width + gap).transpose(0, 2, 1, 3)
-    picture = grid.reshape(-1, columns * (width + gap))[: -gap or None, : -gap or None]
-    seen = rows if limits is None else limits
-    seen = seen[np.isfinite(seen)]
-    low, high = (seen.min(), seen.max()) if len(seen) else (0.0, 1.0)
-    low, high = (0.0, 1.0) if 0 <= low and high <= 1 else (low, high + (high == low))
-    ratio = picture.shape[0] / picture.shape[1]
-    wide = max(min(max(cell * columns, 1.5), 7.8 - left, 9 / ratio), 0.5)
-    size = np.array([wide + left + 0.05, wide * ratio + bottom + 0.05])
-    figure = Figure(size.tolist(), dpi=120)
-    ax = figure.add_axes((left / size[0], bottom / size[1], wide / size[0], wide * ratio / size[1]))
-    ax.imshow(picture, cmap="gray", vmin=low, vmax=high)
-    ax.set(xticks=[], yticks=[])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    across, up = (np.arange(count, dtype=np.float64) for count in (columns, len(grid)))
-    return figure, ax, up * (height + gap) + (height - 1) / 2, across * (width + gap) + (width - 1) / 2
-
-
-def _panels(n: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Give a figure with a panel each, in rows, on shared axes."""
-    rows = -(-n // columns)
-    figure = Figure((max(width * columns + 0.5, 4.0), height * rows + 0.8), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
-    for index, ax in enumerate(grid):
-        ax.tick_params(labelsize="small", labelbottom=index >= n - columns)
-        if index >= n:
-            ax.remove()
-    return figure, grid[:n]
-
-
-def _curve(ax: Axes, values: Array, **style: Any) -> None:
-    ax.plot(np.arange(len(values)), values, marker="o" * (len(values) == 1), **{"lw": 1.2, **style})
-    ax.xaxis.set_major_locator(_ticks())
-    _bare(ax)
-
-
-def _bare(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _ticks(n: int = 5) -> MaxNLocator:
-    return MaxNLocator(n, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    return as_array(vae.likelihood(at).mean.flatten(1))

@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae import plots
+from ppl_vae.calibration import simulate
 from ppl_vae.compare import compare_posteriors
 from ppl_vae.data import Data
 from ppl_vae.evidence import Evidence, log_evidence
@@ -28,6 +29,10 @@ from ppl_vae.traces import batch_of, place, prepare, scope, seeded, structure, t
 __all__ = ["describe", "distrust", "evaluate", "figures", "judged", "markdown", "measure", "rendering", "trained"]
 
 SHOWN = 1000  # data that pictures and checks on the training part look at
+REMEDIES = (
+    "What tightens it: more samples (`ppl-vae evaluate RUN --samples K`), a richer guide (FullNormal, MixtureNormal) "
+    "or a larger network; annealing does not rely on the guide (`ppl-vae evaluate RUN --reference ais`)."
+)
 
 
 def judged(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
@@ -63,12 +68,14 @@ def evaluate(
     _, rows = judged(program, data)
     evidence = log_evidence(program, rows, samples, seed=seed)
     test = evidence.summary()
+    sure = evidence.kind == "estimate"
+    test["log_evidence"]["jackknife"] = float(evidence.jackknife.mean()) if sure else None
     volume = float(data.protocol.get("log_volume") or 0.0)
     test["bits_per_dim"] = bits_per_dim(test["log_evidence"]["mean"] - volume, data.features)
     few = {key: value[:SHOWN] for key, value in rows.items()}
     active = active_units(program, few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
-    exact = _exact(program, rows, test["elbo"]["mean"])
+    exact = _exact(program, rows, test["elbo"])
     baseline = None if latent is None else _baseline(program, data, rows, latent)
     return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
 
@@ -77,6 +84,8 @@ def finite(value: Any) -> Any:
     """Put None, which JSON has, in the place of NaN and infinities, which it has not."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -85,8 +94,8 @@ def bits_per_dim(nats: float, features: int) -> float:
     return -nats / (features * math.log(2))
 
 
-def _exact(program: Any, rows: Mapping[str, Tensor], elbo: float) -> dict[str, Any] | None:
-    """Compare with the closed form, where there is one; a guide that is not Gaussian by the sampled ELBO."""
+def _exact(program: Any, rows: Mapping[str, Tensor], elbo: Mapping[str, float]) -> dict[str, Any] | None:
+    """Compare with the closed form, where there is one; a guide that cannot be compared, by the sampled ELBO."""
     try:
         value = float(exact_log_evidence(program, rows).mean())
     except ValueError:
@@ -94,11 +103,14 @@ def _exact(program: Any, rows: Mapping[str, Tensor], elbo: float) -> dict[str, A
     try:
         compared = compare_posteriors(program, rows)
     except ValueError:
-        gap = kl = value - elbo
-        kind = "sampled"
+        gap = kl = value - elbo["mean"]
+        error, kind = elbo["mc_se"], "sampled"
     else:
-        gap, kl, kind = float(compared.gap.mean()), float(compared.kl.mean()), "closed-form"
-    return {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl, "gap_method": kind}
+        gap, kl = float(compared.gap.mean()), float(compared.kl.mean())
+        error = float(compared.error.square().sum().sqrt()) / len(compared.error)
+        kind = "sampled" if bool(compared.error.any()) else "closed-form"
+    known = {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl}
+    return {**known, "gap_method": kind, "gap_mc_se": error}
 
 
 def _baseline(program: Any, data: Data, rows: Mapping[str, Tensor], latent: int) -> dict[str, Any] | None:
@@ -156,13 +168,13 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
     if value["kind"] == "lower bound" and shape["above_0.5"]:
         found.append(
             f"**The log evidence is a lower bound, not an estimate.** For {shape['above_0.5']:.0%} of the data the "
-            "importance weights have a tail shape k above 0.5: no finite variance, so no error bar would hold. More "
-            "samples (`ppl-vae evaluate --samples`) or a guide nearer to the posterior tighten it."
+            "importance weights have a tail shape k above 0.5: no finite variance, so no error bar would hold. "
+            + REMEDIES
         )
     elif value["kind"] == "lower bound":
         found.append(
-            "**The log evidence is a lower bound.** Too few samples a datum to tell how good they are: give 25 or more "
-            "(`ppl-vae evaluate --samples`)."
+            "**The log evidence is a lower bound.** Too few samples a datum to tell how good they are: 25 at least. "
+            + REMEDIES
         )
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
         found.append(
@@ -207,6 +219,7 @@ def markdown(
     doubts: list[str],
     pictures: Mapping[str, str],
     findings: Sequence[str] = (),
+    closer: str = "",
 ) -> str:
     """Write a report for people.
 
@@ -218,6 +231,7 @@ def markdown(
         doubts: what `distrust` found.
         pictures: captions by file name.
         findings: what a closer look found.
+        closer: the options of the closer look.
     """
     keys = ("binarization", "scaling", "dequantization")
     notes = [f"{key} {report['data']['protocol'][key]}" for key in keys if report["data"]["protocol"][key] != "none"]
@@ -234,6 +248,7 @@ def markdown(
         program="\n".join(line.rstrip() for line in program.splitlines()),
         doubts=doubts,
         findings=findings,
+        closer=closer,
         pictures=pictures,
         rows=_rows(report),
         judged="held-out" if held_out else "training",
@@ -249,18 +264,24 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     sure = value["kind"] == "estimate"
     rows = [
         ("ELBO", _figure(train["elbo"], train["elbo_se"]), _figure(bound["mean"], bound["se"])),
-        ("log evidence", "", ("" if sure else ">= ") + _figure(value["mean"], value["se"])),
+        ("log evidence", "", _figure(value["mean"], value["se"]) if sure else f">= {_figure(value['mean'])}"),
         ("rate: KL of the guide to the prior", _figure(train["rate"]), _figure(test["rate"])),
         ("distortion: - E log p(x given z)", _figure(train["distortion"]), _figure(test["distortion"])),
     ]
     errors = [_figure(bound["mc_se"], digits=4), _figure(value["mc_se"] if sure else None, digits=4), "", ""]
     kinds = ["estimate", value["kind"], "estimate", "estimate"]
     table = [(*row, error, kind) for row, error, kind in zip(rows, errors, kinds, strict=True)]
+    if sure:
+        table[2:2] = [
+            ("its bias to first order (delta method)", "", _figure(value["bias"], digits=4), "", "estimate"),
+            ("freed of its first-order bias (jackknife; no bound)", "", _figure(value["jackknife"]), "", "estimate"),
+        ]
     if exact:
         drawn = "estimate" if exact["gap_method"] == "sampled" else exact["gap_method"]
+        doubt = "0" if drawn == "closed-form" else _figure(exact["gap_mc_se"], digits=4)
         table.append(("exact log evidence", "", _figure(exact["log_evidence"]), "0", exact["method"]))
-        table.append(("exact log evidence - ELBO", "", _figure(exact["gap"], digits=4), "", drawn))
-        table.append(("KL of guide to exact posterior", "", _figure(exact["posterior_kl"], digits=4), "", drawn))
+        table.append(("exact log evidence - ELBO", "", _figure(exact["gap"], digits=4), doubt, drawn))
+        table.append(("KL of guide to exact posterior", "", _figure(exact["posterior_kl"], digits=4), doubt, drawn))
     if baseline:
         known = _figure(baseline["ppca"]["log_evidence"])
         table.append(("log evidence of PPCA, as many latents", "", known, "0", "closed-form"))
@@ -285,10 +306,7 @@ def _figure(value: float | None, error: float | None = None, *, digits: int = 3)
 
 def rendering(program: Any, x: Mapping[str, Tensor]) -> str:
     """Let Pyro render the sites and shapes of model and guide, for three data."""
-    few = {key: value[:3] for key, value in prepare(program, x).items()}
-    with torch.no_grad(), scope(program), seeded(0, device=place(program, next(iter(few.values())))[0]):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, few))
-        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**few)
+    model, guide = _traces(program, {key: value[:3] for key, value in prepare(program, x).items()}, 0)
     parts = []
     for role, trace in (("model", model), ("guide", guide)):
         for name in list(trace.param_nodes):
@@ -296,6 +314,13 @@ def rendering(program: Any, x: Mapping[str, Tensor]) -> str:
         trace.compute_log_prob()
         parts.append(f"{role}\n{trace.format_shapes()}")
     return "\n\n".join(parts)
+
+
+def _traces(program: Any, batch: dict[str, Tensor], seed: int) -> tuple[Any, Any]:
+    """Trace the guide and, replaying it, the model, without particles."""
+    with torch.no_grad(), scope(program), seeded(seed, device=place(program, next(iter(batch.values())))[0]):
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        return poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch), guide
 
 
 def describe(program: Any, spec: Any) -> str:
@@ -352,21 +377,23 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
 
     curve = plots.training_curve(history["elbo"], history["validation"])
     keep("training.png", curve, "The bound over the epochs of training.")
-    if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
-        return drawn
     part, rows = judged(program, data)
     whose = "Held-out" if part == "test" else "Training"
     test = {key: value[:SHOWN] for key, value in rows.items()}
     few = {key: value[:10] for key, value in test.items()}
-    shape, latents = data.shape, program.prior.family.event_shape.numel()
-    means = program.reconstruct(few, seed=seed)
-    keep(
-        "reconstructions.png",
-        plots.reconstructions(few["x"], means, shape=shape),
-        f"{whose} data, and the mean of p(x given z) for one draw of z from the guide.",
-    )
-    draws = plots.samples(program.sample(64, seed=seed), shape=shape)
-    keep("samples.png", draws, "Draws from the model: z from the prior, x from the likelihood.")
+    shape = data.shape
+    if (means := _means(program, few, seed)) is not None:
+        keep(
+            "reconstructions.png",
+            plots.reconstructions(few["x"], means, shape=shape),
+            f"{whose} data, and the mean of p(x given z) for one draw of z from the guide.",
+        )
+    if (draws := _draws(program, test, seed)) is not None:
+        grown = plots.samples(draws, shape=shape)
+        keep("samples.png", grown, "Draws from the model: z from the prior, x from the likelihood.")
+    if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
+        return drawn
+    latents = program.prior.family.event_shape.numel()
     found = codes(program, test, seed=seed)[0]
     order = found.var(0, correction=0).argsort(descending=True, stable=True).tolist()
     which = "" if latents <= 10 else "The ten latents that vary most over the data. "
@@ -392,3 +419,30 @@ def figures(program: Any, data: Data, history: Mapping[str, Any], folder: Path, 
     beside = plots.ellipses(*pairs, axes=axes, x=few["x"], shape=shape)
     keep("posteriors.png", beside, f"The guide's ellipses over the exact posterior's. {whose} data.")
     return drawn
+
+
+def _means(program: Any, few: dict[str, Tensor], seed: int) -> Tensor | None:
+    """Give the mean of p(x|z) for one draw of z from the guide, where a site x observes the data as they are."""
+    if isinstance(program, VAE):
+        return program.reconstruct(few, seed=seed)
+    nodes = _traces(program, prepare(program, few), seed)[0].nodes
+    if "x" not in nodes or "x" not in few or nodes["x"]["value"].shape != few["x"].shape:
+        return None
+    try:
+        return nodes["x"]["fn"].mean.expand(few["x"].shape)  # type: ignore[no-any-return]
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _draws(program: Any, rows: dict[str, Tensor], seed: int) -> Tensor | None:
+    """Draw up to 64 data from the model, where data can be drawn from it."""
+    if isinstance(program, VAE):
+        return program.sample(64, seed=seed)
+    batch = prepare(program, {key: value[:64] for key, value in rows.items()})
+    if "x" not in batch:
+        return None
+    try:
+        with scope(program), seeded(seed, "samples", device=place(program, batch["x"])[0]):
+            return simulate(program, batch, structure(program, batch))[0]["x"]
+    except ValueError:
+        return None

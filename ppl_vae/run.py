@@ -15,7 +15,7 @@ from torch import nn
 
 from ppl_vae.data import Data
 from ppl_vae.report import describe, distrust, evaluate, figures, finite, judged, markdown, measure, rendering, trained
-from ppl_vae.scrutiny import scrutinise
+from ppl_vae.scrutiny import consult, scrutinise
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import (
     check_folder,
@@ -221,6 +221,7 @@ def evaluate_run(
     reference: str | None = None,
     gap: bool = False,
     calibration: bool = False,
+    looked: int | None = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> Run:
@@ -232,6 +233,7 @@ def evaluate_run(
         reference: a method of `reference_posterior` to hold the evidence against.
         gap: whether to split log p(x) - ELBO into its parts.
         calibration: whether to test the guide on data of the model.
+        looked: how many data the reference and the gap are found for, by default as many as the method can bear.
         device: `auto`, `cpu` or `cuda`.
         trust_code: whether the copy of a program file in the run may be executed.
 
@@ -254,7 +256,7 @@ def evaluate_run(
         report = _report(
             partial, run.path.resolve().name, run.spec, run.program, data, run.report["train"], history,
             samples or run.spec.evaluation.samples,
-            {"reference": reference, "gap": gap, "calibration": calibration},
+            {"reference": reference, "gap": gap, "calibration": calibration, "data": looked},
         )  # fmt: skip
     return Run(run.path, run.spec, run.program, report)
 
@@ -305,6 +307,8 @@ def _report(
     device, seed = place(program)[0], spec.svi.seed
     data = data.to(device)
     part, rows = judged(program, data)
+    asked = {} if closer is None or not any(closer.values()) else dict(closer)
+    truth = consult(program, rows, **asked, seed=seed)
     blocks, evidence = evaluate(program, data, samples=samples, seed=seed, latent=spec.model.latent)
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -325,9 +329,11 @@ def _report(
     }
     pictures = figures(program, data, history, partial / "figures", seed=seed)
     findings: list[str] = []
-    if closer is not None and any(closer.values()):
+    options = "".join(f" --{key}" + f" {value}" * (value is not True) for key, value in asked.items() if value)
+    if asked:
+        del asked["reference"]
         more, findings, drawn = scrutinise(
-            program, rows, evidence, partial / "figures", shape=data.shape, seed=seed, **closer
+            program, rows, evidence, partial / "figures", truth=truth, shape=data.shape, seed=seed, **asked
         )
         report.update(finite(more))
         pictures |= drawn
@@ -338,6 +344,7 @@ def _report(
         program=rendering(program, rows),
         doubts=distrust(report, history["elbo"]),
         findings=findings,
+        closer=options,
         pictures=pictures,
     )
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,26 +1,75 @@
 """A closer look at a run: reference posteriors, the gap and its parts, calibration, with words and pictures."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import diagnostics, plots
-from ppl_vae.calibration import calibrate
-from ppl_vae.evidence import Evidence, bound_curve
-from ppl_vae.gap import inference_gap
-from ppl_vae.latents import codes
+from ppl_vae.calibration import Calibration, calibrate
+from ppl_vae.evidence import BoundCurve, Evidence, bound_curve
+from ppl_vae.exact import exact_log_evidence, gaussians
+from ppl_vae.gap import Gap, inference_gap
+from ppl_vae.joint import Joint
+from ppl_vae.plane import Plane, guide_plane, posterior_plane
 from ppl_vae.program import VAE
 from ppl_vae.reference import Reference, reference_posterior
+from ppl_vae.traces import doubled, prepare, scope, seeded
 
-__all__ = ["METHODS", "scrutinise"]
+__all__ = ["METHODS", "consult", "scrutinise"]
 
 METHODS = ("auto", "closed-form", "quadrature", "ais", "nuts")
 LOOKED = {"auto": 20, "closed-form": 100, "quadrature": 20, "ais": 50, "nuts": 5}  # data
+OTHERWISE = 100  # data, without a reference
 ENOUGH = {"tolerance": 1e-3, "entries": 2**21}  # of quadrature, in nats; it mostly does far better
 SIMULATED = 500
+PANELS = 8  # data whose posteriors are drawn
+
+
+def consult(
+    program: Any,
+    rows: Mapping[str, Tensor],
+    *,
+    reference: str | None = None,
+    gap: bool = False,
+    calibration: bool = False,
+    data: int | None = None,
+    seed: int = 0,
+) -> Reference | None:
+    """Find the reference of the first data, and refuse what the program does not allow, before anything slow.
+
+    Args:
+        program: any program that the methods asked for allow.
+        rows: the data that are evaluated, as a batch dict.
+        reference: a method of `reference_posterior`, or none.
+        gap: whether log p(x) - ELBO will be split.
+        calibration: whether the guide will be tested on data of the model.
+        data: how many of the rows to look at; by default as many as the method can bear.
+        seed: of all draws.
+
+    Returns:
+        The reference, where one was asked for.
+
+    Raises:
+        ValueError: for what the program does not allow, with what it does; or a number of data without use.
+    """
+    if data is not None and data < 1:
+        raise ValueError(f"Expected the number of data to look at to be at least 1; got {data}.")
+    if data is not None and reference is None and not gap:
+        raise ValueError("Expected --data together with --reference or --gap, which look at so many; got it alone.")
+    if gap and not isinstance(program, VAE):
+        raise ValueError(f"Expected a VAE for --gap, whose guide's family is known; got {type(program).__name__}.")
+    if calibration:
+        calibrate(program, _first(program, rows, 2), draws=1, simulations=2, seed=seed)
+    if reference is None:
+        return None
+    some = _first(program, rows, LOOKED[reference] if data is None else data)
+    settings = ENOUGH if reference in ("auto", "quadrature") else {}
+    return reference_posterior(program, some, reference, seed=seed, **settings)  # type: ignore[arg-type]
 
 
 def scrutinise(
@@ -29,30 +78,29 @@ def scrutinise(
     evidence: Evidence,
     folder: Path,
     *,
-    reference: str | None = None,
+    truth: Reference | None = None,
     gap: bool = False,
     calibration: bool = False,
+    data: int | None = None,
     shape: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Look closer at a trained program, as far as asked.
 
     Args:
-        program: any program that the methods asked for allow.
+        program: any program that `consult` did not refuse.
         rows: the data that were evaluated, as a batch dict.
         evidence: their evidence.
         folder: takes the pictures.
-        reference: a method of `reference_posterior`.
+        truth: the reference of the first data, from `consult`.
         gap: whether to split log p(x) - ELBO.
         calibration: whether to test the guide on data of the model.
+        data: how many data to look at where there is no reference.
         shape: of a picture, where the data are pictures.
         seed: of all draws.
 
     Returns:
         Blocks for `report.json`, findings in words, and captions by file name.
-
-    Raises:
-        ValueError: for a method that the program does not allow, by name.
     """
     blocks: dict[str, Any] = {}
     words: list[str] = []
@@ -63,31 +111,35 @@ def scrutinise(
         drawn[name] = caption
 
     folder.mkdir(parents=True, exist_ok=True)
-    some = {key: value[:100] for key, value in rows.items()}
-    curve = bound_curve(program, some, evidence.samples, seed=seed)
-    truth: Reference | None = None
-    few = some
-    if reference is not None:
-        few = {key: value[: LOOKED[reference]] for key, value in rows.items()}
-        settings = ENOUGH if reference in ("auto", "quadrature") else {}
-        truth = reference_posterior(program, few, reference, seed=seed, **settings)  # type: ignore[arg-type]
-        blocks["reference"] = _reference(truth, evidence)
-        words += _words(blocks["reference"])
-        if truth.loc.shape[1] == 2 and shape is not None and truth.method != "nuts":
-            mean, variance = codes(program, few, 1000, seed=seed)
-            pair = (mean[:8], torch.diag_embed(variance[:8])), (truth.loc[:8], truth.covariance[:8])
-            caption = (
-                f"The guide's ellipses (its moments) over those of the posterior by {truth.method}, of a few data."
-            )
-            keep("reference.png", plots.ellipses(*pair, x=few["x"][:8], shape=shape), caption)
-    known = None if truth is None or truth.method == "nuts" else truth.log_evidence
-    whole = known if known is not None and len(known) == len(next(iter(some.values()))) else None
+    looked = _first(program, rows, (data or OTHERWISE) if truth is None else len(truth.loc))
+    known = None
+    if truth is not None:
+        settled = _settled(truth)
+        blocks["reference"] = _reference(truth, settled, evidence)
+        words.append(_reference_words(blocks["reference"]))
+        if truth.loc.shape[1] == 2:
+            try:
+                picture = _posteriors(program, looked, truth, evidence, shape, seed)
+            except ValueError as error:
+                words.append(f"The exact posterior is not drawn. {error}")
+            else:
+                keep("reference.png", picture, "The guide over the exact posterior's density, of the first data.")
+        if bool(settled.any()):
+            known = _choose(truth, settled)
+            looked = {key: value[settled.to(value.device)] for key, value in looked.items()}
+        elif truth.method == "nuts":
+            looked = _first(program, rows, OTHERWISE)
+    curve = bound_curve(program, looked, evidence.samples, seed=seed)
+    blocks["bound"] = _bound(curve)
+    words.append(_bound_words(blocks["bound"]))
     keep(
         "bound.png",
-        diagnostics.bound_over_samples(curve, truth=whole),
-        "The importance-weighted bound over the number of samples, mean over data"
-        + (f"; the line is log p(x) by {truth.method}." if whole is not None and truth is not None else "."),
+        diagnostics.bound_over_samples(curve, truth=None if known is None else known.log_evidence),
+        f"The importance-weighted bound over the number of samples, mean over {curve.bound.shape[1]} data"
+        + (f"; the line is log p(x) by {known.method}." if known is not None else ".")
+        + (" At the last there is one group of draws, and so no error bar." if curve.error[-1].isnan().any() else ""),
     )
+    blocks["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
     if bool((~evidence.pareto_k.isnan()).any()):
         keep(
             "pareto_k.png",
@@ -95,17 +147,12 @@ def scrutinise(
             "The tail shape k of each datum's weights, in rising order; above 0.5 they have no finite variance.",
         )
     if gap:
-        if not isinstance(program, VAE):
-            raise ValueError(f"Expected a VAE for --gap, whose guide's family is known; got {type(program).__name__}.")
-        given = truth if truth is not None and truth.method != "nuts" else None
-        split = inference_gap(program, some if given is None else few, log_evidence=given, seed=seed)
-        parts = {name: float(getattr(split, name).mean()) for name in ("total", "approximation", "amortization")}
-        blocks["gap"] = {"n": len(split.total), **parts, "error": float(split.error.square().mean().sqrt())}
-        words.append(
-            f"**The gap**, log p(x) - ELBO, is {parts['total']:.3f} nats on average over {len(split.total)} data: "
-            f"{parts['approximation']:.3f} because of the guide's family, {parts['amortization']:.3f} because one "
-            f"network answers for all data. {_advice(parts)}"
-        )
+        given: Any = known
+        if known is None:
+            given = _exact(program, looked)
+        split = inference_gap(program, looked, log_evidence=given, seed=seed)
+        blocks["gap"] = _gap(split, sure=given is not None)
+        words.append(_gap_words(blocks["gap"]))
         keep(
             "gap.png",
             diagnostics.gap_parts(split.approximation, split.amortization),
@@ -113,12 +160,7 @@ def scrutinise(
         )
     if calibration:
         found = calibrate(program, rows, simulations=SIMULATED, seed=seed)
-        blocks["calibration"] = {
-            "simulations": len(found.ranks),
-            "draws": found.draws,
-            "p_value": found.p_value,
-            "verdict": found.verdict,
-        }
+        blocks["calibration"] = _calibration(found)
         words.append(f"**Calibration**: {found.verdict} (p = {found.p_value:.2g} over {len(found.ranks)} simulations).")
         keep(
             "calibration.png",
@@ -129,37 +171,194 @@ def scrutinise(
     return blocks, words, drawn
 
 
-def _reference(truth: Reference, evidence: Evidence) -> dict[str, Any]:
-    """Sum up a reference beside the evidence of the same data."""
+def _first(program: Any, rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Give the first data with all that the program takes, their numbers too where it asks for them."""
+    return prepare(program, {key: value[:count] for key, value in rows.items()})
+
+
+def _settled(truth: Reference) -> Tensor:
+    """Say of which data the reference knows log p(x), (n,)."""
+    known = truth.log_evidence.isfinite() & truth.error.isfinite()
+    return known & truth.diagnostics.get("settled", known).to(known.device)
+
+
+def _choose(truth: Reference, which: Tensor) -> Reference:
+    parts = {name: getattr(truth, name)[which] for name in ("log_evidence", "error", "loc", "covariance")}
+    return dataclasses.replace(truth, **parts)
+
+
+def _exact(program: Any, rows: dict[str, Tensor]) -> Tensor | None:
+    try:
+        return exact_log_evidence(program, rows)
+    except ValueError:
+        return None
+
+
+def _posteriors(
+    program: Any,
+    rows: dict[str, Tensor],
+    truth: Reference,
+    evidence: Evidence,
+    shape: tuple[int, ...] | None,
+    seed: int,
+) -> Figure:
+    """Draw the guide over the exact posterior of the first data, whatever the shape of either."""
+    twin = doubled(program)
+    few = prepare(twin, {key: value[:PANELS] for key, value in rows.items()})
+    joint = Joint(twin, few)
+    exact = posterior_plane(joint, truth.loc[:PANELS], truth.covariance[:PANELS])
+    guide, name = _guide(joint, seed)
+    kl = exact.log_mass - evidence.elbo[: len(exact.log_mass)]
+    error = evidence.elbo_mc_se[: len(exact.log_mass)]
+    return plots.regions(exact, guide, name=name, kl=kl, error=error, x=few.get("x"), shape=shape)
+
+
+def _guide(joint: Joint, seed: int) -> tuple[Plane | tuple[Tensor, Tensor], str]:
+    """Give a Gaussian guide by its moments, others by their density, or by moments where they have none; and a name."""
+    name = "guide q(z|x)"
+    try:
+        q = gaussians(joint.program, joint.batch, "guide")
+    except ValueError:
+        with scope(joint.program), seeded(seed, "guide", device=joint.device):
+            z = joint.latents(joint.draw("guide", 1000))
+        apart = z - z.mean(0)
+        moments = z.mean(0), torch.einsum("kny,knz->nyz", apart, apart) / (len(z) - 1)
+        try:
+            return guide_plane(joint, *moments), name
+        except ValueError:
+            return moments, f"{name}, a Gaussian of its moments"
+    return (q.loc, q.covariance), name
+
+
+def _reference(truth: Reference, settled: Tensor, evidence: Evidence) -> dict[str, Any]:
+    """Sum up a reference beside the evidence of the same data; means are over those that it settled."""
     n = len(truth.loc)
     block: dict[str, Any] = {"method": truth.method, "n": n, "converged": truth.converged}
     block["diagnostics"] = {
-        name: float(value.double().mean()) if isinstance(value, Tensor) else value
+        name: _spread(value) if isinstance(value, Tensor) else value
         for name, value in truth.diagnostics.items()
-        if isinstance(value, Tensor | int | float | str | bool)
+        if isinstance(value, Tensor | int | float | str | bool) and name != "settled"
     }
-    if truth.method != "nuts":
-        block["log_evidence"] = float(truth.log_evidence.mean())
-        block["error"] = float(truth.error.square().sum().sqrt()) / n
-        block["importance_weighted"] = float(evidence.log_evidence[:n].mean())
-        block["gap"] = float((truth.log_evidence - evidence.elbo[:n]).mean())
+    if truth.draws is not None:
+        block["draws"] = len(truth.draws)
+    if truth.method == "nuts":
+        return block
+    block["n_settled"] = int(settled.sum())
+    names = ("log_evidence", "error", "importance_weighted", "gap")
+    block |= dict.fromkeys(names)
+    if bool(settled.any()):
+        known, error = truth.log_evidence[settled], truth.error[settled]
+        sampled = float(error.square().sum().sqrt()) / len(error)
+        block["log_evidence"] = float(known.mean())
+        block["error"] = sampled if truth.method == "ais" else float(error.mean())
+        block["importance_weighted"] = float(evidence.log_evidence[:n][settled].mean())
+        block["gap"] = float((known - evidence.elbo[:n][settled]).mean())
+    block["each"] = {"log_evidence": truth.log_evidence.tolist(), "error": truth.error.tolist()}
     return block
 
 
-def _words(block: Mapping[str, Any]) -> list[str]:
-    doubt = "" if block["converged"] else " **Its own checks failed**: do not rely on it; give it more work."
-    if block["method"] == "nuts":
-        return [f"**Reference posterior** by NUTS for {block['n']} data.{doubt or ' It passed its checks.'}"]
-    return [
-        f"**Reference** by {block['method']}: log p(x) = {block['log_evidence']:.3f} ± {block['error']:.4f} nats on "
-        f"average over {block['n']} data, where importance sampling gives {block['importance_weighted']:.3f}; the ELBO "
-        f"lies {block['gap']:.3f} below.{doubt}"
-    ]
+def _spread(values: Tensor) -> dict[str, float]:
+    values = values.double()
+    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}
 
 
-def _advice(parts: Mapping[str, float]) -> str:
+def _reference_words(block: Mapping[str, Any]) -> str:
+    n, method, found = block["n"], block["method"], block["diagnostics"]
+    failed = "" if block["converged"] else " **Its own checks failed**: do not rely on it; give it more work."
+    if method == "nuts":
+        checks = (
+            f"R-hat is {found['r_hat']['max']:.3f} at the most (asked for: below 1.01), {found['ess']['min']:.0f} of "
+            f"{block['draws']:,} draws are effective at the least (above 400), {found['divergences']} diverged (none)."
+        )
+        return f"**Reference posterior** by NUTS for {n} data: {checks}{failed or ' It passed its checks.'}"
+    settled = block["n_settled"]
+    missing = (
+        f" **{n - settled} of {n} data did not settle**: their posteriors are too rough or too wide for the lattice. "
+        "They are left out here and below; annealing (`--reference ais`) may reach them."
+        if settled < n
+        else ""
+    )
+    if not settled:
+        return f"**Reference** by {method}: none of {n} data has a figure to rely on.{missing}"
+    of = f"{n} data" if settled == n else f"the {settled} data that settled"
+    error = {"closed-form": "exactly", "ais": f"± {block['error']:.3f}"}.get(method, f"± {block['error']:.1g}")
+    chains = ""
+    if method == "ais":
+        ess = found["ess"]
+        chains = (
+            f" Of its {block['draws']} chains {ess['median']:.1f} are effective in the median, {ess['min']:.1f} at the "
+            f"least; {found['acceptance']['median']:.0%} of the moves were accepted. On average annealing, too, is low."
+        )
+        if failed:
+            failed = (
+                " **Its own checks failed**: where four chains or fewer are effective, the error is too small. Give it "
+                "more `chains` or `temperatures` (`reference_posterior`)."
+            )
+    return (
+        f"**Reference** by {method}: log p(x) = {block['log_evidence']:.3f} {error} nats on average over {of}, where "
+        f"importance sampling gives {block['importance_weighted']:.3f}; the ELBO lies {block['gap']:.3f} below."
+        f"{chains}{missing or failed}"
+    )
+
+
+def _bound(curve: BoundCurve) -> dict[str, Any]:
+    n = curve.bound.shape[1]
+    error = curve.error.square().sum(1).sqrt() / n
+    return {
+        "n": n,
+        "samples": curve.counts.tolist(),
+        "mean": curve.bound.mean(1).tolist(),
+        "mc_se": error.tolist(),
+    }
+
+
+def _bound_words(block: Mapping[str, Any]) -> str:
+    counts = block["samples"]
+    shown = sorted({0, len(counts) // 2, len(counts) - 1})
+    figures = ", ".join(f"{block['mean'][at]:.3f} at K = {counts[at]:,}" for at in shown)
+    return f"**The bound over the number of samples** K, mean over {block['n']} data: {figures}."
+
+
+def _gap(split: Gap, *, sure: bool) -> dict[str, Any]:
+    """Sum up the gap; its parts are estimates where log p(x) is known, else the total is a lower bound."""
+    n = len(split.total)
+    names = {"total": "error", "approximation": "approximation_error", "amortization": "amortization_error"}
+    block: dict[str, Any] = {"n": n, "kind": "estimate" if sure else "lower bound"}
+    for name, error in names.items():
+        block[name] = float(getattr(split, name).mean())
+        block[error] = float(getattr(split, error).square().sum().sqrt()) / n
+    block["each"] = {name: getattr(split, name).tolist() for name in ("approximation", "amortization")}
+    return block
+
+
+def _gap_words(block: Mapping[str, Any]) -> str:
+    least = "" if block["kind"] == "estimate" else "at least "
+    return (
+        f"**The gap**, log p(x) - ELBO, is {least}{block['total']:.3f} ± {block['error']:.3f} nats on average over "
+        f"{block['n']} data: {least}{block['approximation']:.3f} ± {block['approximation_error']:.3f} because of the "
+        f"guide's family, {block['amortization']:.3f} ± {block['amortization_error']:.3f} because one network answers "
+        f"for all data. ± is the Monte Carlo error. {_advice(block)}"
+    )
+
+
+def _advice(parts: Mapping[str, Any]) -> str:
     if parts["total"] < 0.1:
         return "There is little to gain."
     if parts["approximation"] > parts["amortization"]:
         return "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
     return "A larger encoder or longer training would gain more than a richer family."
+
+
+def _calibration(found: Calibration) -> dict[str, Any]:
+    edges, counts = diagnostics.rank_counts(found)
+    return {
+        "simulations": len(found.ranks),
+        "draws": found.draws,
+        "p_value": found.p_value,
+        "p_values": found.p_values.tolist(),
+        "coverage_p_value": found.coverage_p_value,
+        "joint_p_value": found.joint_p_value,
+        "verdict": found.verdict,
+        "ranks": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "coverage": {"nominal": found.levels.tolist(), "found": found.coverage.tolist()},
+    }

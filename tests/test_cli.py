@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ppl_vae import demo, run
+from ppl_vae import demo, run, scrutiny
 from ppl_vae.cli import app
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -232,6 +232,85 @@ def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path):
     (tmp_path / "run" / "model.safetensors").write_bytes(weights[:-9])
     for command in (["evaluate"], ["compare", finished]):
         assert "model.safetensors" in refused(*command, tmp_path / "run")
+
+
+def closer(report):
+    """Give the words of a closer look."""
+    return report.partition("## A closer look\n")[2].partition("\n## ")[0]
+
+
+def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
+    short = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30", "--set", "model.latent=2"]
+    assert invoke("fit", PPCA, *short, "--out", "two").exit_code == 0
+    asked = ["--reference", "auto", "--gap", "--calibration", "--data", "4"]
+    made = invoke("evaluate", "two", *asked, "--json")
+    assert made.exit_code == 0, made.output
+    found, text = json.loads((tmp_path / "two" / "report.json").read_text()), Path("two/report.md").read_text()
+    assert found == json.loads(made.stdout)
+    exact = found["reference"]
+    assert (exact["method"], exact["n"], exact["converged"]) == ("closed-form", 4, True)
+    assert exact["log_evidence"] == pytest.approx(np.mean(exact["each"]["log_evidence"]))
+    assert found["bound"]["samples"] == [1, 2, 5, 10, 20]
+    assert found["bound"]["mean"][0] == pytest.approx(exact["log_evidence"] - exact["gap"], abs=0.5)
+    assert len(found["pareto_k"]) == found["test"]["n"]
+    assert found["gap"]["total"] == pytest.approx(found["gap"]["approximation"] + found["gap"]["amortization"])
+    assert [len(row) for row in found["calibration"]["ranks"]["counts"]] == [20, 20]
+    for heading in ("**Reference** by closed-form", "**The bound over", "**The gap**", "**Calibration**"):
+        assert f"- {heading}" in closer(text)
+    assert "ppl-vae evaluate again --samples 30 --reference auto --gap --calibration --data 4\n" in text
+    names = {"reference.png", "bound.png", "pareto_k.png", "gap.png", "calibration.png"}
+    assert {path.name for path in (tmp_path / "two" / "figures").iterdir()} == names
+    for name in names:
+        assert f"(figures/{name})" in text
+        assert (tmp_path / "two" / "figures" / name).read_bytes()[:4] == b"\x89PNG"
+    assert invoke("evaluate", "two").exit_code == 0
+    assert "reference" not in json.loads((tmp_path / "two" / "report.json").read_text())
+
+
+def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    whole = scrutiny.reference_posterior
+
+    def hasty(*given, **more):
+        return whole(*given, draws=20, warmup=5, chains=2, **more)
+
+    monkeypatch.setattr(scrutiny, "reference_posterior", hasty)
+    for more in ([], ["--json"]):
+        found = invoke("evaluate", tmp_path / "run", "--reference", "nuts", "--data", 2, *more)
+        assert found.exit_code == 1
+        assert "Expected a reference that passes its own checks" in found.stderr
+        assert "Traceback" not in found.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert json.loads(found.stdout) == report
+    assert report["reference"]["converged"] is False
+    assert report["reference"]["diagnostics"]["ess"]["max"] < 400
+    words = closer((tmp_path / "run" / "report.md").read_text())
+    assert "**Its own checks failed**" in words
+    assert "R-hat is " in words
+    assert f"{report['reference']['diagnostics']['ess']['min']:.0f} of 40 draws are effective" in words
+
+
+def test_references_that_a_program_does_not_allow_leave_the_report_as_it_was(tmp_path, monkeypatch):
+    small = ["--set", "svi.epochs=1", "--set", "evaluation.samples=30"]
+    many = ["--set", "model.latent=50", "--set", "likelihood.network.hidden=[5]"]
+    assert invoke("fit", MODELS / "digits.toml", *small, *many, "--out", "many").exit_code == 0
+    assert invoke("fit", MODELS / "vae.py", *small, "--set", "model.hidden=5", "--out", "own").exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def slow(*given, **more):
+        raise AssertionError("evaluated before it refused")
+
+    monkeypatch.setattr(run, "evaluate", slow)
+    linear = refused("evaluate", "many", "--reference", "closed-form")
+    assert "Expected a linear-Gaussian model" in linear
+    assert "This program allows 'ais', 'nuts'" in linear
+    few = refused("evaluate", "many", "--reference", "quadrature", "--gap", "--calibration")
+    assert "at most 3 latent variables for method='quadrature'; got 50" in few
+    assert "allows 'ais', 'nuts', and 'closed-form' if it is linear-Gaussian" in few
+    assert "Expected a VAE for --gap" in refused("evaluate", "own", "--gap", "--trust-code")
+    assert "--data together with --reference or --gap" in refused("evaluate", "many", "--data", "9")
+    assert "at least 1; got 0" in refused("evaluate", "many", "--gap", "--data", "0")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])

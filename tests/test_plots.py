@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from ppl_vae import VAE, Conditional, Program, plots
 from ppl_vae.families import Bernoulli, FullNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP
+from ppl_vae.plane import Plane
 
 SHAPE = (2, 3)
 
@@ -34,6 +36,23 @@ def _pair(n: int, latent: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(n, latent), root @ root.mT + 0.1 * torch.eye(latent)
 
 
+def _plane(loc: Tensor, covariance: Tensor, side: int = 61) -> Plane:
+    """Put a Gaussian on a grid of 5 standard deviations along its own axes."""
+    if not len(loc):
+        return Plane(torch.zeros(0, side, side, 2), *torch.zeros(2, 0, side, side), torch.zeros(0))
+    q = MultivariateNormal(loc, covariance)
+    t = torch.linspace(-5, 5, side)
+    steps = torch.cartesian_prod(t, t).reshape(1, side, side, 2)
+    points = loc[:, None, None] + torch.einsum("nyz,nrcz->nrcy", q.scale_tril, steps.expand(len(loc), -1, -1, -1))
+    density = q.log_prob(points.permute(1, 2, 0, 3)).exp().permute(2, 0, 1)
+    mass = density * (10 / (side - 1)) ** 2 * q.scale_tril.diagonal(dim1=1, dim2=2).prod(-1)[:, None, None]
+    return Plane(points, density, mass, torch.zeros(len(loc)))
+
+
+def _regions(n: int, shape: Any = SHAPE) -> Figure:
+    return plots.regions(_plane(*_pair(n)), _pair(n), kl=torch.rand(n), x=torch.rand(n, 6), shape=shape)
+
+
 def _ellipses(n: int, shape: Any = SHAPE) -> Figure:
     return plots.ellipses(_pair(n), _pair(n), x=torch.rand(n, 6), shape=shape)
 
@@ -48,6 +67,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "latent_grid": lambda n, shape=SHAPE: plots.latent_grid(_vae(), shape=shape or (1, 6), size=n),
     "latent_scatter": lambda n, shape=SHAPE: plots.latent_scatter(torch.randn(n, 3), torch.arange(n)),
     "reconstructions": _reconstructions,
+    "regions": _regions,
     "samples": lambda n, shape=SHAPE: plots.samples(torch.rand(n, 6), shape=shape),
     "training_curve": lambda n, shape=SHAPE: plots.training_curve([-1.0] * n, [-2.0] * n),
     "traversals": lambda n, shape=SHAPE: plots.traversals(_vae(), latents=range(n), shape=shape),
@@ -375,6 +395,61 @@ def test_ellipses_name_the_divergence_and_show_the_datum() -> None:
     assert not same.axes[0].child_axes
 
 
+def _area(curve: np.ndarray) -> float:
+    """Give the area within a closed curve, (points, 2), by the shoelace formula."""
+    x, y = curve.T
+    return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
+
+
+def test_regions_hold_what_they_say_of_either_density() -> None:
+    q, p = _pair(6), _pair(6)
+    as_moments, as_planes = plots.regions(_plane(*p), q), plots.regions(_plane(*p), _plane(*q))
+    radii = [math.sqrt(-2 * math.log(1 - share)) for share in (0.95, 0.5)]
+    for index, (ax, other) in enumerate(zip(as_moments.axes, as_planes.axes, strict=True)):
+        filled, lines = ax.collections
+        assert filled.filled
+        assert not lines.filled
+        for path, radius in zip(lines.get_paths(), radii, strict=True):
+            expected = math.pi * radius**2 * math.sqrt(p[1][index].det())
+            assert _area(path.vertices[:-1]) == pytest.approx(expected, rel=0.02)
+            apart = torch.tensor(path.vertices) - p[0][index]
+            distance = (apart * torch.linalg.solve(p[1][index], apart.T).T).sum(-1).sqrt()
+            torch.testing.assert_close(distance, torch.full_like(distance, radius), rtol=0.02, atol=0)
+        for patch, path, radius in zip(ax.patches, other.collections[2].get_paths(), radii, strict=True):
+            known = math.pi * radius**2 * math.sqrt(q[1][index].det())
+            assert math.pi * patch.width * patch.height / 4 == pytest.approx(known)
+            assert _area(path.vertices[:-1]) == pytest.approx(known, rel=0.02)
+            centre = np.mean(path.vertices[:-1], 0)
+            assert patch.get_center() == pytest.approx(tuple(q[0][index].tolist()))
+            np.testing.assert_allclose(centre, q[0][index], atol=0.3 * math.sqrt(q[1][index].diagonal().max()))
+    assert _legend(as_moments) == ["exact p(z|x), by quadrature", "guide q(z|x)"]
+
+
+def test_regions_tell_the_divergence_and_its_error() -> None:
+    kl, error = torch.tensor([0.123, 0.001, -0.02, 2.0]), torch.tensor([0.001, 0.001, 0.03, 0.004])
+    p = _pair(4)
+    found = [ax.texts[0].get_text() for ax in plots.regions(_plane(*p), p, kl=kl, error=error).axes]
+    assert found == ["KL 0.12 nats", "KL < 0.01 nats", "KL -0.02 ± 0.03 nats", "KL 2.00 nats"]
+    assert not plots.regions(_plane(*p), p).axes[0].texts
+
+
+def test_regions_have_panels_of_one_width_that_hold_them() -> None:
+    q, p = _pair(5), _pair(5)
+    figure = plots.regions(_plane(*p), q)
+    figure.draw_without_rendering()
+    for axis in "xy":
+        assert np.ptp([np.diff(getattr(ax, f"get_{axis}lim")())[0] for ax in figure.axes]) < 1e-10
+    for ax in figure.axes:
+        box = ax.get_window_extent()
+        assert box.width == pytest.approx(box.height, rel=1e-6)
+        for drawn in (*ax.patches, ax.collections[1]):
+            inner = drawn.get_window_extent()
+            assert box.x0 <= inner.x0
+            assert inner.x1 <= box.x1
+            assert box.y0 <= inner.y0
+            assert inner.y1 <= box.y1
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "shapes differ": (lambda: plots.reconstructions(torch.rand(2, 6), torch.rand(3, 6)), "of one shape"),
     "pixels": (lambda: plots.samples(torch.rand(2, 6), shape=(2, 2)), "of 6 pixels"),
@@ -393,6 +468,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "indefinite": (lambda: plots.ellipses((torch.rand(1, 2), -torch.eye(2)[None]), _pair(1)), "of datum 0 is not"),
     "sizes": (lambda: plots.ellipses(_pair(2), _pair(3)), "posteriors of one shape"),
     "names": (lambda: plots.ellipses(_pair(2), _pair(2), labels=["a"]), "`labels` for each of 2"),
+    "fewer planes": (lambda: plots.regions(_plane(*_pair(2)), _pair(3)), "2 data of both; got 2 and 3"),
+    "more latents": (lambda: plots.regions(_plane(*_pair(2)), _pair(2, 3)), "two latents and 2 data of both; got 3"),
+    "few KLs": (lambda: plots.regions(_plane(*_pair(2)), _pair(2), kl=torch.zeros(1)), "`kl` for each of 2"),
     "too many": (lambda: plots.ellipses(_pair(65), _pair(65)), "at most 64"),
 }
 

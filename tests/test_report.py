@@ -1,6 +1,7 @@
 """Reports: every spec leaves a full one, in words that say what the figures are and what to distrust."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from ppl_vae import PPCA, load_run, load_spec, report, run, sources
+from ppl_vae import PPCA, Program, compare_posteriors, load_run, load_spec, log_evidence, report, run, sources
 from ppl_vae import data as datasets
 from ppl_vae.run import evaluate_run, fit_spec
 
@@ -59,12 +61,18 @@ def check_whole(folder):
     test = found["test"]
     assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units"} <= test.keys()
     assert test["elbo"].keys() == {"mean", "se", "mc_se"}
-    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind"}
+    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "jackknife"}
     assert test["ess"].keys() == {"median", "min"}
     assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
     assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
     assert test["rate"] + test["distortion"] == pytest.approx(-test["elbo"]["mean"])
-    assert (test["log_evidence"]["kind"] == "lower bound") == (">= " in text)
+    bounded = test["log_evidence"]["kind"] == "lower bound"
+    assert bounded == (">= " in text)
+    assert bounded == (test["log_evidence"]["jackknife"] is None)
+    assert bounded == ("jackknife; no bound" not in text)
+    assert bounded == all(remedy in text for remedy in ("--samples K", "a richer guide", "--reference ais"))
+    line = next(line for line in text.splitlines() if line.startswith("| log evidence |"))
+    assert bounded == ("±" not in line)
     for heading in ("Numbers", "What to distrust", "The program", "Reproduce", "Pictures"):
         assert f"\n## {heading}\n" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
@@ -85,7 +93,7 @@ def test_every_spec_leaves_a_full_report(path, few, tmp_path):
     assert (found["data"]["n_train"], found["test"]["n"]) in ((100, 40), (112, 28))  # a file is split
     assert text.startswith(f"# {path.stem}\n")
     vae = made.spec.model.program is None
-    assert {"training"} | ({"reconstructions", "samples", "traversals"} if vae else set()) <= pictures
+    assert {"training", "reconstructions", "samples"} | ({"traversals"} if vae else set()) <= pictures
     assert ("manifold" in pictures) == (vae and made.spec.model.latent == 2)
     assert ("posteriors" in pictures) == (vae and found["exact"] is not None)
     assert (found["baseline"] is None) == (found["data"]["measure"] == "probability mass")
@@ -126,6 +134,56 @@ def test_a_table_of_ones_own(latent, tmp_path):
     data = made.spec.load_data()
     ppca = PPCA.fit(data.train["x"].double(), latent).log_evidence(data.test["x"].double()).mean()
     assert found["baseline"]["ppca"]["log_evidence"] == pytest.approx(float(ppca))
+
+
+@pytest.mark.parametrize("family", ["Normal", "MixtureNormal"])
+def test_the_error_of_the_distance_to_the_exact_posterior(family, few, tmp_path):
+    posterior = {"family": family, "network": {"family": "Linear"}}
+    settings = {"svi.epochs": 1, "evaluation.samples": 30, "model.latent": 2, "posterior": posterior}
+    made = fit_spec(MODELS / "ppca.toml", {**settings, "svi.elbo": "Trace_ELBO"}, out=tmp_path / "run")
+    compared = compare_posteriors(made.program, made.spec.load_data().test)
+    exact, sampled = made.report["exact"], family == "MixtureNormal"
+    assert exact["gap_method"] == ("sampled" if sampled else "closed-form")
+    assert exact["gap_mc_se"] == pytest.approx(float(compared.error.square().sum().sqrt()) / 40)
+    assert (exact["gap_mc_se"] > 0) == sampled
+    lines = (made.path / "report.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| KL of guide to exact posterior |")]
+    *_, figure, error, kind, _ = (cell.strip() for cell in line.split("|"))
+    assert figure == f"{exact['posterior_kl']:.4f}"
+    assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed-form"))
+
+
+def test_the_jackknife_is_printed_and_named_no_bound(few, tmp_path):
+    settings = {"svi.epochs": 200, "evaluation.samples": 400, "model.latent": 1}
+    made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run")
+    evidence = log_evidence(made.program, made.spec.load_data().test, 400)
+    value = made.report["test"]["log_evidence"]
+    assert value["kind"] == "estimate"
+    assert value["jackknife"] == pytest.approx(float(evidence.jackknife.mean()))
+    text = (made.path / "report.md").read_text()
+    assert f"| freed of its first-order bias (jackknife; no bound) |  | {value['jackknife']:.3f} |" in text
+    assert f"| its bias to first order (delta method) |  | {value['bias'] + 0.0:.4f} |" in text
+
+
+def test_pictures_of_any_program_are_those_of_the_same_vae(few, tmp_path, monkeypatch):
+    """A VAE's own reconstructions, from its traces alone; and sequences whose sites are steps are drawn, too."""
+    seen = {}
+    monkeypatch.setattr(report.plots, "reconstructions", lambda x, means, shape: seen.update(m=means) or Figure())
+    monkeypatch.setattr(report.plots, "samples", lambda x, shape: seen.update(x=x) or Figure())
+    history = {"elbo": [0.0], "validation": []}
+    spec = load_spec(MODELS / "ppca.toml", {"model.latent": 2})
+    data = spec.load_data()
+    vae = spec.build(data)
+    drawn = report.figures(Program(vae.model, vae.guide), dataclasses.replace(data, test=data.train), history, tmp_path)
+    assert {"training.png", "reconstructions.png", "samples.png"} == drawn.keys()
+    torch.testing.assert_close(seen["m"], vae.reconstruct(data.train["x"][:10]))
+    assert seen["x"].shape == (64, 64)
+    spec = load_spec(MODELS / "state_space.py")
+    data = spec.load_data()
+    drawn = report.figures(spec.build(data), data, history, tmp_path)
+    assert {"training.png", "samples.png"} == drawn.keys()
+    assert seen["x"].shape == (40, 64)
+    assert not torch.equal(seen["x"], data.test["x"])
 
 
 def test_one_sample_and_one_datum_give_null_and_no_nan(tmp_path):
@@ -195,6 +253,7 @@ def test_what_to_distrust_follows_from_the_figures(changes, history, words):
 
 
 def test_json_has_no_nan():
+    assert report.finite({"f": [math.nan, [math.inf]]}) == {"f": [None, [None]]}
     assert report.finite({"a": [1.0], "b": {"c": math.nan, "d": -math.inf, "e": 2}}) == {
         "a": [1.0],
         "b": {"c": None, "d": None, "e": 2},

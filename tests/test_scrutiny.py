@@ -1,38 +1,62 @@
 """The closer look at a run, on twins whose answers are known, and its pictures."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from twins import TWINS
 
-from ppl_vae import PPCA, VAE, Conditional, diagnostics, log_evidence
+from ppl_vae import PPCA, VAE, Conditional, Program, diagnostics, log_evidence, scrutiny
 from ppl_vae.calibration import calibrate
 from ppl_vae.evidence import BoundCurve, bound_curve
 from ppl_vae.families import ExactNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.scrutiny import scrutinise
+from ppl_vae.plane import guide_plane
+from ppl_vae.reference import Reference, reference_posterior
+from ppl_vae.scrutiny import consult, scrutinise
 
 
 def _digits() -> torch.Tensor:
     return torch.tensor(load_digits().data)
 
 
+def _nonlinear(latent: int) -> VAE:
+    return VAE(
+        Conditional(StandardNormal(latent)),
+        Conditional(Normal(4, scale=1.0), MLP(hidden=[6])),
+        Conditional(Normal(latent), MLP(hidden=[6])),
+    )
+
+
+def _look(program, batch, folder, samples=50, reference=None, shape=None, **asked):
+    truth = consult(program, batch, reference=reference, **asked)
+    evidence = log_evidence(program, batch, samples)
+    return scrutinise(program, batch, evidence, folder, truth=truth, shape=shape, **asked), truth, evidence
+
+
 def test_the_exact_guide_is_found_right(tmp_path) -> None:
     x = _digits()
     ppca = PPCA.fit(x, 2)
     vae, few = ppca.to_vae(), {"x": x[:60]}  # more than the reference looks at
-    evidence = log_evidence(vae, few, 50)
-    blocks, words, pictures = scrutinise(
-        vae, few, evidence, tmp_path, reference="auto", gap=True, calibration=True, shape=(8, 8)
-    )
+    asked = {"reference": "auto", "gap": True, "calibration": True}
+    (blocks, words, pictures), _, evidence = _look(vae, few, tmp_path, shape=(8, 8), **asked)
     expected = float(ppca.log_evidence(x[: blocks["reference"]["n"]]).mean())
     assert blocks["reference"]["method"] == "closed-form"
     assert blocks["reference"]["log_evidence"] == pytest.approx(expected, abs=1e-9)
     assert blocks["reference"]["gap"] == pytest.approx(0, abs=1e-9)
     assert blocks["calibration"]["verdict"] == "no fault found"
-    assert len(words) == 3
+    assert len(words) == 4
+    assert "exactly" in words[0]
+    n = blocks["reference"]["n"]
+    assert blocks["bound"]["n"] == blocks["gap"]["n"] == blocks["reference"]["n_settled"] == n == 20
+    assert blocks["bound"]["samples"] == [1, 2, 5, 10, 20, 50]
+    np.testing.assert_allclose(blocks["bound"]["mean"][-1], float(evidence.log_evidence[:n].mean()))
+    assert len(blocks["pareto_k"]) == 60
+    assert (blocks["gap"]["kind"], blocks["gap"]["total"]) == ("estimate", pytest.approx(0, abs=1e-6))
+    assert np.sum(blocks["calibration"]["ranks"]["counts"], 1).tolist() == [500, 500]
     assert {"bound.png", "reference.png", "calibration.png", "gap.png"} <= set(pictures)
     assert all((tmp_path / name).stat().st_size > 1000 for name in pictures)
 
@@ -43,32 +67,130 @@ def test_a_narrow_guide_is_found_wrong(tmp_path) -> None:
     q = exact.posterior(x[:1].detach())
     guide = Conditional(Normal(2, scale=0.5 * float(q.stddev.detach()[0, 0])), Linear())
     vae = VAE(exact.prior, exact.likelihood, guide)
-    blocks, words, _ = scrutinise(vae, {"x": x[:20]}, log_evidence(vae, x[:20], 50), tmp_path, calibration=True)
+    (blocks, words, _), _, _ = _look(vae, {"x": x[:20]}, tmp_path, calibration=True)
     assert blocks["calibration"]["verdict"] == "miscalibrated"
-    assert "miscalibrated" in words[0]
+    assert "miscalibrated" in words[1]
 
 
-def test_nonlinear_pairs_have_no_closed_form_and_say_so(tmp_path) -> None:
-    vae = VAE(
-        Conditional(StandardNormal(5)),
-        Conditional(Normal(4, scale=1.0), MLP(hidden=[6])),
-        Conditional(Normal(5), MLP(hidden=[6])),
-    )
-    x = torch.randn(3, 4)
-    evidence = log_evidence(vae, x, 30)
+def test_nonlinear_pairs_have_no_closed_form_and_say_so() -> None:
+    vae, batch = _nonlinear(5), {"x": torch.randn(3, 4)}
     with pytest.raises(ValueError, match="allows 'ais', 'nuts'"):
-        scrutinise(vae, {"x": x}, evidence, tmp_path, reference="closed-form")
+        consult(vae, batch, reference="closed-form")
     with pytest.raises(ValueError, match="at most 3 latent variables"):
-        scrutinise(vae, {"x": x}, evidence, tmp_path, reference="quadrature")
+        consult(vae, batch, reference="quadrature")
 
 
-def test_the_gap_needs_a_family(tmp_path) -> None:
+def test_the_gap_needs_a_family() -> None:
     twin = (
         TWINS["two_level"]() if "two_level" in TWINS else next(make() for name, make in TWINS.items() if "two" in name)
     )
-    evidence = log_evidence(twin.program, twin.batch, 30)
     with pytest.raises(ValueError, match="Expected a VAE for --gap"):
-        scrutinise(twin.program, twin.batch, evidence, tmp_path, gap=True)
+        consult(twin.program, twin.batch, gap=True)
+
+
+def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
+    ppca = PPCA.fit(_digits()[:, 1:12], 2)
+    batch = {"x": _digits()[:30, 1:12]}
+    (blocks, _, pictures), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=3)
+    assert blocks["reference"]["n"] == blocks["bound"]["n"] == 3
+    assert "reference.png" in pictures  # where the data are no pictures, too
+    for count, asked in ((0, {"gap": True}), (3, {}), (3, {"calibration": True})):
+        with pytest.raises(ValueError, match="to be at least 1; got 0" if not count else "--data together with"):
+            consult(ppca.to_vae(), batch, data=count, **asked)
+
+
+def test_means_are_over_the_data_that_settled(tmp_path, monkeypatch) -> None:
+    x = _digits()[:6]
+    ppca = PPCA.fit(_digits(), 2)
+    vae, known = ppca.to_vae(), ppca.log_evidence(x)
+    settled = torch.tensor([True, False, True, True, False, True])
+    q = ppca.posterior(x)
+    truth = Reference(
+        torch.where(settled, known, known + 5),
+        torch.where(settled, 1e-6, 0.3),
+        q.mean,
+        q.covariance_matrix,
+        "quadrature",
+        None,
+        {"z": (2,)},
+        False,
+        {"settled": settled},
+    )
+    evidence = log_evidence(vae, x, 40)
+    drawn = {}
+    monkeypatch.setattr(diagnostics, "bound_over_samples", lambda curve, truth: drawn.update(t=truth) or Figure())
+    blocks, words, _ = scrutinise(vae, {"x": x}, evidence, tmp_path, truth=truth, gap=True)
+    block = blocks["reference"]
+    assert (block["n"], block["n_settled"]) == (6, 4)
+    assert block["log_evidence"] == pytest.approx(float(known[settled].mean()))
+    assert block["error"] == pytest.approx(1e-6)
+    assert block["importance_weighted"] == pytest.approx(float(evidence.log_evidence[settled].mean()))
+    assert "over the 4 data that settled" in words[0]
+    assert "2 of 6 data did not settle" in words[0]
+    assert torch.equal(drawn["t"], known[settled])
+    assert blocks["gap"]["n"] == blocks["bound"]["n"] == 4
+    assert blocks["gap"]["total"] == pytest.approx(0, abs=1e-6)
+    truth.diagnostics["settled"] = torch.zeros(6, dtype=torch.bool)
+    blocks, words, _ = scrutinise(vae, {"x": x}, evidence, tmp_path, truth=truth)
+    assert blocks["reference"]["log_evidence"] is None
+    assert blocks["bound"]["n"] == 6
+    assert drawn["t"] is None
+    assert "none of 6 data" in words[0]
+
+
+def test_annealing_tells_of_its_chains(tmp_path) -> None:
+    vae, batch = _nonlinear(2), {"x": torch.randn(3, 4)}
+    truth = reference_posterior(vae, batch, "ais", chains=8, temperatures=20)
+    blocks, words, pictures = scrutinise(vae, batch, log_evidence(vae, batch, 50), tmp_path, truth=truth)
+    found = blocks["reference"]["diagnostics"]
+    assert found["ess"]["min"] == pytest.approx(float(truth.diagnostics["ess"].min()))
+    assert found["acceptance"]["median"] == pytest.approx(float(truth.diagnostics["acceptance"].median()))
+    error = float(truth.error.square().sum().sqrt()) / 3
+    assert blocks["reference"]["error"] == pytest.approx(error)
+    assert f"± {error:.3f}" in words[0]
+    assert f"{found['ess']['min']:.1f} at the least" in words[0]
+    assert f"{found['acceptance']['median']:.0%} of the moves" in words[0]
+    assert "reference.png" in pictures
+
+
+def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path, monkeypatch) -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            one = pyro.sample("aid", dist.Normal(x.mean(-1), 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(torch.stack([one, one**2], -1), 0.5).to_event(1))
+
+    program, batch, drawn = Program(model, guide), {"x": torch.randn(3, 2)}, {}
+    truth = consult(program, batch, reference="closed-form")
+    evidence = log_evidence(program, batch, 30)
+    regions = scrutiny.plots.regions
+
+    def noted(exact, approximate, **more):
+        drawn.update(q=approximate, name=more["name"])
+        return regions(exact, approximate, **more)
+
+    monkeypatch.setattr(scrutiny.plots, "regions", noted)
+    scrutinise(program, batch, evidence, tmp_path, truth=truth)
+    assert "moments" in drawn["name"]
+    mean = torch.stack([batch["x"].mean(-1), batch["x"].mean(-1) ** 2 + 1], -1)
+    assert float((drawn["q"][0] - mean).abs().max()) < 5 * (4 * 2.0**2 + 2 + 0.25) ** 0.5 / 1000**0.5
+    monkeypatch.setattr(scrutiny, "_guide", lambda joint, seed: guide_plane(joint, *drawn["q"]))
+    _, words, pictures = scrutinise(program, batch, evidence, tmp_path, truth=truth)
+    assert words[1] == "The exact posterior is not drawn. Expected a guide without auxiliary sites; got 'aid'."
+    assert "reference.png" not in pictures
+
+
+def test_a_gap_below_an_estimate_is_at_least_what_it_says(tmp_path) -> None:
+    (blocks, words, _), _, _ = _look(_nonlinear(2), {"x": torch.randn(4, 4)}, tmp_path, gap=True)
+    assert blocks["gap"]["kind"] == "lower bound"
+    assert "at least" in words[1]
+    parts = blocks["gap"]
+    assert parts["total"] == pytest.approx(parts["approximation"] + parts["amortization"])
+    assert {"error", "approximation_error", "amortization_error"} <= parts.keys()
 
 
 def test_bound_is_drawn_where_it_is() -> None:
@@ -97,9 +219,14 @@ def test_rank_histograms_count_every_simulation() -> None:
     found = calibrate(VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))), simulations=200)
     figure = diagnostics.rank_histograms(found)
     assert isinstance(figure, Figure)
-    assert (
-        sum(bar.get_height() for bar in figure.axes[0].patches if bar.get_height() > 0 and bar.get_width() < 50) >= 200
-    )
+    edges, counts = diagnostics.rank_counts(found)
+    np.testing.assert_array_equal(counts.sum(1), [200, 200])
+    for latent in range(2):
+        drawn = [patch for patch in figure.axes[latent].patches if hasattr(patch, "get_data")]
+        np.testing.assert_array_equal(drawn[0].get_data().values, counts[latent])
+        np.testing.assert_array_equal(drawn[0].get_data().edges, edges)
+        first = (found.ranks[:, latent] < edges[1]).sum()
+        assert counts[latent, 0] == first
     assert len(figure.axes) == 3
 
 
