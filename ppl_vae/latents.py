@@ -18,8 +18,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MixtureOfDiagNormals
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Categorical,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
 from ppl_vae.batches import as_batch
 from ppl_vae.evidence import _blocks
@@ -129,12 +139,16 @@ def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 
 
 @torch.no_grad()
 def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
-    r"""Give the rate of each latent, :math:`\mathrm{KL}(q(z_j \mid x) \,\|\, p(z_j))`, where guide and prior factorise.
+    r"""Give the rate of each latent, :math:`\mathrm{KL}(q(z_j \mid x) \,\|\, p(z_j))`, of the marginals.
 
-    A Normal against a Normal is in closed form, given the latents it depends on; anything else is sampled.
+    A normal against a normal, correlated or not, is in closed form, given the latents it depends on; anything else is
+    sampled. Where the prior factorises, the sum falls short of the rate of all latents by what they tell of each other
+    under the guide, its total correlation :math:`\mathrm{KL}(q(z \mid x) \,\|\, \prod_j q(z_j \mid x))`; so it is the
+    rate where the guide factorises too.
 
     Args:
-        program: any program whose latent sites are independent given those before, in guide and model.
+        program: any program whose latent sites have marginals with a density in guide and model: elementwise
+            distributions, multivariate normals, mixtures of these.
         x: data, a tensor (n, *x) or a batch dict.
         draws: samples a datum, for what is not in closed form.
         seed: of the draws; the global random state is left alone.
@@ -143,7 +157,7 @@ def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
         Nats, shape (n, z), in double precision; sampled ones may fall below 0.
 
     Raises:
-        ValueError: for a site that does not factorise, or as in `codes`.
+        ValueError: for a site whose marginals have no known density, such as a flow's, or as in `codes`.
     """
     if draws < 1:
         raise ValueError(f"Expected `draws` to be at least 1; got {draws}.")
@@ -165,27 +179,51 @@ def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
 
 def _rate(name: str, q: Any, p: Any) -> Tensor:
     """Give the KL of each element of a site, sampled where it has no closed form, in the shape of its value."""
-    value = p["value"]
-    guide, prior = _elements(name, "guide", q["fn"]), _elements(name, "model", p["fn"])
+    value, each = p["value"], []
+    for role, site in (("guide", q), ("model", p)):
+        marginals = _marginals(site["fn"])
+        if marginals is None:
+            raise ValueError(
+                "Expected latents whose marginals have a density, for a rate of each; site "
+                f"'{name}' of the {role} is a {type(site['fn']).__name__}. "
+                "log_evidence(program, x, samples).rate is that of all of them."
+            )
+        each.append(marginals)
+    guide, prior = each
     if isinstance(guide, Normal) and isinstance(prior, Normal):
-        return kl_divergence(guide, prior).expand(value.shape)
-    return (guide.log_prob(value) - prior.log_prob(value)).expand(value.shape)
+        terms = _masked(_masked(kl_divergence(guide, prior), q), p)
+    else:
+        terms = _masked(guide.log_prob(value), q) - _masked(prior.log_prob(value), p)
+    return terms.expand(value.shape)
 
 
-def _elements(name: str, role: str, fn: Any) -> Any:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    if isinstance(fn, MultivariateNormal):
-        covariance, variance = fn.covariance_matrix, fn.variance
-        largest = torch.finfo(variance.dtype).eps ** 0.5 * variance.amax()
-        if bool((covariance - torch.diag_embed(variance)).abs().amax() <= largest):
-            return Normal(fn.loc, variance.sqrt())
-    if fn.event_shape:
-        raise ValueError(
-            f"Expected independent latents, for a rate of each; site '{name}' of the {role} is a {type(fn).__name__}. "
-            "log_evidence(program, x, samples).rate is that of all of them."
-        )
-    return fn
+def _masked(terms: Tensor, site: Any) -> Tensor:
+    """Drop what a site's mask hides, as the evidence does."""
+    mask = site["mask"]
+    if isinstance(mask, Tensor):
+        mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return scale_and_mask(terms, 1.0, mask)  # type: ignore[no-any-return]
+
+
+def _marginals(fn: Any) -> Any:
+    """Give the distribution of each element of an event by itself, `None` where its density is not known."""
+    if isinstance(fn, Independent):
+        return _marginals(fn.base_dist)
+    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+        return Normal(fn.loc, fn.variance.sqrt())
+    if isinstance(fn, MixtureOfDiagNormals):
+        weights, parts = fn.categorical, Normal(fn.locs, fn.coord_scale)
+    elif isinstance(fn, MixtureSameFamily) and fn.event_shape:
+        weights, parts = fn.mixture_distribution, _marginals(fn.component_distribution)
+    else:
+        return None if fn.event_shape else fn
+    if not isinstance(parts, Normal):
+        return None
+    component = weights.logits.dim() - 1
+    loc, scale = (value.movedim(component, -1) for value in (parts.loc, parts.scale))
+    between = (1,) * (loc.dim() - weights.logits.dim())
+    logits = weights.logits.reshape(*weights.logits.shape[:-1], *between, -1)
+    return MixtureSameFamily(Categorical(logits=logits.expand(loc.shape)), Normal(loc, scale))
 
 
 @dataclass(frozen=True)
@@ -221,7 +259,11 @@ class Aggregate:
 
 @torch.no_grad()
 def aggregate(program: Any, x: Any, *, draws: int = 1, seed: int = 0) -> Aggregate:
-    """Compare the aggregate posterior with the prior, by sampling; the work grows with the square of the data.
+    """Compare the aggregate posterior with the prior, by sampling.
+
+    Each draw is scored under the guide's answer for each datum, so the work grows with the square of the data, while
+    memory is that of a block: 10,000 data and 20 latents take some 20 s on one core for a normal guide, minutes for a
+    mixture of ten. Give fewer data where that is too long; all but `rate` and `mmd` depend on how many there are.
 
     Args:
         program: any program.
