@@ -10,7 +10,8 @@ import pyro
 import pytest
 import torch
 
-from ppl_vae import load_run, run
+from ppl_vae import exact_log_evidence, exact_posterior, load_run, run
+from ppl_vae.annealing import bidirectional
 from ppl_vae.run import evaluate_run, fit_spec
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def main(name, *arguments):
 
 
 def test_every_script_is_short():
-    assert SCRIPTS.keys() >= {"svi", "importance_weighted", "exact_posterior"}
+    assert SCRIPTS.keys() >= {"svi", "importance_weighted", "exact_posterior", "annealed_importance", "nuts"}
     for path in SCRIPTS.values():
         assert len(path.read_text().splitlines()) <= 60
         assert "main" in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -90,9 +91,92 @@ def test_exact_posterior_prints_the_gap(tmp_path, capsys):
         main("exact_posterior", tmp_path)
 
 
+def table(lines):
+    """Read the numbers of lines such as `0 -161.020 0.302`, the first of them a whole number."""
+    return [[float(cell) for cell in line.split()] for line in lines if re.match(r" +\d+ +-?\d", line)]
+
+
+def linear(tmp_path, latent):
+    """Give the path of a run of a linear-Gaussian model with an exact guide, its program, and its data."""
+    fit_spec(ROOT / "models" / "ppca_exact.toml", {**SHORT, "model.latent": latent}, out=tmp_path / "run")
+    made = load_run(tmp_path / "run")
+    return tmp_path / "run", made.program, made.spec.load_data().test["x"]
+
+
+def test_annealed_importance_brackets_the_evidence(tmp_path, capsys):
+    path, program, x = linear(tmp_path, 3)
+    settings = ("--data", 8, "--samples", 20, "--leapfrog", 4)
+    exact = exact_log_evidence(program, x[:8])
+    missed = {}
+    for temperatures in (1, 40):
+        main("annealed_importance", path, *settings, "--temperatures", temperatures)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"test data, nats per datum: 20 weights, and 16 chains of {temperatures} moves"
+        rows = table(lines)
+        assert len(rows) == 16
+        _, weighted, annealed, error, chains, accepted = torch.tensor(rows[:8]).double().T
+        torch.testing.assert_close(weighted, exact, rtol=0, atol=2e-3)  # the guide is exact
+        missed[temperatures] = exact - annealed
+        if temperatures == 40:
+            assert (missed[40].abs() < 5 * error + 1e-3).all()
+            assert ((accepted > 0.3) & (accepted < 0.95)).all()
+            assert ((chains >= 1) & (chains <= 16)).all()
+    assert missed[1].mean() > 3  # one move from the prior is not enough
+    _, lower, upper, gap = torch.tensor(rows[8:]).double().T
+    torch.testing.assert_close(gap, upper - lower, rtol=0, atol=2e-3)
+    made = bidirectional(program, x[:8], chains=16, temperatures=40, leapfrog=4)
+    truth = exact_log_evidence(program, made.batch)
+    for miss in (truth - lower, upper - truth):
+        assert miss.mean() > -5 * miss.std() / 8**0.5
+    means = [[float(cell) for cell in line.split()[1:]] for line in lines if line.startswith(" mean")]
+    assert means == [
+        pytest.approx([weighted.mean().item(), annealed.mean().item()], abs=2e-3),
+        pytest.approx([lower.mean().item(), upper.mean().item(), gap.mean().item()], abs=2e-3),
+    ]
+
+
+def test_annealing_from_an_exact_guide_has_no_error(tmp_path, capsys):
+    path, program, x = linear(tmp_path, 2)
+    main("annealed_importance", path, "--start", "guide", "--data", 2, "--temperatures", 3, "--leapfrog", 2)
+    rows = table(capsys.readouterr().out.splitlines())
+    for row, exact in zip(rows[:2], exact_log_evidence(program, x[:2]), strict=True):
+        assert row[2:4] == pytest.approx([exact.item(), 0.0], abs=2e-3)
+    with pytest.raises(SystemExit, match="Expected `chains` to be at least 1; got 0"):
+        main("annealed_importance", path, "--chains", 0)
+    with pytest.raises(SystemExit, match="Expected a run directory"):
+        main("annealed_importance", tmp_path)
+
+
+def test_nuts_finds_the_exact_posterior(tmp_path, capsys):
+    path, program, x = linear(tmp_path, 2)
+    main("nuts", path, "--data", 1, "--draws", 300, "--warmup", 100, "--chains", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "test data, 2 chains of 300 draws"
+    rows = [[float(cell) for cell in line.split()[2:]] for line in lines if "z[" in line]
+    mean, scale, guide_mean, guide_scale = torch.tensor(rows).double().T
+    r_hat, draws, divergences = re.match(r"R-hat ([\d.]+), bulk draws (\d+), divergences (\d+)", lines[-1]).groups()
+    assert float(r_hat) < 1.01
+    assert int(divergences) == 0
+    exact = exact_posterior(program, x[:1])
+    for loc, spread, count in ((mean, scale, int(draws)), (guide_mean, guide_scale, 1000)):
+        assert ((loc - exact.mean[0]).abs() < 5 * exact.stddev[0] / count**0.5).all()
+        assert ((spread / exact.stddev[0] - 1).abs() < 5 / (2 * count) ** 0.5).all()
+    with pytest.raises(SystemExit, match="NUTS did not converge: ask for more --warmup and --draws"):
+        main("nuts", path, "--data", 1, "--draws", 30, "--warmup", 20, "--chains", 2)
+    with pytest.raises(SystemExit, match="Expected a run directory"):
+        main("nuts", tmp_path)
+
+
 def test_a_program_in_a_run_asks_for_trust(tmp_path):
     fit_spec(ROOT / "models" / "ppca.py", {**SHORT, "model.latent": 2}, out=tmp_path / "run")
-    for name in ("importance_weighted", "exact_posterior"):
+    short = {
+        "importance_weighted": (),
+        "exact_posterior": (),
+        "annealed_importance": ("--temperatures", 3, "--leapfrog", 2),
+        "nuts": ("--draws", 0),
+    }
+    for name, settings in short.items():
         with pytest.raises(SystemExit, match="give --trust-code"):
-            main(name, tmp_path / "run")
-        main(name, tmp_path / "run", "--trust-code", "--data", 2)
+            main(name, tmp_path / "run", *settings)
+        if name != "nuts":
+            main(name, tmp_path / "run", "--trust-code", "--data", 2, *settings)
