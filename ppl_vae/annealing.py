@@ -62,17 +62,23 @@ class HMC:
         step = self.steps[number].to(state.u.dtype).unsqueeze(-1) * jitter * self.scale  # (k, n, z)
         momentum = torch.randn_like(state.u)
         energy = state.base + beta * state.tilt - 0.5 * momentum.double().square().sum(-1)
-        momentum = momentum + 0.5 * step * (state.base_slope + beta * state.tilt_slope)
-        new = state
-        for number_ in range(self.leapfrog):
-            u = new.u + step * momentum
-            new = self.path.at(torch.where(u.isfinite(), u, state.u))
-            last = 0.5 if number_ == self.leapfrog - 1 else 1.0
-            momentum = momentum + last * step * (new.base_slope + beta * new.tilt_slope)
+        base, tilt, u = state.base_slope, state.tilt_slope, state.u
+        momentum = momentum + 0.5 * step * (base + beta * tilt)
+        for _ in range(self.leapfrog - 1):
+            u = _finite(u + step * momentum, state.u)
+            base, tilt = self.path.slopes(u)
+            momentum = momentum + step * (base + beta * tilt)
+        new = self.path.at(_finite(u + step * momentum, state.u))
+        momentum = momentum + 0.5 * step * (new.base_slope + beta * new.tilt_slope)
         gain = new.base + beta * new.tilt - 0.5 * momentum.double().square().sum(-1) - energy
         gain = torch.where(gain.isnan(), -math.inf, gain)
         self.rate = gain.clamp_max(0.0).exp().mean(0)
         return new.where(torch.rand_like(gain).log() < gain, state)
+
+
+def _finite(u: Tensor, other: Tensor) -> Tensor:
+    """Keep a wild proposal, which will be refused, from programs that cannot even score it."""
+    return torch.where(u.isfinite(), u, other)
 
 
 def ladder(temperatures: int, schedule: Literal["linear", "sigmoid"] = "sigmoid") -> list[float]:

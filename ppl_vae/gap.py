@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from ppl_vae.batches import as_batch
+from ppl_vae.captured import Captured
 from ppl_vae.exact import conditioned, exact_log_evidence
 from ppl_vae.families import Family
+from ppl_vae.joint import slope
 from ppl_vae.networks import Table
 from ppl_vae.program import VAE
 from ppl_vae.traces import prepare, scope, seeded
 
 __all__ = ["Gap", "inference_gap"]
 
-_ENTRIES = 2**23  # numbers that the draws of a block of data may hold
-_DATA = 1000  # data in a block, at the most
+_DATA = 1000  # data in a block, at the most; draws of the prior that a climb from it begins at
 _PARTICLES = 10  # draws a datum and step of the climb
 _CHECKED = 100  # draws, the same ones each time, by which steps are judged
 _EVERY = 20  # steps between checks
@@ -67,7 +68,14 @@ class Gap:
 
 
 def inference_gap(
-    program: Any, x: Any, *, log_evidence: Any = None, draws: int = 1000, steps: int = 1000, seed: int = 0
+    program: Any,
+    x: Any,
+    *,
+    log_evidence: Any = None,
+    draws: int = 1000,
+    steps: int = 1000,
+    entries: int = 2**21,
+    seed: int = 0,
 ) -> Gap:
     r"""Split log p(x) - ELBO of each datum into approximation gap and amortization gap.
 
@@ -85,6 +93,7 @@ def inference_gap(
             importance-weighted estimate by the draws of :math:`q^*`.
         draws: samples a datum of the estimates, at least 2.
         steps: of each climb, at the most.
+        entries: numbers that the draws of a block of data may hold, which bounds the memory.
         seed: of all draws; the global random state is left alone.
 
     Returns:
@@ -92,7 +101,7 @@ def inference_gap(
 
     Raises:
         TypeError: for a program that is no `VAE`: there is no family to choose from.
-        ValueError: for fewer than two draws or one step, or data or evidence that do not fit.
+        ValueError: for fewer than two draws, one step or one entry, or data or evidence that do not fit.
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. The gradient is
@@ -103,18 +112,18 @@ def inference_gap(
             f"Expected a VAE, whose guide's family is known; got {type(program).__name__}. For other programs compare "
             "ELBO and log evidence instead: log_evidence(program, x, samples) has both."
         )
-    for name, value, least in (("draws", draws, 2), ("steps", steps, 1)):
+    for name, value, least in (("draws", draws, 2), ("steps", steps, 1), ("entries", entries, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
     batch = prepare(program, as_batch(x))
     n, features = len(batch["x"]), batch["x"][0].numel()
     truth, doubt = _known(program, batch, log_evidence)
     versions = _versions(program)
-    size = max(1, min(_DATA, _ENTRIES // max(_CHECKED * features, draws)))
+    size = max(1, min(_DATA, entries // (_PARTICLES * features)))
     parts = []
     for number, start in enumerate(range(0, n, size)):
         rows = slice(start, start + size)
-        block = _Block(program, {key: value[rows] for key, value in batch.items()}, (seed, number))
+        block = _Block(program, {key: value[rows] for key, value in batch.items()}, (seed, number), entries)
         with scope(program):
             parts.append(block.gap(None if truth is None else truth[rows], doubt[rows], draws, steps))
     if _versions(program) != versions:
@@ -179,12 +188,15 @@ class _Block:
         program: whose model it is.
         batch: the data.
         key: of all draws.
+        entries: numbers that draws may hold at a time.
     """
 
-    def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int]) -> None:
+    def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int], entries: int) -> None:
         self.program, self.batch, self.key = program, batch, key
         self.device = batch["x"].device
-        self.chunk = max(1, min(_CHECKED, _ENTRIES // batch["x"].numel()))
+        self.chunk = max(1, min(_CHECKED, entries // batch["x"].numel()))
+        self.joint = Captured(lambda z: (self._joint(z),))
+        self.steep = Captured(self._slope)
 
     def gap(self, truth: Tensor | None, doubt: Tensor, draws: int, steps: int) -> tuple[Tensor, ...]:
         """Give evidence, bound of the guide, best bound, whether the prior was the better start, and three errors."""
@@ -221,11 +233,16 @@ class _Block:
             with seeded(*self.key, word, number, device=self.device):
                 q = members.at(tensors)
                 z = q.rsample((min(self.chunk, draws - start),))
-                parts.append(self._joint(z) - q.log_prob(z).double())
+                parts.append(self.joint(z)[0] - q.log_prob(z).double())
         return torch.cat(parts)
 
     def _joint(self, z: Tensor) -> Tensor:
         return conditioned(self.program.model, {"z": z}, self.batch, len(z), 1)
+
+    def _slope(self, z: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return (slope(self._joint(z), z),)
 
     def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
         """Climb the bound of each datum by Adam; give the best parameters on the way, and their log weights."""
@@ -237,9 +254,9 @@ class _Block:
         with pyro.validation_enabled(False), seeded(*self.key, word, device=self.device):
             for step in range(1, steps + 1):
                 z = members.at(place).rsample((_PARTICLES,))
-                frozen = members.at([value.detach() for value in place])
-                value = (self._joint(z) - frozen.log_prob(z).double()).sum() / _PARTICLES
-                slopes = torch.autograd.grad(value, place)
+                here = z.detach().requires_grad_()
+                score = slope(members.at([value.detach() for value in place]).log_prob(here), here)
+                slopes = torch.autograd.grad(z, place, (self.steep(here)[0] - score) / _PARTICLES)
                 for p, g, m, v, s in zip(place, slopes, first, second, total, strict=True):
                     _adam(p.data, g.nan_to_num(0.0, 0.0, 0.0), m, v, rate, step)
                     s += p.data

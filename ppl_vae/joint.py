@@ -1,7 +1,6 @@
 """The log joint density of a program and the path that leads to it, as functions of one real vector a datum."""
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -12,15 +11,12 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ppl_vae.captured import Captured
 from ppl_vae.exact import Layout
 from ppl_vae.traces import Structure, batch_of, log_density, scope, seeded, structure, trace_pair
 
 __all__ = ["Joint", "Path", "State"]
-
-_EAGER = 5  # evaluations before they are captured
-
 
 Batch = dict[str, Tensor]
 
@@ -172,53 +168,40 @@ class Path:
         if start == "guide" and joint.auxiliary:
             raise ValueError(f"Expected a guide without auxiliary sites for start='guide'; got {joint.auxiliary[0]!r}.")
         self.joint, self.start = joint, start
-        self.seen: Counter[int] = Counter()
-        self.graphs: dict[int, Callable[[Tensor], tuple[Tensor, ...]]] = {}
+        self._both = Captured(self._ends)
+        self._steep = Captured(lambda u: self._ends(u)[2:])
 
     def draw(self, k: int) -> State:
         """Draw k states from the base."""
         return self.at(self.joint.draw(self.start, k))
 
-    @torch.no_grad()
     def at(self, u: Tensor) -> State:
-        """Evaluate both ends of the path and their gradients at u, (k, n, z).
+        """Evaluate both ends of the path and their gradients at u, (k, n, z)."""
+        u = u.detach().contiguous()
+        return State(u, *self._both(u))
 
-        After a few calls with one k, the tensor operations are read off one evaluation and from then on replayed
-        without Pyro; where a second point shows that the replay is not the program, it goes on step by step.
-        """
-        u, k = u.detach().contiguous(), len(u)
-        self.seen[k] += 1
-        if self.seen[k] == _EAGER:
-            self.graphs[k] = self._capture(u)
-        return State(u, *self.graphs.get(k, self._ends)(u))
+    def slopes(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the gradients of both ends alone, as in a `State`, for less work."""
+        base, tilt = self._steep(u.detach().contiguous())
+        return base, tilt
 
     def _ends(self, u: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             prior, likelihood = self.joint.log_probs(u)
             if self.start == "prior":
-                ends = prior, likelihood, _slope(prior, u), _slope(likelihood, u)
+                ends = prior, likelihood, slope(prior, u), slope(likelihood, u)
             else:
                 base = self.joint.log_guide(u)
-                slope, whole = _slope(base, u), prior + likelihood
-                ends = base, whole - base, slope, _slope(whole, u) - slope
+                inner, whole = slope(base, u), prior + likelihood
+                ends = base, whole - base, inner, slope(whole, u) - inner
         return tuple(end.detach() for end in ends)
 
-    def _capture(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        try:
-            graph: Any = make_fx(lambda given: self._ends(given))(u)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            other = u.roll(1, 0) + 0.1 * torch.randn_like(u)
-            pairs = zip(graph(other), self._ends(other), strict=True)
-            same = all(torch.allclose(a, b, 1e-6, 1e-6, equal_nan=True) for a, b in pairs)
-        except Exception:  # whatever a program does that cannot be replayed
-            return self._ends
-        return graph if same else self._ends
 
-
-def _slope(value: Tensor, u: Tensor) -> Tensor:
+def slope(value: Tensor, u: Tensor) -> Tensor:
+    """Give the gradient of the sum of `value` in u: of its ones, so that it holds no trace of the value itself."""
     if not value.requires_grad:
         return torch.zeros_like(u)
-    found = torch.autograd.grad(value.sum(), u, retain_graph=True, allow_unused=True)[0]
+    ones = torch.ones(value.shape, dtype=value.dtype, device=value.device)
+    found = torch.autograd.grad(value, u, ones, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(u) if found is None else found

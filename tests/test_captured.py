@@ -1,0 +1,115 @@
+"""A captured function against itself: replays, what is computed once, and what cannot be replayed."""
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ppl_vae.captured import Captured
+
+WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
+DATA = torch.linspace(0, 1, 20, dtype=torch.float64).reshape(5, 4)
+
+
+def network(u: Tensor) -> tuple[Tensor, ...]:
+    """Give a likelihood and its gradient, with constants, views and identities among its operations."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        loc, scale = torch.zeros(4, dtype=u.dtype), torch.ones(4, dtype=u.dtype).log().exp()
+        mean = (u.reshape(-1, 1, 3).transpose(0, 1).reshape(u.shape) @ WEIGHT.tanh()).tanh().unflatten(-1, (1, 4))
+        error = ((DATA - mean.unbind(-2)[0] - loc) / scale) ** 1.0
+        value = -(torch.cat([error], -1).square() * 1.0).sum(-1) + 0.0
+        slope = torch.autograd.grad(value, u, torch.ones_like(value))[0]
+    return value.detach(), slope
+
+
+def points(count: int, *shape: int) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def nodes(captured: Captured, shape: torch.Size) -> int:
+    return sum(node.op == "call_function" for node in captured.graphs[shape].__self__.graph.nodes)
+
+
+def test_replays_are_the_function_at_every_point_and_cost_fewer_operations():
+    captured = Captured(network)
+    for u in points(12, 5, 3):
+        for found, wanted in zip(captured(u), network(u), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+    assert captured.graphs[u.shape] is not network
+    plain = make_fx(lambda given: network(given))(u)
+    assert 2 * nodes(captured, u.shape) < sum(node.op == "call_function" for node in plain.graph.nodes)
+
+
+def test_the_gradient_alone_leaves_the_value_out():
+    both, slope = Captured(network), Captured(lambda u: network(u)[1:])
+    for u in points(6, 5, 3):
+        assert torch.equal(both(u)[1], slope(u)[0])
+    assert nodes(slope, u.shape) < nodes(both, u.shape)
+
+
+def test_each_shape_has_a_graph_of_its_own():
+    captured = Captured(network)
+    for u in (*points(6, 5, 3), *points(6, 2, 5, 3)):
+        for found, wanted in zip(captured(u), network(u), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+    assert len(captured.graphs) == 2
+
+
+def likelihood(u: Tensor) -> tuple[Tensor, ...]:
+    """Give a Bernoulli log likelihood, validated, of far-out logits among others."""
+    logits = 30 * u.tanh()
+    return (pyro.distributions.Bernoulli(logits=logits).log_prob((u > 0.3).to(u) * 0 + 1.0), logits)
+
+
+def test_what_is_written_anew_is_equal_to_rounding():
+    captured = Captured(likelihood)
+    with pyro.validation_enabled(True):
+        for u in 3 * points(8, 50, 3):
+            for found, wanted in zip(captured(u), likelihood(u), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    graph = captured.graphs[u.shape].__self__.graph
+    assert not {"tanh", "binary_cross_entropy_with_logits"} & {node.name for node in graph.nodes}
+
+
+def rises(u: Tensor) -> tuple[Tensor, ...]:
+    return (torch.zeros_like(u).add_(u).mul_(u).exp(),)
+
+
+def branches(u: Tensor) -> tuple[Tensor, ...]:
+    return (u if bool(u.sum() > 0) else -u,)
+
+
+def draws(u: Tensor) -> tuple[Tensor, ...]:
+    return (u + torch.randn_like(u),)
+
+
+def counts(u: Tensor) -> tuple[Tensor, ...]:
+    return (u * (1.0 if float(u[0, 0]) > 0.0 else 2.0),)
+
+
+def test_operations_in_place_are_replayed_as_they_are():
+    captured = Captured(rises)
+    for u in points(8, 5, 3):
+        assert torch.equal(captured(u)[0], rises(u)[0])
+    assert captured.graphs[u.shape] is not rises
+
+
+@pytest.mark.parametrize("function", [branches, draws, counts])
+def test_what_cannot_be_replayed_stays_as_it_is_and_the_log_says_so(function, caplog):
+    caplog.set_level("INFO", "ppl_vae")
+    captured = Captured(function)
+    for u in points(6, 5, 3):
+        captured(u)
+    assert captured.graphs[u.shape] is function
+    assert "step by step" in caplog.text
+
+
+def test_what_is_not_finite_is_replayed():
+    captured = Captured(lambda u: (u.log(), u.sign() / 0.0))
+    for u in points(7, 5, 3):
+        found = captured(u)
+    assert captured.graphs[u.shape] is not captured.function
+    assert found[0].isnan().any()
+    assert found[1].isinf().all()
