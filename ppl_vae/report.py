@@ -20,7 +20,7 @@ from ppl_vae.compare import compare_posteriors
 from ppl_vae.data import Data
 from ppl_vae.evidence import Evidence, log_evidence
 from ppl_vae.exact import exact_log_evidence, gaussians
-from ppl_vae.latents import active_units, codes
+from ppl_vae.latents import active_units, codes, rates
 from ppl_vae.networks import Table
 from ppl_vae.ppca import PPCA
 from ppl_vae.program import VAE
@@ -75,6 +75,11 @@ def evaluate(
     few = {key: value[:SHOWN] for key, value in rows.items()}
     active = active_units(program, few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
+    test["collapsed"] = (~active).nonzero().flatten().tolist()
+    try:
+        test["rates"] = rates(program, few, seed=seed).mean(0).tolist()
+    except ValueError:  # of a site whose marginals have no density
+        test["rates"] = None
     exact = _exact(program, rows, test["elbo"])
     baseline = None if latent is None else _baseline(program, data, rows, latent)
     return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
@@ -180,9 +185,10 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
         found.append(
             f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples shrink it."
         )
-    if test["active_units"] < latents:
+    if test["collapsed"]:
+        names = ", ".join(f"z{number}" for number in test["collapsed"])
         found.append(
-            f"**{latents - test['active_units']} of {latents} latents are collapsed**: their posterior means hardly "
+            f"**{len(test['collapsed'])} of {latents} latents are collapsed**: the posterior means of {names} hardly "
             "vary over the data (variance below 0.01), so they carry nothing. Fewer latents would do as well."
         )
     tenth = max(len(history) // 10, 1)
@@ -291,9 +297,17 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         *table,
         ("bits per dimension, lower is better", "", f"{sign}{_figure(test['bits_per_dim'], digits=4)} bits", "", ""),
         ("active latents", "", f"{test['active_units']} of {test['latents']}", "", ""),
+        *([("rate of each latent, falling", "", _falling(test["rates"]), "", "")] if test["rates"] else []),
         ("effective samples, median / least", "", f"{test['ess']['median']:.0f} / {test['ess']['min']:.1f}", "", ""),
         ("tail shape k of the weights, median / largest", "", worst, "", ""),
     ]
+
+
+def _falling(values: Sequence[float], most: int = 10) -> str:
+    """Write figures of the latents, the largest first, with their numbers."""
+    order = sorted(range(len(values)), key=lambda number: -values[number])
+    shown = ", ".join(f"z{number} {values[number]:.2f}" for number in order[:most])
+    return shown + (f", ... z{order[-1]} {values[order[-1]]:.2f}" if len(values) > most else "")
 
 
 def _figure(value: float | None, error: float | None = None, *, digits: int = 3) -> str:

@@ -59,13 +59,17 @@ def check_whole(folder):
     assert {"name", "protocol", "features", "n_train", "n_test"} <= found["data"].keys()
     assert {"epochs", "steps", "seconds", "elbo"} <= found["train"].keys()
     test = found["test"]
-    assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units"} <= test.keys()
+    assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units", "rates"} <= test.keys()
     assert test["elbo"].keys() == {"mean", "se", "mc_se"}
     assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "jackknife"}
     assert test["ess"].keys() == {"median", "min"}
     assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
     assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
     assert test["rate"] + test["distortion"] == pytest.approx(-test["elbo"]["mean"])
+    assert len(test["collapsed"]) == test["latents"] - test["active_units"]
+    if test["rates"] is not None and test["n"] <= report.SHOWN:  # the marginals' fall short by the total correlation
+        assert sum(test["rates"]) <= 1.02 * test["rate"] + 0.1
+        assert f"z{np.argmax(test['rates'])} {max(test['rates']):.2f}" in text
     bounded = test["log_evidence"]["kind"] == "lower bound"
     assert bounded == (">= " in text)
     assert bounded == (test["log_evidence"]["jackknife"] is None)
@@ -208,6 +212,8 @@ def example(**changes):
             "samples": 1000,
             "latents": 4,
             "active_units": 4,
+            "collapsed": [],
+            "rates": [2.0, 1.0, 1.5, 0.5],
             "elbo": {"mean": -100.2, "se": 0.2, "mc_se": 0.01},
             "log_evidence": {"mean": -99.9, "se": 0.2, "mc_se": 0.02, "bias": -0.001, "kind": "estimate"},
             "pareto_k": {"median": 0.1, "max": 0.4, "above_0.5": 0.0, "above_0.7": 0.0},
@@ -233,7 +239,7 @@ FLAT = [-100.0] * 20
         ({}, FLAT, None),
         ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
-        ({"test__active_units": 1}, FLAT, "3 of 4 latents are collapsed"),
+        ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
         ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
         ({"test__elbo__mean": -100.9}, FLAT, None),
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
