@@ -211,7 +211,7 @@ def annealed_importance(
     schedule: Literal["linear", "sigmoid"] = "sigmoid",
     start: Literal["prior", "guide"] = "prior",
     tuning: int | None = None,
-    entries: int = 2**23,
+    entries: int = 2**21,
     seed: int = 0,
 ) -> Annealing:
     """Estimate log p(x) of each datum by annealed importance sampling.
@@ -260,7 +260,7 @@ def bidirectional(
     schedule: Literal["linear", "sigmoid"] = "sigmoid",
     start: Literal["prior", "guide"] = "prior",
     tuning: int | None = None,
-    entries: int = 2**23,
+    entries: int = 2**21,
     seed: int = 0,
 ) -> Sandwich:
     """Draw data from the model and hold log p(x) of each between two bounds.
@@ -339,7 +339,7 @@ def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, 
     if leapfrog < 1:
         raise ValueError(f"Expected `leapfrog` to be at least 1; got {leapfrog}.")
     coarse = ladder(max(temperatures // 4, min(temperatures, 25)) if tuning is None else tuning, schedule)
-    scale = path.joint.draw(path.start, 64).std(0).clamp_min(1e-6)
+    scale = torch.cat([path.joint.draw(path.start, k) for _ in range(math.ceil(64 / k))]).std(0).clamp_min(1e-6)
     steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)
     move, state = HMC(path, scale, steps, leapfrog), path.draw(k)
 
