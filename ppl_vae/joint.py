@@ -59,6 +59,10 @@ class Joint:
         self.dtype = torch.promote_types(sites[0][1].dtype, torch.float32)
         self.size = sum(math.prod(shape) for shape in self.shapes.values())
 
+    def rows(self, chosen: Tensor) -> "Joint":
+        """Take the data for which `chosen`, (n,), is true."""
+        return Joint(self.program, {key: value[chosen] for key, value in self.batch.items()}, self.found)
+
     def log_probs(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Give log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, z)."""
         values, volume = self._values(u)
@@ -110,7 +114,7 @@ class Joint:
 def _support(name: str, support: Any) -> Any:
     """Give an elementwise constraint that the support of a latent site is, or refuse it by name."""
     inner = support
-    while isinstance(inner, constraints.independent):
+    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
         inner = inner.base_constraint
     if inner.is_discrete:
         raise ValueError(f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete.")

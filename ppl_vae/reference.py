@@ -20,6 +20,7 @@ from ppl_vae.annealing import _quiet, _rows, annealed_importance
 from ppl_vae.batches import as_batch
 from ppl_vae.exact import gaussians
 from ppl_vae.joint import Joint, Path
+from ppl_vae.modes import STARTS
 from ppl_vae.quadrature import integrate
 from ppl_vae.traces import doubled, place, prepare, structure
 
@@ -44,7 +45,9 @@ class Reference:
         shapes: of the latent sites of a datum, by name.
         converged: whether the method's own checks passed: the error of quadrature reached its tolerance, every datum
             has more than four effective chains, NUTS mixed (R-hat below 1.01, 400 bulk effective draws, no divergence).
-        diagnostics: what was checked; tensors have shape (n,).
+        diagnostics: what was checked; tensors have shape (n,). Of quadrature `settled`, which data reached the
+            tolerance: the error of the others is large, or infinite, and their figures are what there is. Of sampling
+            `ess`, of annealing `acceptance` too, of NUTS `r_hat` (the worst of a datum) and `divergences` (of all).
     """
 
     log_evidence: Tensor
@@ -80,8 +83,10 @@ def reference_posterior(
         method: `"auto"` takes the closed form where there is one, else quadrature up to three latent variables, else
             annealing.
         seed: of the draws; the global random state is left alone.
-        **settings: of `quadrature`: `points`, `tolerance`, `entries`; of `ais`: those of `annealed_importance`; of
-            `nuts`: `draws`, `warmup`, `chains`. Under `"auto"`, those of the other methods are ignored.
+        **settings: of `quadrature`: `tolerance` of the error in nats (1e-8), `points` of the finest lattice of a datum
+            (2**20), `entries`, numbers that the data of one block may hold, which bounds the memory; of `ais`: those of
+            `annealed_importance`; of `nuts`: `draws` and `warmup` of each of `chains`. Under `"auto"`, those of the
+            other methods are ignored.
 
     Returns:
         The reference. One that did not converge says so.
@@ -168,23 +173,40 @@ def _quadrature(
     joint: Joint,
     batch: dict[str, Tensor],
     *,
-    points: int = 2**18,
+    points: int = 2**20,
     tolerance: float = 1e-8,
     entries: int = 2**23,
     seed: int = 0,
 ) -> Reference:
     """Sum over a lattice around the posterior, enlarged until it holds the mass and refined until the sum stands."""
+    if points < 6**joint.size:
+        raise ValueError(
+            f"Expected `points` to be at least {6**joint.size}, 6 along each of {joint.size} axes; got {points}."
+        )
+    if not tolerance > 0:
+        raise ValueError(f"Expected `tolerance` to be positive; got {tolerance}.")
     program, batch = _twin(joint, batch)
     found = structure(program, batch)
     n = len(next(iter(batch.values())))
-    size = max(1, min(n, entries // points))
+    features = sum(value[0].numel() for value in batch.values()) + joint.size
+    size = max(1, entries // (STARTS * (1 + 2 * joint.size) * features))
     parts = []
     for number, begin in enumerate(range(0, n, size)):
         block = Joint(program, _rows(batch, begin, begin + size), found)
         with _quiet(block, seed, number):
             parts.append(integrate(block, points, tolerance, entries))
     log_evidence, error, loc, covariance, settled = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Reference(log_evidence, error, loc, covariance, "quadrature", None, joint.shapes, bool(settled.all()))
+    return Reference(
+        log_evidence,
+        error,
+        loc,
+        covariance,
+        "quadrature",
+        None,
+        joint.shapes,
+        bool(settled.all()),
+        {"settled": settled},
+    )
 
 
 class _Potential(torch.autograd.Function):
@@ -232,10 +254,11 @@ def _nuts(
 
 def _mixing(values: Tensor) -> tuple[Tensor, Tensor]:
     """Give the worst R-hat and bulk effective sample size of each datum, (n,), by arviz."""
-    with warnings.catch_warnings():
+    array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
+    with warnings.catch_warnings():  # of the import, and of chains that never move, whose R-hat is NaN
         warnings.simplefilter("ignore")
         import arviz
 
-    array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
-    worst = [[f([f_(one) for one in rows]) for rows in array] for f, f_ in ((np.max, arviz.rhat), (np.min, arviz.ess))]
-    return torch.tensor(worst[0]).to(values), torch.tensor(worst[1]).to(values)
+        r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
+        ess = [np.min([arviz.ess(one) for one in rows]) for rows in array]
+    return torch.tensor(r_hat).to(values), torch.tensor(ess).to(values)

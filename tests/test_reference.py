@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 from twins import TWINS, array, randomise
 
-from ppl_vae import VAE, Conditional, Program
+from ppl_vae import VAE, Conditional, Program, quadrature
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.reference import Reference, reference_posterior
@@ -88,7 +88,38 @@ def test_latent_sites_come_back_by_name(site, shapes):
     np.testing.assert_allclose(array(joined), truth.loc, atol=1e-9)
 
 
+def folded() -> Program:
+    """Give the pair whose posterior has modes near x and -x, as narrow as the second number of the datum says."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.abs(), x[:, 1]), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    return Program(model, guide)
+
+
+def exact_folded(x: Tensor) -> Any:
+    """Give log p(x) of the folded pair: twice the half of a Gaussian that lies above nought."""
+    value, scale = array(x).T
+    whole = np.sqrt(1 + scale**2)
+    return np.log(2) + stats.norm(0, whole).logpdf(value) + stats.norm.logcdf(value / (scale * whole))
+
+
+MIXED = ((0.3, -2.0, 0.5), (0.7, 1.0, 1.5))  # weight, mean and scale of each component of a prior
+
+
 def singles() -> dict[str, tuple[Program, list[float], Any]]:
+    def contaminated(z: Tensor) -> Any:
+        scales = torch.tensor([1.0, 1e-2])
+        return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.5, 0.5])), dist.Normal(z.unsqueeze(-1), scales))
+
+    weights, means, scales = torch.tensor(MIXED).T
+    mixed = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(means, scales))
     return {
         "gamma_poisson": (
             single(dist.Gamma(2.0, 1.0), dist.Poisson, dist.Gamma(2.0, 1.0)),
@@ -119,6 +150,16 @@ def singles() -> dict[str, tuple[Program, list[float], Any]]:
             single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.abs(), 0.01), dist.Normal(0.0, 1.0)),
             [2.0, 0.7],
             lambda x: np.log(2) + stats.norm(0, math.sqrt(1 + 1e-4)).logpdf(x),
+        ),
+        "mixture_prior": (
+            single(mixed, lambda z: dist.Normal(z, 0.5), dist.Normal(0.0, 2.0)),
+            [0.5, -2.5],
+            lambda x: np.log(sum(w * stats.norm(m, np.sqrt(s**2 + 0.25)).pdf(x) for w, m, s in MIXED)),
+        ),
+        "spike_on_a_hill": (
+            single(dist.Normal(0.0, 1.0), contaminated, dist.Normal(0.0, 1.0)),
+            [0.5, 1.7, -2.2],
+            lambda x: np.log(sum(stats.norm(0, np.sqrt(1 + scale**2)).pdf(x) for scale in (1.0, 1e-2)) / 2),
         ),
     }
 
@@ -151,8 +192,63 @@ def test_quadrature_short_of_points_says_so():
 
 def test_blocks_of_quadrature_do_not_change_the_answer():
     truth = TWINS["fixed_scale"]()
-    found = reference_posterior(truth.program, truth.batch, "quadrature", points=5000, entries=12_000)
-    np.testing.assert_allclose(array(found.log_evidence), truth.log_evidence, atol=1e-8)
+    for entries in (12_000, 3_000):  # lattices that are looked at in pieces; blocks of two data
+        found = reference_posterior(truth.program, truth.batch, "quadrature", points=5000, entries=entries)
+        np.testing.assert_allclose(array(found.log_evidence), truth.log_evidence, atol=1e-8)
+
+
+def test_a_datum_has_the_same_answer_alone_and_among_others():
+    x = torch.tensor([[1.0, 1e-4], [0.5, 0.5], [0.2, 0.2], [2.0, 1e-3]], dtype=torch.float64)
+    together = reference_posterior(folded(), x, "quadrature")
+    assert together.diagnostics["settled"].tolist() == [True] * 4
+    rounding = 1e-12  # of the density itself: z - x, in units of 1e-4
+    assert (np.abs(array(together.log_evidence) - exact_folded(x)) <= array(together.error) + rounding).all()
+    for row in range(4):
+        alone = reference_posterior(folded(), x[row : row + 1], "quadrature")
+        assert (
+            abs(alone.log_evidence[0] - together.log_evidence[row]) <= alone.error[0] + together.error[row] + rounding
+        )
+        np.testing.assert_allclose(array(alone.covariance[0]), array(together.covariance[row]), rtol=1e-6)
+
+
+def test_one_unsettled_datum_leaves_the_others_settled():
+    x = torch.tensor([[1.0, 1e-4], [0.5, 0.5], [2.0, 1e-3], [0.2, 0.2]], dtype=torch.float64)
+    found = reference_posterior(folded(), x, "quadrature", points=500, tolerance=1e-5)
+    assert found.diagnostics["settled"].tolist() == [False, True, False, True]
+    assert found.diagnostics["settled"].dtype == torch.bool
+    assert not found.converged
+    miss = np.abs(array(found.log_evidence) - exact_folded(x))
+    assert (miss <= array(found.error)).all()
+    assert (found.error[found.diagnostics["settled"]] < 1e-5).all()
+    assert (found.error[~found.diagnostics["settled"]] > 1e-2).all()
+
+
+def bent() -> tuple[VAE, Tensor]:
+    """Give a VAE whose posteriors have several bent ridges, and data from it."""
+    kinds: tuple[Any, Any] = Normal(3, scale=0.3), Normal(2)
+    likelihood, posterior = (Conditional(kind, MLP(hidden=[12])) for kind in kinds)
+    vae = VAE(Conditional(StandardNormal(2)), likelihood, posterior).double()
+    randomise(vae)
+    with torch.no_grad():
+        next(vae.likelihood.parameters()).mul_(3)
+    return vae, vae.sample(40, seed=3)
+
+
+def test_the_stated_error_of_quadrature_covers_the_truth(monkeypatch):
+    vae, x = bent()
+    fine = reference_posterior(vae, x, "quadrature", tolerance=1e-10)
+    assert fine.converged
+
+    def excess(tolerance: float) -> Tensor:
+        found = reference_posterior(vae, x, "quadrature", tolerance=tolerance)
+        assert found.converged
+        assert (found.error < 1.01 * tolerance).all()
+        return (found.log_evidence - fine.log_evidence).abs() - found.error - fine.error
+
+    for tolerance in (1e-1, 1e-2, 1e-3, 1e-5):
+        assert (excess(tolerance) <= 0).all()
+    monkeypatch.setattr(quadrature._Sum, "halved", 0.0)  # two sums agree by chance
+    assert any((excess(tolerance) > 0).any() for tolerance in (1e-1, 1e-2, 1e-3, 1e-5))
 
 
 @pytest.mark.parametrize("family", ["Bernoulli", "Normal"])
@@ -263,6 +359,10 @@ def test_what_a_program_does_not_allow_is_refused_and_the_rest_is_named():
         reference_posterior(vae, x, "laplace")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="settings of 'nuts' among chains, draws, warmup; got 'temperatures'"):
         reference_posterior(vae, x, "nuts", temperatures=3)
+    with pytest.raises(ValueError, match="`points` to be at least 36, 6 along each of 2 axes; got 10"):
+        reference_posterior(nonlinear("Bernoulli")[0], x, "quadrature", points=10)
+    with pytest.raises(ValueError, match="`tolerance` to be positive; got 0"):
+        reference_posterior(nonlinear("Bernoulli")[0], x, "quadrature", tolerance=0)
     discrete = single(dist.Poisson(1.0), lambda z: dist.Normal(z, 1.0), dist.Poisson(1.0))
     with pytest.raises(ValueError, match="got 'z', which is discrete"):
         reference_posterior(discrete, torch.ones(2, 1))
