@@ -23,7 +23,7 @@ from ppl_vae.traces import doubled, prepare, scope, seeded
 __all__ = ["METHODS", "consult", "scrutinise"]
 
 METHODS = ("auto", "closed-form", "quadrature", "ais", "nuts")
-LOOKED = {"auto": 20, "closed-form": 100, "quadrature": 20, "ais": 50, "nuts": 5}  # data
+LOOKED = {"auto": 50, "closed-form": 100, "quadrature": 100, "ais": 50, "nuts": 5}  # data
 OTHERWISE = 100  # data, without a reference
 ENOUGH = {"tolerance": 1e-3, "entries": 2**21}  # of quadrature, in nats; it mostly does far better
 SIMULATED = 500
