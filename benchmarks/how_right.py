@@ -8,14 +8,11 @@ parts of the gap at least 0, and does the sandwich close on data that the model 
 
 import argparse
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import pyro
-import torch
+from speed import record
 
 from ppl_vae import fit, load_spec, log_evidence
 from ppl_vae.annealing import annealed_importance, bidirectional
@@ -99,16 +96,7 @@ def main() -> None:
         "seconds": seconds(began),
     }
     print(json.dumps(found["gap"]))
-    found["machine"] = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-    }
-    if given.out:
-        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(given.out).write_text(json.dumps(found, indent=2) + "\n")
+    record(found, given.out)
 
 
 def seconds(began: float) -> float:

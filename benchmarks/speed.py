@@ -29,12 +29,12 @@ from ppl_vae.networks import MLP
 STEPS = 60
 
 
-def pair(features: int, hidden: int, latent: int) -> VAE:
+def pair(features: int, hidden: list[int], latent: int) -> VAE:
     """Give a VAE of binary data."""
     return VAE(
         prior=Conditional(StandardNormal(latent)),
-        likelihood=Conditional(Bernoulli(features), MLP(hidden=[hidden])),
-        posterior=Conditional(Normal(latent), MLP(hidden=[hidden])),
+        likelihood=Conditional(Bernoulli(features), MLP(hidden=hidden)),
+        posterior=Conditional(Normal(latent), MLP(hidden=hidden)),
     )
 
 
@@ -66,7 +66,11 @@ def training(x: Tensor, hidden: int, latent: int, rounds: int) -> dict[str, Any]
     features = x.shape[1]
     epochs = max(STEPS * 100 // len(x), 1)
     steps = epochs * math.ceil(len(x) / 100)
-    ours, stock, plain = pair(features, hidden, latent), pair(features, hidden, latent), Plain(features, hidden, latent)
+    ours, stock, plain = (
+        pair(features, [hidden], latent),
+        pair(features, [hidden], latent),
+        Plain(features, hidden, latent),
+    )
     svi = SVI(stock.model, stock.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
     batches = [x[start : start + 100] for start in range(0, len(x), 100)] * epochs
@@ -91,7 +95,7 @@ def training(x: Tensor, hidden: int, latent: int, rounds: int) -> dict[str, Any]
 def evidence(x: Tensor, hidden: int, latent: int, samples: int, rounds: int) -> dict[str, Any]:
     """Time the evidence of some data: this library, a loop over stock Pyro's Trace_ELBO, and PyTorch by hand."""
     features = x.shape[1]
-    ours, plain = pair(features, hidden, latent), Plain(features, hidden, latent)
+    ours, plain = pair(features, [hidden], latent), Plain(features, hidden, latent)
     stock = pyro.infer.RenyiELBO(alpha=0, num_particles=100, vectorize_particles=True, max_plate_nesting=1)
 
     def by_library() -> None:
@@ -130,7 +134,7 @@ def ratios(work: dict[str, Callable[[], None]], rounds: int, units: int) -> dict
 
 def memory(samples: int) -> dict[str, Any]:
     """Measure the memory that the evidence of 100 images takes with many samples, beyond what the process held."""
-    program, x = pair(784, 400, 20), (torch.rand(100, 784) < 0.13).float()
+    program, x = pair(784, [400], 20), (torch.rand(100, 784) < 0.13).float()
     log_evidence(program, x, 100)
     began = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -166,6 +170,11 @@ def main() -> None:
             print(f"  {name:<16} {figures['microseconds']:10.2f} us  {figures['ratio']:6.2f} x PyTorch by hand")
     found["memory"] = memory(given.samples)
     print(f"evidence of 100 images, 784-400-20, K = {given.samples:,}: {found['memory']}")
+    record(found, given.out)
+
+
+def record(found: dict[str, Any], out: str | None) -> None:
+    """Add the machine, and write all as JSON where asked to."""
     found["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -174,9 +183,9 @@ def main() -> None:
         "torch": torch.__version__,
         "pyro": pyro.__version__,
     }
-    if given.out:
-        Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(given.out).write_text(json.dumps(found, indent=2) + "\n")
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
