@@ -42,6 +42,7 @@ class Captured:
     @torch.no_grad()
     def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
         """Evaluate at u."""
+        u = u.contiguous()  # as what was captured
         self.seen[u.shape] += 1
         if self.seen[u.shape] == _EAGER:
             self.graphs[u.shape] = self._capture(u)

@@ -81,7 +81,7 @@ def inference_gap(
 
     Each datum gets a row of parameters of the guide's family (a learned scale that the family shares among data
     becomes the datum's own; networks inside a family stay as they are), climbed by Adam on the bound, from the
-    guide's answer and from the prior; the higher of the two counts. A datum's learning rate halves wherever its bound,
+    guide's answer and from the prior, at its draw that explains the datum best; the higher of the two counts. A datum's learning rate halves wherever its bound,
     by draws that stay the same, no longer rises beyond their noise, and the climb ends when all rates are a hundredth
     of the first. All bounds are then estimated anew, by fresh draws that the two guides have in common.
 
@@ -220,10 +220,14 @@ class _Block:
         return estimate if truth is None else truth, here.mean(0), there.mean(0), from_prior, *errors
 
     def _prior(self, family: Family, rows: Tensor) -> _Members:
+        """Begin at the prior's draw that explains each datum best, with a tenth of the prior's spread."""
         twin = copy.deepcopy(family)
         with torch.no_grad(), seeded(*self.key, "start", device=self.device):
-            start = twin.fit_start(self.program.prior().expand([_DATA]).sample())
-        return _Members(twin, start.to(rows).expand_as(rows))
+            draws = self.program.prior().expand([_DATA]).sample().to(rows)
+            parts = [self.joint(some.unsqueeze(1).expand(-1, len(rows), -1))[0] for some in draws.split(self.chunk)]
+            around = 0.1 * (draws - draws.mean(0))
+            start = [twin.fit_start(draws[best] + around) for best in torch.cat(parts).argmax(0).tolist()]
+        return _Members(twin, torch.stack(start).to(rows))
 
     @torch.no_grad()
     def _weights(self, members: _Members, tensors: list[Tensor], draws: int, word: str) -> Tensor:

@@ -186,7 +186,7 @@ class Path:
 
     def slopes(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Give the gradients of both ends alone, as in a `State`, for less work."""
-        base, tilt = self._steep(u.detach().contiguous())
+        base, tilt = self._steep(u.detach())
         return base, tilt
 
     def _ends(self, u: Tensor) -> tuple[Tensor, ...]:

@@ -42,6 +42,15 @@ def test_replays_are_the_function_at_every_point_and_cost_fewer_operations():
     assert 2 * nodes(captured, u.shape) < sum(node.op == "call_function" for node in plain.graph.nodes)
 
 
+def test_expanded_and_transposed_points_are_evaluated_alike():
+    captured = Captured(network)
+    for u in points(6, 5, 3):
+        captured(u)
+    for given in (u[:1].expand(5, 3), u.T.contiguous().T):
+        for found, wanted in zip(captured(given), network(given.contiguous()), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+
+
 def test_the_gradient_alone_leaves_the_value_out():
     both, slope = Captured(network), Captured(lambda u: network(u)[1:])
     for u in points(6, 5, 3):

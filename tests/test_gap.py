@@ -183,6 +183,27 @@ def test_the_prior_is_the_better_start_where_the_guide_is_lost() -> None:
     assert (found.amortization > 1e3).all()
 
 
+class Bumps(torch.nn.Module):
+    """A narrow bump of height 1 and a wide one of half that, which draws whoever begins between them."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (-50 * (z - 2) ** 2).exp() + 0.5 * (-0.5 * (z + 0.5) ** 2).exp()
+
+
+def test_a_mode_that_neither_guide_nor_prior_leads_to_by_slopes_is_found() -> None:
+    vae: Any = VAE(Conditional(StandardNormal(1)), Conditional(Normal(1, scale=0.1), Bumps()), Conditional(Normal(1), Table(3)))
+    with torch.no_grad():
+        vae.posterior.network.value[:] = torch.tensor([-0.5, -1.0])
+    x = torch.ones(3, 1)
+    grid = torch.linspace(-8, 8, 100_001)
+    joint = conditioned(vae.model, {"z": grid.reshape(-1, 1, 1)}, {"x": x[:1]}, len(grid), 1)[:, 0]
+    truth = (joint.logsumexp(0) + math.log(16 / 1e5)).expand(3)
+    found = inference_gap(vae, x, log_evidence=truth, draws=500)
+    assert found.from_prior.all()
+    assert (found.approximation < 1).all()  # of the mode at 2, where the other one leaves 8 nats
+    assert (found.amortization > 8).all()
+
+
 def test_missing_entries_do_not_count() -> None:
     t = TWINS["masked"]()
     vae = VAE(
