@@ -81,9 +81,10 @@ def inference_gap(
 
     Each datum gets a row of parameters of the guide's family (a learned scale that the family shares among data
     becomes the datum's own; networks inside a family stay as they are), climbed by Adam on the bound, from the
-    guide's answer and from the prior, at its draw that explains the datum best; the higher of the two counts. A datum's learning rate halves wherever its bound,
-    by draws that stay the same, no longer rises beyond their noise, and the climb ends when all rates are a hundredth
-    of the first. All bounds are then estimated anew, by fresh draws that the two guides have in common.
+    guide's answer and from the prior, at its draw that explains the datum best; the higher of the two counts. A
+    datum's learning rate halves wherever its bound, by draws that stay the same, no longer rises beyond their noise,
+    and the climb ends when all rates are a hundredth of the first. All bounds are then estimated anew, by fresh draws
+    that the two guides have in common.
 
     Args:
         program: a `VAE`. Its model and its guide are left untouched, bit by bit.

@@ -191,7 +191,9 @@ class Bumps(torch.nn.Module):
 
 
 def test_a_mode_that_neither_guide_nor_prior_leads_to_by_slopes_is_found() -> None:
-    vae: Any = VAE(Conditional(StandardNormal(1)), Conditional(Normal(1, scale=0.1), Bumps()), Conditional(Normal(1), Table(3)))
+    vae: Any = VAE(
+        Conditional(StandardNormal(1)), Conditional(Normal(1, scale=0.1), Bumps()), Conditional(Normal(1), Table(3))
+    )
     with torch.no_grad():
         vae.posterior.network.value[:] = torch.tensor([-0.5, -1.0])
     x = torch.ones(3, 1)
