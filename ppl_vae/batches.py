@@ -3,6 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -10,7 +11,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["as_batch", "batches", "check_finite", "keyed", "permutation"]
+__all__ = ["as_batch", "batches", "check_finite", "keyed", "permutation", "whole"]
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """Give a setting as an int, numpy's too.
+
+    Raises:
+        ValueError: where it is no whole number, or one below `least`.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
+    return int(value)
 
 
 def keyed(*key: SupportsIndex | str) -> int:
