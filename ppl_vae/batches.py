@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["as_batch", "batches", "check_finite", "keyed", "permutation", "whole"]
+__all__ = ["are_whole", "as_batch", "batches", "check_finite", "keyed", "permutation", "whole"]
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -172,5 +172,5 @@ def _tensor(key: str, value: object) -> Tensor:
     return value.long() if key in ("y", "index") else value
 
 
-def whole(values: npt.NDArray[Any]) -> bool:
+def are_whole(values: npt.NDArray[Any]) -> bool:
     return values.dtype == np.uint8 or bool((values == np.floor(values)).all())

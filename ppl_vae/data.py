@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import keyed, whole
+from ppl_vae.batches import are_whole, keyed
 from ppl_vae.sources import Table, choose, read_table
 
 __all__ = ["Data", "load"]
@@ -160,7 +160,7 @@ def load(
         "scaling": scaling,
         "dequantization": dequantization,
         "maximum": table.maximum,
-        "levels": table.maximum + 1 if table.maximum is not None and whole(table.x) else None,
+        "levels": table.maximum + 1 if table.maximum is not None and are_whole(table.x) else None,
         "loc": _summary(observe.loc),
         "scale": _summary(observe.scale),
         "log_volume": float(np.log(np.broadcast_to(observe.scale, table.x.shape[1])).sum()),
@@ -221,7 +221,7 @@ def _observe(
 ) -> _Observe:
     """Fit the scaling to the training rows, and refuse options that the values do not allow."""
     noise = int(dequantization == "uniform")
-    if noise and not whole(table.x):
+    if noise and not are_whole(table.x):
         value = table.x[table.x != np.floor(table.x)][0]
         raise ValueError(f'Expected whole numbers for dequantization = "uniform"; got {value}. Use "none".')
     if binarization != "none" and table.maximum is None:
