@@ -19,7 +19,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.joint import Batch, Joint, Path, State
 from ppl_vae.traces import batch_of, prepare, scope, seeded, structure
 
@@ -92,9 +92,7 @@ def ladder(temperatures: int, schedule: Literal["linear", "sigmoid"] = "sigmoid"
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse 2017).
     """
-    if temperatures < 1:
-        raise ValueError(f"Expected `temperatures` to be at least 1; got {temperatures}.")
-    even = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
+    even = torch.linspace(0, 1, whole("temperatures", temperatures) + 1, dtype=torch.float64)
     if schedule == "sigmoid":
         bent = torch.sigmoid(4 * (2 * even - 1))
         even = (bent - bent[0]) / (bent[-1] - bent[0])
@@ -150,7 +148,7 @@ class Annealing:
     def error(self) -> Tensor:
         r"""Give its standard error by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for a single chain.
 
-        Where few chains are effective (`ess`), it is too small.
+        Where few chains are effective (`ess`), it is too small: see `settled`.
         """
         return _delta(self.log_weights)
 
@@ -158,6 +156,22 @@ class Annealing:
     def ess(self) -> Tensor:
         r"""Give the effective number of chains, :math:`1 / \sum_i \bar w_i^2`, (n,)."""
         return 1 / self.shares.square().sum(0)
+
+    @property
+    def settled(self) -> Tensor:
+        r"""Say for which data the estimate and its error can be relied on, (n,); for others it is low on average.
+
+        Where the log weights' variance over chains, of the datum and of the median datum, is below 2 at 95 %
+        confidence (were they normal, k chains were then :math:`(e^2 - 1) / 2 k` nats too low); or 100 chains are
+        effective. Few chains tell little of their variance, hence the median: data of one program anneal alike.
+        """
+        free = len(self.log_weights) - 1
+        if free < 1:
+            return torch.zeros_like(self.acceptance, dtype=torch.bool)
+        cube = 1 - 2 / (9 * free) - 1.645 * math.sqrt(2 / (9 * free))
+        most = 2 * max(cube, 0.0) ** 3  # of a sample's variance: by the 5 % quantile of chi-squared (Wilson, Hilferty)
+        variance = self.log_weights.var(0)
+        return ((variance < most) & (variance.median() < most)) | (self.ess > 100)
 
     @property
     def shares(self) -> Tensor:
@@ -237,6 +251,7 @@ def annealed_importance(
     Raises:
         ValueError: for data that do not fit, settings out of range, or latent sites that have no gradient.
     """
+    chains, temperatures, leapfrog = _checked(chains, temperatures, leapfrog, schedule, tuning, entries)
     parts = []
     for joint, blocks, key in _blocks(program, x, chains, entries, seed):
         with _quiet(joint, *key):
@@ -286,6 +301,7 @@ def bidirectional(
     Raises:
         ValueError: as `annealed_importance`, or where the observed sites are not entries of the batch.
     """
+    chains, temperatures, leapfrog = _checked(chains, temperatures, leapfrog, schedule, tuning, entries)
     parts, batches = [], []
     for joint, blocks, key in _blocks(program, x, chains, entries, seed):
         with _quiet(joint, *key, "bidirectional"):
@@ -304,12 +320,21 @@ def bidirectional(
     return Sandwich(lower, upper, lower_error, upper_error, joined)
 
 
+def _checked(
+    chains: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None, entries: int
+) -> tuple[int, int, int]:
+    """Check the settings that both ways have in common."""
+    whole("entries", entries)
+    if tuning is not None:
+        whole("tuning", tuning)
+    ladder(1, schedule)
+    return whole("chains", chains), whole("temperatures", temperatures), whole("leapfrog", leapfrog)
+
+
 def _blocks(
     program: Any, x: Any, chains: int, entries: int, seed: int
 ) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
     """Yield, for each block of data, its joint, the sizes of its blocks of chains, and a key for its draws."""
-    if chains < 1:
-        raise ValueError(f"Expected `chains` to be at least 1; got {chains}.")
     batch = prepare(program, as_batch(x))
     found = structure(program, batch)
     n = len(next(iter(batch.values())))
@@ -336,8 +361,6 @@ def _quiet(joint: Joint, *key: int | str) -> Iterator[None]:
 
 def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None) -> HMC:
     """Adapt the step sizes in a run with k chains of its own, and freeze them."""
-    if leapfrog < 1:
-        raise ValueError(f"Expected `leapfrog` to be at least 1; got {leapfrog}.")
     coarse = ladder(max(temperatures // 4, min(temperatures, 25)) if tuning is None else tuning, schedule)
     scale = torch.cat([path.joint.draw(path.start, k) for _ in range(math.ceil(64 / k))]).std(0).clamp_min(1e-6)
     steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)

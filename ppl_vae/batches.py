@@ -173,4 +173,5 @@ def _tensor(key: str, value: object) -> Tensor:
 
 
 def are_whole(values: npt.NDArray[Any]) -> bool:
+    """Say whether all values are whole numbers."""
     return values.dtype == np.uint8 or bool((values == np.floor(values)).all())

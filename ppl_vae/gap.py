@@ -19,7 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.captured import Captured
 from ppl_vae.exact import conditioned, exact_log_evidence
 from ppl_vae.families import Family
@@ -102,7 +102,7 @@ def inference_gap(
 
     Raises:
         TypeError: for a program that is no `VAE`: there is no family to choose from.
-        ValueError: for fewer than two draws, one step or one entry, or data or evidence that do not fit.
+        ValueError: for fewer than two draws, one step or one entry, or data or evidence that do not fit or are NaN.
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. The gradient is
@@ -113,9 +113,7 @@ def inference_gap(
             f"Expected a VAE, whose guide's family is known; got {type(program).__name__}. For other programs compare "
             "ELBO and log evidence instead: log_evidence(program, x, samples) has both."
         )
-    for name, value, least in (("draws", draws, 2), ("steps", steps, 1), ("entries", entries, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
+    draws, steps, entries = whole("draws", draws, 2), whole("steps", steps), whole("entries", entries)
     batch = prepare(program, as_batch(x))
     n, features = len(batch["x"]), batch["x"][0].numel()
     truth, doubt = _known(program, batch, log_evidence)
@@ -146,11 +144,21 @@ def _known(program: VAE, batch: dict[str, Tensor], given: Any) -> tuple[Tensor |
         except ValueError:
             return None, zero
     doubt = getattr(given, "error", getattr(given, "mc_se", zero))
-    truth, doubt = (torch.as_tensor(value).to(zero) for value in (getattr(given, "log_evidence", given), doubt))
+    try:
+        truth, doubt = (torch.as_tensor(value).to(zero) for value in (getattr(given, "log_evidence", given), doubt))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected `log_evidence` to be a tensor of a figure a datum, a Reference or an Evidence; got {given!r}."
+        ) from error
     if truth.shape != zero.shape or doubt.shape != zero.shape:
         raise ValueError(
             f"Expected `log_evidence` of shape ({len(zero)},), a figure a datum; got {tuple(truth.shape)}"
             f"{f', its error of shape {tuple(doubt.shape)}' if doubt.shape != zero.shape else ''}."
+        )
+    if bool(truth.isnan().any()):
+        raise ValueError(
+            f"Expected `log_evidence` to be known; got NaN for {int(truth.isnan().sum())} of {len(truth)} data. NUTS "
+            "has none: take closed-form, quadrature or ais."
         )
     return truth, doubt
 
@@ -249,6 +257,16 @@ class _Block:
             z = z.detach().requires_grad_()
             return (slope(self._joint(z), z),)
 
+    def slopes(self, members: _Members, place: list[Tensor], draws: int = _PARTICLES) -> tuple[Tensor, ...]:
+        """Give the gradient of each datum's bound in its parameters, by way of the draws alone (sticking the landing).
+
+        It is without noise where the member is the posterior: what the score of the parameters adds is 0 on average.
+        """
+        z = members.at(place).rsample((draws,))
+        here = z.detach().requires_grad_()
+        score = slope(members.at([value.detach() for value in place]).log_prob(here), here)
+        return torch.autograd.grad(z, place, (self.steep(here)[0] - score) / draws)
+
     def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
         """Climb the bound of each datum by Adam; give the best parameters on the way, and their log weights."""
         best = members.start
@@ -258,10 +276,7 @@ class _Block:
         rate = torch.full_like(bound[0], _RATE)
         with pyro.validation_enabled(False), seeded(*self.key, word, device=self.device):
             for step in range(1, steps + 1):
-                z = members.at(place).rsample((_PARTICLES,))
-                here = z.detach().requires_grad_()
-                score = slope(members.at([value.detach() for value in place]).log_prob(here), here)
-                slopes = torch.autograd.grad(z, place, (self.steep(here)[0] - score) / _PARTICLES)
+                slopes = self.slopes(members, place)
                 for p, g, m, v, s in zip(place, slopes, first, second, total, strict=True):
                     _adam(p.data, g.nan_to_num(0.0, 0.0, 0.0), m, v, rate, step)
                     s += p.data

@@ -17,7 +17,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from ppl_vae.annealing import _quiet, _rows, annealed_importance
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.exact import gaussians
 from ppl_vae.joint import Joint, Path
 from ppl_vae.modes import STARTS
@@ -43,11 +43,13 @@ class Reference:
         method: `"closed-form"`, `"quadrature"`, `"ais"` or `"nuts"`.
         draws: from p(z|x), (k, n, z), by sampling; none otherwise.
         shapes: of the latent sites of a datum, by name.
-        converged: whether the method's own checks passed: the error of quadrature reached its tolerance, every datum
-            has more than four effective chains, NUTS mixed (R-hat below 1.01, 400 bulk effective draws, no divergence).
+        converged: whether the method's own checks passed: all data have settled, or NUTS mixed (R-hat below 1.01, 400
+            bulk effective draws, no divergence).
         diagnostics: what was checked; tensors have shape (n,). Of quadrature `settled`, which data reached the
-            tolerance: the error of the others is large, or infinite, and their figures are what there is. Of sampling
-            `ess`, of annealing `acceptance` too, of NUTS `r_hat` (the worst of a datum) and `divergences` (of all).
+            tolerance: the error of the others is large, or infinite, and their figures are what there is. Of annealing
+            likewise, whose chains agree well enough (`Annealing.settled`): the figure of the others is low on average,
+            by more than its error. Of sampling `ess`, of annealing `acceptance` too, of NUTS `r_hat` (the worst of a
+            datum) and `divergences` (of all).
     """
 
     log_evidence: Tensor
@@ -157,8 +159,8 @@ def _ais(joint: Joint, batch: dict[str, Tensor], *, seed: int, **settings: Any) 
         "ais",
         found.latents.gather(0, chosen),
         joint.shapes,
-        bool((found.ess > 4).all()),
-        {"acceptance": found.acceptance, "ess": found.ess},
+        bool(found.settled.all()),
+        {"acceptance": found.acceptance, "ess": found.ess, "settled": found.settled},
     )
 
 
@@ -179,7 +181,8 @@ def _quadrature(
     seed: int = 0,
 ) -> Reference:
     """Sum over a lattice around the posterior, enlarged until it holds the mass and refined until the sum stands."""
-    if points < 6**joint.size:
+    whole("entries", entries)
+    if whole("points", points) < 6**joint.size:
         raise ValueError(
             f"Expected `points` to be at least {6**joint.size}, 6 along each of {joint.size} axes; got {points}."
         )
@@ -233,6 +236,7 @@ def _nuts(
     seed: int = 0,
 ) -> Reference:
     """Run Pyro's NUTS on all chains and data as one vector, whose blocks are independent under the target."""
+    draws, warmup, chains = whole("draws", draws, 4), whole("warmup", warmup), whole("chains", chains)
     program, batch = _twin(joint, batch)
     joint = Joint(program, batch)
     path = Path(joint)

@@ -9,10 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from sklearn.datasets import load_digits
 from torch import Tensor
 from twins import TWINS, array, draws, randomise
 
-from ppl_vae import VAE, Conditional, Program, exact_log_evidence
+from ppl_vae import PPCA, VAE, Conditional, Program, exact_log_evidence
 from ppl_vae.annealing import HMC, anneal, annealed_importance, bidirectional, ladder
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.joint import Joint, Path
@@ -158,8 +159,9 @@ def test_evidence_and_moments_of_the_twins_are_within_their_errors(twin):
     spread = torch.from_numpy(truth.covariance).diagonal(dim1=-2, dim2=-1).sqrt()
     tolerance = 5 * spread / found.ess.sqrt().unsqueeze(-1)
     assert (loc - torch.from_numpy(truth.loc)).abs().lt(tolerance).all()
-    ratio = covariance.diagonal(dim1=-2, dim2=-1) / spread.square() - 1
-    assert ratio.abs().lt(5 * (3 / found.ess).sqrt().unsqueeze(-1)).all()
+    exact = torch.from_numpy(truth.covariance)
+    variance = spread.square().unsqueeze(-1) * spread.square().unsqueeze(-2) + exact.square()  # of a product, Gaussian
+    assert (covariance - exact).abs().lt(5 * (1.5 * variance / found.ess[:, None, None]).sqrt()).all()
 
 
 @pytest.mark.parametrize("twin", ["two_level", "masked"])
@@ -246,6 +248,52 @@ def test_small_blocks_give_the_same_evidence_within_errors():
     assert (found.log_evidence - torch.from_numpy(truth.log_evidence)).abs().lt(5 * found.error + 1e-9).all()
 
 
+def test_no_evaluation_holds_more_than_the_entries(monkeypatch):
+    vae = small()
+    x, sizes = vae.sample(8), []
+    plain = Joint.log_probs
+
+    def noted(self, u):
+        sizes.append(u.shape[0] * u.shape[1] * (x.shape[1] + u.shape[2]))
+        return plain(self, u)
+
+    monkeypatch.setattr(Joint, "log_probs", noted)
+    for limit in (40, 200):
+        sizes.clear()
+        found = annealed_importance(vae, x, chains=10, temperatures=1, leapfrog=1, tuning=1, entries=limit)
+        assert found.log_weights.shape == (10, 8)
+        assert limit / 4 < max(sizes) <= limit
+
+
+def test_the_verdict_on_annealing_is_kept():
+    """Where it says that the error can be relied on, it can, and with few temperatures it does not say so."""
+    vae = PPCA.fit(torch.from_numpy(load_digits().data[:200]), 6).to_vae()
+    x = torch.from_numpy(load_digits().data[200:300])
+    exact = exact_log_evidence(vae, x)
+    short, long = (annealed_importance(vae, x, temperatures=steps) for steps in (25, 400))
+    miss = (short.log_evidence - exact) / short.error
+    assert float(miss.mean()) < -1  # far below the truth by its own error
+    assert not short.settled.any()
+    settled = long.settled
+    assert settled.double().mean() > 0.8
+    miss = ((long.log_evidence - exact) / long.error)[settled]
+    assert abs(float(miss.mean())) < 5 / math.sqrt(len(miss))
+    low, _ = stats.binom(len(miss), 0.93).interval(0.999)  # of 16 chains: a t interval of two errors
+    assert float((miss.abs() < 2).sum()) >= low
+    assert not annealed_importance(vae, x[:3], chains=1, temperatures=5).settled.any()
+
+
+def test_the_errors_of_the_sandwich_are_those_of_its_sides():
+    truth = TWINS["ppca_vae"]()
+    rows = {key: value.repeat(30, *[1] * (value.dim() - 1)) for key, value in truth.batch.items()}
+    found = bidirectional(truth.program, rows, chains=24, temperatures=60, leapfrog=5)
+    exact = exact_log_evidence(truth.program, found.batch)
+    lower = (found.lower - exact) / found.lower_error
+    assert 0.7 < float(lower.std()) < 1.4
+    assert (found.upper_error > 0).all()
+    assert float((found.upper_error / found.lower_error).log().mean().abs()) < math.log(2)
+
+
 def test_single_precision_programs_stay_so_and_their_weights_do_not():
     vae = small().float()
     found = annealed_importance(vae, vae.sample(3), chains=4, temperatures=5, leapfrog=2)
@@ -303,9 +351,13 @@ def computed() -> Program:
     [
         ({"start": "posterior"}, "'prior' or 'guide'; got 'posterior'"),
         ({"schedule": "cosine"}, "'linear' or 'sigmoid'; got 'cosine'"),
-        ({"temperatures": 0}, "`temperatures` to be at least 1; got 0"),
-        ({"chains": 0}, "`chains` to be at least 1; got 0"),
-        ({"leapfrog": 0}, "`leapfrog` to be at least 1; got 0"),
+        ({"temperatures": 0}, "`temperatures` to be a whole number, at least 1; got 0"),
+        ({"chains": 0}, "`chains` to be a whole number, at least 1; got 0"),
+        ({"temperatures": 2.5}, "`temperatures` to be a whole number, at least 1; got 2.5"),
+        ({"chains": True}, "`chains` to be a whole number, at least 1; got True"),
+        ({"entries": 0}, "`entries` to be a whole number, at least 1; got 0"),
+        ({"tuning": 0}, "`tuning` to be a whole number, at least 1; got 0"),
+        ({"leapfrog": 0}, "`leapfrog` to be a whole number, at least 1; got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

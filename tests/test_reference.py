@@ -294,11 +294,22 @@ def test_nuts_meets_the_posterior_of_ppca():
     assert found.draws.shape == (1200, 1, 3)
     assert (found.diagnostics["r_hat"] < 1.01).all()
     assert found.diagnostics["divergences"] == 0
-    spread = np.sqrt(np.diagonal(truth.covariance[:1], axis1=1, axis2=2))
-    error = spread / array(found.diagnostics["ess"].sqrt())[:, None]
-    assert (np.abs(array(found.loc) - truth.loc[:1]) < 4 * error).all()
-    ratio = np.diagonal(array(found.covariance), axis1=1, axis2=2) / spread**2 - 1
-    assert (np.abs(ratio) < 6 * math.sqrt(2 / 400)).all()
+    exact = truth.covariance[:1]
+    spread = np.sqrt(np.diagonal(exact, axis1=1, axis2=2))
+    ess = array(found.diagnostics["ess"])
+    assert (np.abs(array(found.loc) - truth.loc[:1]) < 4 * spread / np.sqrt(ess)[:, None]).all()
+    variance = spread[:, :, None] ** 2 * spread[:, None] ** 2 + exact**2  # of a product, Gaussian
+    assert (np.abs(array(found.covariance) - exact) < 4 * np.sqrt(variance / ess[:, None, None])).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"draws": 2}, "at least 4; got 2"), ({"chains": 0}, "at least 1; got 0"), ({"warmup": -1}, "at least 1; got -1")],
+)
+def test_settings_of_nuts_are_checked(settings, message):
+    truth = TWINS["ppca_vae"]()
+    with pytest.raises(ValueError, match=message):
+        reference_posterior(truth.program, truth.batch, "nuts", **settings)
 
 
 def test_nuts_that_did_not_mix_carries_its_failure():
