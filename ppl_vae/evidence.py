@@ -10,13 +10,12 @@ largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Y
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.traces import log_density, place, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["BoundCurve", "Evidence", "bound_curve", "log_evidence", "log_weights", "pareto_k"]
@@ -62,12 +61,20 @@ class Evidence:
 
     @property
     def kind(self) -> Literal["estimate", "lower bound"]:
-        """Say what the figure of the set is.
+        r"""Say what the figure of the set is.
 
-        A lower bound as soon as more than 1 % of the data have a tail shape above 0.5, where the weights have no
-        variance and an error bar would mean nothing, or cannot be judged for want of samples.
+        A lower bound as soon as more than 1 % of the data are doubtful. A datum is doubtful where its weights
+        may have no variance, so that an error bar would mean nothing, or cannot be judged for want of samples: where
+        the tail shape :math:`\hat k` of the M largest and its standard error over :math:`\sqrt n` exceed one half,
+        :math:`\hat k + (1 + \hat k) / \sqrt{M n} > \frac12`. A single datum needs the whole margin; in a set of n the
+        worst decide.
+
+        References:
+            Estimating Tails of Probability Distributions (Smith 1987), for the error of :math:`\hat k`.
         """
-        doubtful = (self.pareto_k > 0.5) | (self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3)))
+        error = (1 + self.pareto_k) / math.sqrt(_tail_length(self.samples) * len(self.pareto_k))
+        untold = self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3))
+        doubtful = (self.pareto_k + error > 0.5) | untold
         if self.samples < 2:
             doubtful = torch.ones_like(doubtful)
         return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
@@ -120,6 +127,7 @@ def log_weights(program: Any, x: Any, samples: int, *, seed: int = 0) -> Tensor:
     Raises:
         ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
     """
+    samples = whole("samples", samples)
     parts = [[weights for weights, _ in blocks] for _, blocks in _blocks(program, x, samples, seed)]
     return torch.cat([torch.cat(part) for part in parts], 1)
 
@@ -146,6 +154,7 @@ def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Eviden
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
     """
+    samples = whole("samples", samples)
     parts = []
     for rounding, blocks in _blocks(program, x, samples, seed):
         sums = _Sums(samples, rounding)
@@ -160,8 +169,6 @@ def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Eviden
 
 def _blocks(program: Any, x: Any, samples: int, seed: int) -> Iterator[tuple[float, Iterator[tuple[Tensor, Tensor]]]]:
     """Yield, for each block of data, its rounding and an iterator over blocks of log weights and log likelihoods."""
-    if not isinstance(samples, Integral) or samples < 1:
-        raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples!r}.")
     batch = prepare(program, as_batch(x))
     found = structure(program, batch, seed=seed)
     first = next(iter(batch.values()))
@@ -292,14 +299,18 @@ def bound_curve(
         The bound of each K and datum.
 
     Raises:
-        ValueError: for counts that do not rise from at least 1 to at most `samples`, or as in `log_evidence`.
+        ValueError: for counts that are not whole or do not rise from at least 1 to at most `samples`, or as in
+            `log_evidence`.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), theorem 1.
     """
+    samples = whole("samples", samples)
     steps = [base * 10**power for power in range(len(str(samples))) for base in (1, 2, 5)]
-    chosen = [count for count in steps if count <= samples] if counts is None else list(counts)
-    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > samples:
+    if counts is None:
+        counts = [count for count in steps if count <= samples]
+    chosen = [whole(f"counts[{position}]", count) for position, count in enumerate(counts)]
+    if not chosen or chosen != sorted(set(chosen)) or chosen[-1] > samples:
         raise ValueError(f"Expected `counts` to rise, from at least 1 to at most {samples}, the samples; got {chosen}.")
     parts = []
     for _, blocks in _blocks(program, x, samples, seed):

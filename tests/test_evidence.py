@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy.special import digamma, polygamma
-from scipy.stats import binom
+from scipy.stats import binom, norm
 from sklearn.datasets import load_digits
 from torch import Tensor
 from twins import TWINS, draws, linear_vae, perturbed, randomise
@@ -327,19 +327,35 @@ def test_saved_and_loaded_programs_have_the_same_evidence(tmp_path: Any) -> None
 
 @pytest.mark.parametrize(
     ("rho", "gap", "chi2"),
-    [(0.1, 0.00502517, 0.01041452), (0.3, 0.04715534, 0.1375), (0.4, 0.08717669, 0.4), (0.45, 0.11313672, 0.82959048)],
+    [
+        (0.1, 0.00502517, 0.01041452),
+        (0.3, 0.04715534, 0.1375),
+        (0.4, 0.08717669, 0.4),
+        (0.45, 0.11313672, 0.82959048),
+        (0.6, 0.22314355, math.inf),
+    ],
 )
 def test_the_correlated_pair_has_the_gap_and_chi2_of_the_formulas(rho: float, gap: float, chi2: float) -> None:
+    """A15. Above rho = 1/4 the estimate of chi2 has a mean but no variance: its error over data is then a rough one."""
     p = np.array([[1, rho], [rho, 1]])
     assert -0.5 * np.linalg.slogdet(p)[1] == pytest.approx(gap, abs=1e-8)
-    by_formula = np.linalg.det(p) / math.sqrt(np.linalg.det(2 * p - np.eye(2))) - 1
+    rest = 2 * p - np.eye(2)
+    finite = np.linalg.eigvalsh(rest)[0] > 0
+    by_formula = np.linalg.det(p) / math.sqrt(np.linalg.det(rest)) - 1 if finite else math.inf
     assert by_formula == pytest.approx(chi2, abs=1e-8)
     found = log_evidence(correlated(rho), torch.zeros(40, 1), 5000)
     elbo = found.elbo - LOG_NORMAL
     assert abs(elbo.mean().item() + gap) < 5 * found.elbo_mc_se.mean() / math.sqrt(40)
-    if rho < 0.25:  # where the estimate of chi2 has a variance
-        estimate = 5000 / found.ess - 1
-        assert abs(estimate.mean().item() - chi2) < 5 * estimate.std() / math.sqrt(40)
+    estimate = 5000 * found.mc_se.square()
+    torch.testing.assert_close(estimate, (5000 / found.ess - 1) * 5000 / 4999, rtol=1e-9, atol=0)
+    if finite:
+        error = estimate.std() / math.sqrt(40)
+        assert abs(estimate.mean().item() - chi2) < 5 * error
+        assert abs(estimate.mean().item() - 2 * chi2) > 5 * error
+    else:  # that of S draws grows as S^(2k - 1), here k = rho
+        few, many = (log_evidence(correlated(rho), torch.zeros(20, 1), s).mc_se.square() * s for s in (500, 50_000))
+        assert many.median() > 100 ** (2 * rho - 1) * few.median()
+        assert found.kind == "lower bound"
     assert found.pareto_k.mean().item() == pytest.approx(rho, abs=0.08)
 
 
@@ -353,12 +369,12 @@ def test_the_bound_rises_with_the_samples_and_stays_one() -> None:
         errors.append(bound.std().item() / math.sqrt(repeats))
     known = [-0.04715534, -0.0253, -0.0114, -0.0066, -0.00069]
     for mean, error, value in zip(means, errors, known, strict=True):
-        assert abs(mean - value) < 5 * error + 1e-4
-        assert mean < 5 * error
+        assert abs(mean - value) < 4 * error
+        assert mean < 4 * error
     for i in range(4):
-        assert means[i + 1] - means[i] > -5 * math.hypot(errors[i], errors[i + 1])
+        assert means[i + 1] - means[i] > -4 * math.hypot(errors[i], errors[i + 1])
     assert means[0] < means[1] < means[2]
-    assert means[4] == pytest.approx(-chi2 / 200, abs=5 * errors[4])
+    assert means[4] == pytest.approx(-chi2 / 200, abs=4 * errors[4])
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 10, 50])
@@ -576,8 +592,8 @@ def test_the_bound_is_unbiased_for_each_number_of_samples(check: str) -> None:
         known = [LOG_NORMAL + value for value in (-0.04715534, -0.0253, -0.0114, -0.0066)]
     means, errors = found.bound.mean(1), found.error.square().sum(1).sqrt() / 1000
     for mean, error, value in zip(means, errors, known, strict=False):
-        assert abs(mean.item() - value) < 5 * error.item() + 1e-4
-    assert (means.diff() > -5 * torch.hypot(errors[1:], errors[:-1])).all()
+        assert abs(mean.item() - value) < 4 * error.item()
+    assert (means.diff() > -4 * torch.hypot(errors[1:], errors[:-1])).all()
     ratio = found.error[0].square().mean().sqrt() / found.bound[0].std()
     assert ratio.item() == pytest.approx(1, abs=0.15)
 
@@ -596,10 +612,23 @@ def test_the_curve_holds_no_more_than_a_block(monkeypatch: pytest.MonkeyPatch) -
     assert max(kept) == 3 * 20
 
 
-@pytest.mark.parametrize("counts", [(), (2, 1), (0, 1), (1, 11), (3, 3)])
+@pytest.mark.parametrize("counts", [(), (2, 1), (1, 11), (3, 3)])
 def test_counts_that_do_not_rise_are_refused(counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"Expected `counts` to rise, from at least 1 to at most 10, the samples"):
         bound_curve(nonlinear(), binary(2), 10, counts=counts)
+
+
+@pytest.mark.parametrize(("counts", "words"), [((0, 1), r"counts\[0\].*got 0"), ((1, 2.5), r"counts\[1\].*got 2\.5")])
+def test_counts_that_are_not_whole_are_refused(counts: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected `{words}"):
+        bound_curve(nonlinear(), binary(2), 10, counts=counts)
+
+
+def test_whole_numbers_of_numpy_count() -> None:
+    found = log_evidence(nonlinear(), binary(2), np.int64(30))
+    assert type(found.samples) is int
+    curve = bound_curve(nonlinear(), binary(2), np.int64(30), counts=np.array([1, 30]))
+    torch.testing.assert_close(curve.bound[1], found.log_evidence, rtol=1e-12, atol=1e-12)
 
 
 # The verdict
@@ -615,8 +644,8 @@ def test_intervals_cover_the_evidence_of_the_twins_where_the_tail_is_light_and_f
     """
     t = TWINS[twin]()
     batch = {key: value[:1].expand(1000, *value.shape[1:]) for key, value in t.batch.items()}
-    for k, samples, holds in ((0.19, 1500, True), (0.8, 1500, False)):
-        found = log_evidence(perturbed(t.program, math.sqrt(1 - k), 0.0), batch, samples, seed=6)
+    for k, holds in ((0.19, True), (0.8, False)):
+        found = log_evidence(perturbed(t.program, math.sqrt(1 - k), 0.0), batch, 1500, seed=6)
         apart = (found.log_evidence - found.bias - t.log_evidence[0]).abs()
         for width, level in ((0.99446, 0.68), (1.95996, 0.95)):
             low, high = binom(1000, level).ppf([0.0005, 0.9995])
@@ -624,6 +653,52 @@ def test_intervals_cover_the_evidence_of_the_twins_where_the_tail_is_light_and_f
             assert bool(low <= inside <= high) is holds
         assert (found.kind == "estimate") is holds
         assert bool(found.pareto_k.median() < 0.5) is holds
+
+
+def _alone(found: Evidence) -> Tensor:
+    """Tell which data would be estimates if each were the only one, (n,)."""
+    data = zip(*(getattr(found, name).split(1) for name in FIELDS), strict=True)
+    alone = (Evidence(**dict(zip(FIELDS, each, strict=True)), samples=found.samples) for each in data)
+    return torch.tensor([one.kind == "estimate" for one in alone])
+
+
+@pytest.mark.parametrize(("k", "samples"), [(0.19, 1000), (0.3, 5000), (0.4, 10_000)])
+def test_a_datum_that_is_called_an_estimate_is_covered(k: float, samples: int) -> None:
+    found = log_evidence(tailed(k), torch.zeros(1000, 1), samples, seed=6)
+    sure = _alone(found)
+    assert sure.double().mean() > 0.5
+    apart = (found.log_evidence - found.bias - LOG_NORMAL)[sure].abs()
+    for width, level in ((0.99446, 0.68), (1.95996, 0.95)):
+        low, high = binom(int(sure.sum()), level).ppf([0.0005, 0.9995])
+        assert low <= int((apart < width * found.mc_se[sure]).sum()) <= high
+
+
+@pytest.mark.parametrize("program", ["one latent", "twin"])
+def test_a_datum_is_hardly_ever_given_an_interval_that_misses_whatever_its_tail(program: str) -> None:
+    """Called an estimate and missed by the 95 % interval: at most 5 %, within the binomial 99.9 % band.
+
+    The verdict's share follows from the shape's own law, N(k, (1 + k)^2 / M). By the shape alone, without its error,
+    one would miss too often.
+    """
+    t, repeats, samples = TWINS["ppca_vae"](), 1000, 1000
+    batch = {key: value[:1].expand(repeats, *value.shape[1:]) for key, value in t.batch.items()}
+    most = binom(repeats, 0.05).ppf(0.9995)
+    unit = 1 / math.sqrt(math.ceil(3 * math.sqrt(samples)))
+    limit = (0.5 - unit) / (1 + unit)
+    for k in (0.55, 0.65) if program == "twin" else (0.3, 0.4, 0.55, 0.65, 0.8):
+        if program == "twin":
+            found = log_evidence(perturbed(t.program, math.sqrt(1 - k), 0.0), batch, samples, seed=6)
+            truth = t.log_evidence[0]
+        else:
+            found, truth = log_evidence(tailed(k), torch.zeros(repeats, 1), samples, seed=6), LOG_NORMAL
+        missed = (found.log_evidence - found.bias - truth).abs() > 1.96 * found.mc_se
+        sure = _alone(found)
+        assert int((sure & missed).sum()) <= most
+        share = norm.cdf(limit, k, (1 + k) * unit)
+        assert sure.double().mean().item() < share + 5 * math.sqrt(share * (1 - share) / repeats)
+        if k == 0.65:
+            assert sure.double().mean() < 0.1
+            assert int(((found.pareto_k <= 0.5) & missed).sum()) > most
 
 
 def _covered(k: float, repeats: int = 600, samples: int = 5000) -> tuple[Evidence, int]:
@@ -646,6 +721,8 @@ def test_the_interval_holds_where_the_weights_have_a_variance_and_fails_where_no
 
 
 def test_the_verdict_is_that_of_the_data_and_allows_one_in_a_hundred() -> None:
+    """1,000 samples have a tail of 95: for n data the standard error counts for (1 + k) / sqrt(95 n)."""
+
     def verdict(shapes: list[float], ess: float = 300.0, samples: int = 1000) -> str:
         n = len(shapes)
         rest = {name: torch.zeros(n) for name in FIELDS if name not in ("ess", "pareto_k")}
@@ -654,7 +731,12 @@ def test_the_verdict_is_that_of_the_data_and_allows_one_in_a_hundred() -> None:
     assert verdict([0.1] * 199 + [0.6]) == "estimate"
     assert verdict([0.1] * 99 + [0.6]) == "estimate"
     assert verdict([0.1] * 97 + [0.6, 0.51, 0.2]) == "lower bound"
-    assert verdict([0.5] * 10) == "estimate"
+    assert verdict([0.5] * 10) == "lower bound"
+    assert verdict([0.36]) == "estimate"
+    assert verdict([0.37]) == "lower bound"
+    assert verdict([0.37], samples=100_000) == "estimate"
+    assert verdict([0.42] * 4) == "estimate"
+    assert verdict([0.44] * 4) == "lower bound"
     assert verdict([math.nan] * 10, ess=1000.0) == "estimate"
     assert verdict([math.nan] * 10, ess=10.0, samples=20) == "lower bound"
     assert verdict([math.nan], ess=1.0, samples=1) == "lower bound"
@@ -752,8 +834,8 @@ def test_memory_does_not_hold_all_samples_of_all_data(monkeypatch: pytest.Monkey
 # Refusals
 
 
-@pytest.mark.parametrize("function", [log_weights, log_evidence])
-@pytest.mark.parametrize("samples", [0, -3, 2.0, "5"])
+@pytest.mark.parametrize("function", [log_weights, log_evidence, bound_curve])
+@pytest.mark.parametrize("samples", [0, -3, 2.0, "5", True])
 def test_samples_that_are_no_count_are_refused(function: Callable[..., Any], samples: Any) -> None:
     with pytest.raises(ValueError, match=r"Expected `samples` to be a whole number, at least 1; got"):
         function(nonlinear(), binary(4), samples)
