@@ -4,6 +4,7 @@ import argparse
 
 from ppl_vae import load_run, log_evidence
 from ppl_vae.annealing import annealed_importance, bidirectional
+from ppl_vae.batches import whole
 from ppl_vae.report import judged
 
 
@@ -13,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--data", type=int, default=8, help="how many of the first data to anneal")
     parser.add_argument("--chains", type=int, default=16)
-    parser.add_argument("--temperatures", type=int, default=200)
+    parser.add_argument("--temperatures", type=int, default=500)
     parser.add_argument("--leapfrog", type=int, default=10)
     parser.add_argument("--schedule", choices=("linear", "sigmoid"), default="sigmoid")
     parser.add_argument("--start", choices=("prior", "guide"), default="prior")
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = load_run(given.run, trust_code=given.trust_code)
         part, rows = judged(run.program, run.spec.load_data())
-        x = {key: value[: given.data] for key, value in rows.items()}
+        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
         weighted = log_evidence(run.program, x, given.samples, seed=given.seed)
         annealed = annealed_importance(run.program, x, seed=given.seed, **settings)
         sandwich = bidirectional(run.program, x, seed=given.seed, **settings)

@@ -3,6 +3,7 @@
 import argparse
 
 from ppl_vae import compare_posteriors, exact_log_evidence, exact_posterior, load_run, log_evidence
+from ppl_vae.batches import whole
 from ppl_vae.report import judged
 
 
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = load_run(given.run, trust_code=given.trust_code)
         part, rows = judged(run.program, run.spec.load_data())
-        x = {key: value[: given.data] for key, value in rows.items()}
+        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
         evidence = exact_log_evidence(run.program, x)
         posterior = exact_posterior(run.program, x)
         compared = compare_posteriors(run.program, x)

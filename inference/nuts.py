@@ -3,6 +3,7 @@
 import argparse
 
 from ppl_vae import load_run
+from ppl_vae.batches import whole
 from ppl_vae.latents import codes
 from ppl_vae.reference import reference_posterior
 from ppl_vae.report import judged
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = load_run(given.run, trust_code=given.trust_code)
         part, rows = judged(run.program, run.spec.load_data())
-        x = {key: value[: given.data] for key, value in rows.items()}
+        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
         found = reference_posterior(run.program, x, "nuts", **settings)
         loc, variance = codes(run.program, x, 1000, seed=given.seed)
     except ValueError as error:

@@ -18,7 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.exact import Layout, conditioned
 from ppl_vae.latents import guide_draws, packed, site_values
 from ppl_vae.program import VAE
@@ -96,9 +96,7 @@ def calibrate(
         Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is one
         more draw of the guide.
     """
-    for name, value, least in (("draws", draws, 1), ("simulations", simulations, 2)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"Expected `{name}` to be a whole number, at least {least}; got {value!r}.")
+    draws, simulations = whole("draws", draws), whole("simulations", simulations, 2)
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be above 0 and below 1; got {level!r}.")
     if x is None and not isinstance(program, VAE):

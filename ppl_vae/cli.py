@@ -100,13 +100,17 @@ def evaluate(
     ] = False,
     calibration: Annotated[bool, typer.Option("--calibration", help="Test the guide on data of the model.")] = False,
     data: Annotated[
-        int | None, typer.Option(help="How many data the reference and the gap look at; few by default.")
+        int | None,
+        typer.Option(help="How many data, of those there are, the reference and the gap look at; few by default."),
     ] = None,
     device: Place = Device.auto,
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a finished run again and rewrite its report."""
+    """Evaluate a finished run again and make its report anew.
+
+    What an earlier --reference, --gap or --calibration found is replaced: give all that the report shall hold at once.
+    """
     with plainly() as screen:
         from ppl_vae.run import evaluate_run
 
@@ -240,17 +244,50 @@ def headline(report: Mapping[str, Any]) -> str:
     """Give the figures that matter most, a line each."""
     test = report["test"]
     value, bound = test["log_evidence"], test["elbo"]
-    sign = ">=" if value["kind"] == "lower bound" else "  "
     part = "held-out" if report["data"]["part"] == "test" else "training"
     lines = [
         f"ELBO             {_figure(bound)} nats per {part} datum",
-        f"log evidence  {sign} {_figure(_sure(value))} ({value['kind']}, K = {test['samples']})",
+        f"log evidence  {_sign(value)} {_figure(_sure(value))} ({value['kind']}, K = {test['samples']})",
     ]
     if report["exact"]:
         lines.append(f"exact            {report['exact']['log_evidence']:.3f} ({report['exact']['method']})")
     if report["baseline"]:
         lines.append(f"PPCA             {report['baseline']['ppca']['log_evidence']:.3f} (closed form)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *closer(report)])
+
+
+def closer(report: Mapping[str, Any]) -> list[str]:
+    """Give what a closer look found, a line for each thing asked for."""
+    lines = []
+    if reference := report.get("reference"):
+        method, data = reference["method"], f"{reference['n']:,} data"
+        failed = "" if reference["converged"] else "; its own checks failed"
+        if reference.get("log_evidence") is None:
+            reason = "no log p(x)" if method == "nuts" else "none settled"
+            lines.append(f"reference        {reason} ({method}, {data}{failed})")
+        else:
+            settled = reference["n_settled"] or reference["n"]
+            some = data if settled == reference["n"] else f"{settled:,} of {data}"
+            error = "" if method == "closed-form" else f" ± {reference['error']:.2g}"
+            kind = "" if reference["kind"] == "estimate" else "lower bound on average, "
+            value = f"{reference['log_evidence']:.3f}{error}"
+            lines.append(f"reference     {_sign(reference)} {value} ({kind}{method}, {some}{failed})")
+    if gap := report.get("gap"):
+        errors = {"total": "error", "approximation": "approximation_error", "amortization": "amortization_error"}
+        whole, family, network = (_figure({"mean": gap[name], "se": gap[error]}) for name, error in errors.items())
+        least = ">= " if gap["kind"] == "lower bound" else ""
+        lines.append(
+            f"gap           {_sign(gap)} {whole} over {gap['n']:,} data: family {least}{family}, network {network}"
+        )
+    if calibration := report.get("calibration"):
+        over = f"p = {calibration['p_value']:.2g}, {calibration['simulations']:,} simulations"
+        lines.append(f"calibration      {calibration['verdict']} ({over})")
+    return lines
+
+
+def _sign(given: Mapping[str, Any]) -> str:
+    """Mark a lower bound."""
+    return ">=" if given["kind"] == "lower bound" else "  "
 
 
 def _sure(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from ppl_vae import __version__
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.evidence import pareto_k
 from ppl_vae.traces import Structure, log_density, prepare, scope, seeded, structure, trace_pair
 
@@ -52,7 +52,8 @@ def to_datatree(
     | `observed_data` | each observed site; NaN where masked | obs, ... |
     | `constant_data` | `labels`, and what else the batch holds | obs |
 
-    There is one chain, of independent draws: R-hat is not defined for them. Nor is `arviz.loo` a comparison of models
+    There is one chain, of independent draws: R-hat is not defined for them, so that `arviz.summary` needs
+    `kind="stats"`; without it, it warns and gives NaN. Nor is `arviz.loo` a comparison of models
     here, since each datum has latent variables of its own: use `log_evidence` and its Pareto k.
 
     Args:
@@ -67,10 +68,10 @@ def to_datatree(
         An `arviz.InferenceData` before ArviZ 1.0, an `xarray.DataTree` since. Numbers are in single precision.
 
     Raises:
-        ValueError: for data, labels or ids that do not fit, fewer than one draw, or draws that would not fit in memory.
+        ValueError: for data, labels or ids that do not fit, fewer than one draw, draws that would not fit in memory, or
+            a site named like a dimension: `chain`, `draw`, `obs`, or `z_dim_0` beside a site `z`.
     """
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"Expected `draws` to be a whole number, at least 1; got {draws!r}.")
+    draws = whole("draws", draws)
     batch = prepare(program, as_batch(x))
     first = next(iter(batch.values()))
     n = len(first)
@@ -185,10 +186,16 @@ def _assemble(groups: Groups, ids: Array, attributes: dict[str, Any]) -> Any:
         drawn = ["chain", "draw"] if group in _DRAWN else []
         variables = {}
         for name, array in arrays.items():
-            lead = [] if name in ("elbo", "pareto_k") else list(drawn)
+            lead = [] if group == "sample_stats" and name in ("elbo", "pareto_k") else list(drawn)
             lead += [] if group in ("prior", "prior_predictive") else ["obs"]
             rest = [f"{name}_dim_{i}" for i in range(array.ndim - len(lead))]
             variables[name] = ([*lead, *rest], array)
+        taken = {dimension for dimensions, _ in variables.values() for dimension in dimensions}
+        if clash := sorted(taken & variables.keys()):
+            raise ValueError(
+                f"Expected sites and data by other names than the dimensions of `{group}`, {', '.join(sorted(taken))}; "
+                f"got '{clash[0]}'. Rename it in the program."
+            )
         size = next(iter(arrays.values())).shape
         coords = {"chain": [0], "draw": np.arange(size[1])} if drawn else {}
         coords |= {} if group in ("prior", "prior_predictive") else {"obs": ids}

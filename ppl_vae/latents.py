@@ -31,7 +31,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from ppl_vae.batches import as_batch
+from ppl_vae.batches import as_batch, whole
 from ppl_vae.evidence import _blocks
 from ppl_vae.exact import Layout, conditioned
 from ppl_vae.traces import Structure, batch_of, log_density, place, prepare, scope, seeded, structure, trace_pair
@@ -69,8 +69,7 @@ def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Ten
     Raises:
         ValueError: for fewer than two draws, or data that do not fit.
     """
-    if draws < 2:
-        raise ValueError(f"Expected `draws` to be at least 2; got {draws}.")
+    draws = whole("draws", draws, 2)
     batch = prepare(program, as_batch(x))
     found = structure(program, batch, seed=seed)
     first = next(iter(batch.values()))
@@ -159,8 +158,7 @@ def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
     Raises:
         ValueError: for a site whose marginals have no known density, such as a flow's, or as in `codes`.
     """
-    if draws < 1:
-        raise ValueError(f"Expected `draws` to be at least 1; got {draws}.")
+    draws = whole("draws", draws)
     batch = prepare(program, as_batch(x))
     found = structure(program, batch, seed=seed)
     first = next(iter(batch.values()))
@@ -277,11 +275,12 @@ def aggregate(program: Any, x: Any, *, draws: int = 1, seed: int = 0) -> Aggrega
     Raises:
         ValueError: for fewer than two data or one draw, or data that do not fit.
     """
+    draws = whole("draws", draws)
     batch = prepare(program, as_batch(x))
     first = next(iter(batch.values()))
     n = len(first)
-    if n < 2 or draws < 1:
-        raise ValueError(f"Expected at least two data and one draw; got {n} and {draws}.")
+    if n < 2:
+        raise ValueError(f"Expected at least two data; got {n}.")
     found = structure(program, batch, seed=seed)
     parts = [{key: value[i : i + _DATA] for key, value in batch.items()} for i in range(0, n, _DATA)]
     layouts, drawn, priors, fresh = [], [], [], []
@@ -416,9 +415,9 @@ def rate_distortion(
         >>> bool((curve.rate.diff() < 0).all())
         True
     """
-    values = [float(setting) for setting in settings]
-    if draws < 2 or not values:
-        raise ValueError(f"Expected at least one setting and two draws; got {len(values)} and {draws}.")
+    values, draws = [float(setting) for setting in settings], whole("draws", draws, 2)
+    if not values:
+        raise ValueError("Expected at least one of `settings`; got none.")
     points = []
     for setting in values:
         with torch.enable_grad():

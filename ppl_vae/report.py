@@ -165,6 +165,7 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
             "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
             "nothing here says how the model does on new data. `Linear` or `MLP` in its place would."
         )
+    found += _closer(report)
     if None in (value["mean"], bound, train["elbo"]):
         found.append(
             "**Some figures are not finite**: the model gives a datum no density. Nothing here can be trusted."
@@ -177,10 +178,13 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
             + REMEDIES
         )
     elif value["kind"] == "lower bound":
-        found.append(
-            "**The log evidence is a lower bound.** Too few samples a datum to tell how good they are: 25 at least. "
-            + REMEDIES
+        reason = (
+            "Too few samples a datum to tell how good they are: 25 at least. "
+            if shape["median"] is None
+            else "The tail shapes of the importance weights are too near 0.5 for so few samples to tell whether their "
+            "variance is finite. "
         )
+        found.append("**The log evidence is a lower bound.** " + reason + REMEDIES)
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
         found.append(
             f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples shrink it."
@@ -212,6 +216,25 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
         found.append(
             f"**The guide misses the exact posterior** by {report['exact']['gap']:.2f} nats on average. A richer "
             "family, such as FullNormal, or longer training would come closer."
+        )
+    return found
+
+
+def _closer(report: Mapping[str, Any]) -> list[str]:
+    """Say what a closer look gives reason to doubt, where one was asked for."""
+    found = []
+    reference, calibration = report.get("reference"), report.get("calibration")
+    if reference and not reference["converged"]:
+        n, settled = reference["n"], reference.get("n_settled", 0)
+        found.append(
+            f"**The reference posterior by {reference['method']} failed its own checks** on {n - settled} of {n} data: "
+            "do not rely on it there. The closer look below says what failed."
+        )
+    if calibration and calibration["verdict"] == "miscalibrated":
+        found.append(
+            "**The guide is miscalibrated**: on data of its own model, its draws can be told from the true latents "
+            f"(p = {calibration['p_value']:.2g}), so that its means or intervals are off. A richer family, such as "
+            "FullNormal, a larger network or longer training would come closer."
         )
     return found
 

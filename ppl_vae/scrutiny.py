@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vae import diagnostics, plots
+from ppl_vae.batches import whole
 from ppl_vae.calibration import Calibration, calibrate
 from ppl_vae.evidence import BoundCurve, Evidence, bound_curve
 from ppl_vae.exact import exact_log_evidence, gaussians
@@ -55,12 +56,15 @@ def consult(
         The reference, where one was asked for.
 
     Raises:
-        ValueError: for what the program does not allow, with what it does; or a number of data without use.
+        ValueError: for what the program does not allow, with what it does; or a number of data without use, or of more
+            than there are.
     """
-    if data is not None and data < 1:
-        raise ValueError(f"Expected the number of data to look at to be at least 1; got {data}.")
-    if data is not None and reference is None and not gap:
-        raise ValueError("Expected --data together with --reference or --gap, which look at so many; got it alone.")
+    if data is not None:
+        there = len(next(iter(rows.values())))
+        if whole("data", data) > there:
+            raise ValueError(f"Expected --data to be at most {there:,}, which are all there are; got {data:,}.")
+        if reference is None and not gap:
+            raise ValueError("Expected --data together with --reference or --gap, which look at so many; got it alone.")
     if gap and not isinstance(program, VAE):
         raise ValueError(f"Expected a VAE for --gap, whose guide's family is known; got {type(program).__name__}.")
     if calibration:
@@ -111,11 +115,13 @@ def scrutinise(
         drawn[name] = caption
 
     folder.mkdir(parents=True, exist_ok=True)
-    looked = _first(program, rows, (data or OTHERWISE) if truth is None else len(truth.loc))
-    known = None
+    asked = OTHERWISE if data is None else whole("data", data)
+    looked = _first(program, rows, asked if truth is None else len(truth.loc))
+    known, sure = None, False
     if truth is not None:
         settled = _settled(truth)
-        blocks["reference"] = _reference(truth, settled, evidence)
+        relied = _relied(truth, settled)
+        blocks["reference"] = _reference(truth, settled, relied, evidence)
         words.append(_reference_words(blocks["reference"]))
         if truth.loc.shape[1] == 2:
             try:
@@ -124,9 +130,9 @@ def scrutinise(
                 words.append(f"The exact posterior is not drawn. {error}")
             else:
                 keep("reference.png", picture, "The guide over the exact posterior's density, of the first data.")
-        if bool(settled.any()):
-            known = _choose(truth, settled)
-            looked = {key: value[settled.to(value.device)] for key, value in looked.items()}
+        if bool(relied.any()):
+            known, sure = _choose(truth, relied), bool(settled.any())
+            looked = {key: value[relied.to(value.device)] for key, value in looked.items()}
         elif truth.method == "nuts":
             looked = _first(program, rows, OTHERWISE)
     curve = bound_curve(program, looked, evidence.samples, seed=seed)
@@ -136,7 +142,7 @@ def scrutinise(
         "bound.png",
         diagnostics.bound_over_samples(curve, truth=None if known is None else known.log_evidence),
         f"The importance-weighted bound over the number of samples, mean over {curve.bound.shape[1]} data"
-        + (f"; the line is log p(x) by {known.method}." if known is not None else ".")
+        + (f"; the line is log p(x) by {known.method}{'' if sure else ', a lower bound on average'}." if known else ".")
         + (" At the last there is one group of draws, and so no error bar." if curve.error[-1].isnan().any() else ""),
     )
     blocks["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
@@ -150,8 +156,9 @@ def scrutinise(
         given: Any = known
         if known is None:
             given = _exact(program, looked)
+            sure = given is not None
         split = inference_gap(program, looked, log_evidence=given, seed=seed)
-        blocks["gap"] = _gap(split, sure=given is not None)
+        blocks["gap"] = _gap(split, sure=sure)
         words.append(_gap_words(blocks["gap"]))
         keep(
             "gap.png",
@@ -177,9 +184,17 @@ def _first(program: Any, rows: Mapping[str, Tensor], count: int) -> dict[str, Te
 
 
 def _settled(truth: Reference) -> Tensor:
-    """Say of which data the reference knows log p(x), (n,)."""
+    """Say of which data the reference knows log p(x), (n,); annealing has to say so itself."""
     known = truth.log_evidence.isfinite() & truth.error.isfinite()
-    return known & truth.diagnostics.get("settled", known).to(known.device)
+    sure = torch.zeros_like(known) if truth.method == "ais" else known
+    return known & truth.diagnostics.get("settled", sure).to(known.device)
+
+
+def _relied(truth: Reference, settled: Tensor) -> Tensor:
+    """Say whose figures are used, (n,): of the settled data; where there are none, annealing's lower bounds."""
+    if truth.method == "ais" and not bool(settled.any()):
+        return truth.log_evidence.isfinite() & truth.error.isfinite()
+    return settled
 
 
 def _choose(truth: Reference, which: Tensor) -> Reference:
@@ -230,8 +245,8 @@ def _guide(joint: Joint, seed: int) -> tuple[Plane | tuple[Tensor, Tensor], str]
     return (q.loc, q.covariance), name
 
 
-def _reference(truth: Reference, settled: Tensor, evidence: Evidence) -> dict[str, Any]:
-    """Sum up a reference beside the evidence of the same data; means are over those that it settled."""
+def _reference(truth: Reference, settled: Tensor, relied: Tensor, evidence: Evidence) -> dict[str, Any]:
+    """Sum up a reference beside the evidence of the same data; means are over those whose figures are relied on."""
     n = len(truth.loc)
     block: dict[str, Any] = {"method": truth.method, "n": n, "converged": truth.converged}
     block["diagnostics"] = {
@@ -244,15 +259,15 @@ def _reference(truth: Reference, settled: Tensor, evidence: Evidence) -> dict[st
     if truth.method == "nuts":
         return block
     block["n_settled"] = int(settled.sum())
-    names = ("log_evidence", "error", "importance_weighted", "gap")
-    block |= dict.fromkeys(names)
-    if bool(settled.any()):
-        known, error = truth.log_evidence[settled], truth.error[settled]
+    block |= dict.fromkeys(("kind", "log_evidence", "error", "importance_weighted", "gap"))
+    if bool(relied.any()):
+        known, error = truth.log_evidence[relied], truth.error[relied]
+        block["kind"] = "estimate" if bool(settled.any()) else "lower bound"
         sampled = float(error.square().sum().sqrt()) / len(error)
         block["log_evidence"] = float(known.mean())
         block["error"] = sampled if truth.method == "ais" else float(error.mean())
-        block["importance_weighted"] = float(evidence.log_evidence[:n][settled].mean())
-        block["gap"] = float((known - evidence.elbo[:n][settled]).mean())
+        block["importance_weighted"] = float(evidence.log_evidence[:n][relied].mean())
+        block["gap"] = float((known - evidence.elbo[:n][relied]).mean())
     block["each"] = {"log_evidence": truth.log_evidence.tolist(), "error": truth.error.tolist()}
     return block
 
@@ -272,32 +287,32 @@ def _reference_words(block: Mapping[str, Any]) -> str:
         )
         return f"**Reference posterior** by NUTS for {n} data: {checks}{failed or ' It passed its checks.'}"
     settled = block["n_settled"]
-    missing = (
-        f" **{n - settled} of {n} data did not settle**: their posteriors are too rough or too wide for the lattice. "
-        "They are left out here and below; annealing (`--reference ais`) may reach them."
-        if settled < n
-        else ""
-    )
-    if not settled:
+    missing, chains = "", ""
+    if settled < n:
+        why, remedy = (
+            ("their chains differ too much", "More `chains` or `temperatures` (`reference_posterior`)")
+            if method == "ais"
+            else ("their posteriors are too rough or too wide for the lattice", "Annealing (`--reference ais`)")
+        )
+        missing = f" **{n - settled} of {n} data did not settle**: {why}. "
+        missing += "They are left out here and below. " if settled or method != "ais" else ""
+        missing += f"{remedy} may reach them."
+    if block["log_evidence"] is None:
         return f"**Reference** by {method}: none of {n} data has a figure to rely on.{missing}"
-    of = f"{n} data" if settled == n else f"the {settled} data that settled"
+    of = f"{n} data" if settled in (0, n) else f"the {settled} data that settled"
     error = {"closed-form": "exactly", "ais": f"± {block['error']:.3f}"}.get(method, f"± {block['error']:.1g}")
-    chains = ""
     if method == "ais":
         ess = found["ess"]
         chains = (
             f" Of its {block['draws']} chains {ess['median']:.1f} are effective in the median, {ess['min']:.1f} at the "
-            f"least; {found['acceptance']['median']:.0%} of the moves were accepted. On average annealing, too, is low."
+            f"least; {found['acceptance']['median']:.0%} of the moves were accepted."
         )
-        if failed:
-            failed = (
-                " **Its own checks failed**: where four chains or fewer are effective, the error is too small. Give it "
-                "more `chains` or `temperatures` (`reference_posterior`)."
-            )
+    sign, least = ("=", "") if block["kind"] == "estimate" else (">=", "at least ")
+    bound = "" if block["kind"] == "estimate" else " This is a lower bound on average, not an estimate."
     return (
-        f"**Reference** by {method}: log p(x) = {block['log_evidence']:.3f} {error} nats on average over {of}, where "
-        f"importance sampling gives {block['importance_weighted']:.3f}; the ELBO lies {block['gap']:.3f} below."
-        f"{chains}{missing or failed}"
+        f"**Reference** by {method}: log p(x) {sign} {block['log_evidence']:.3f} {error} nats on average over {of}, "
+        f"where importance sampling gives {block['importance_weighted']:.3f}; the ELBO lies {least}{block['gap']:.3f} "
+        f"below.{bound}{chains}{missing or failed}"
     )
 
 

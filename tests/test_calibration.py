@@ -235,6 +235,7 @@ def test_settings_are_refused() -> None:
     t = TWINS["plain_ppca"]()
     for options, message in (
         ({"draws": 0}, "Expected `draws` to be a whole number, at least 1; got 0"),
+        ({"draws": 9.5}, "Expected `draws` to be a whole number, at least 1; got 9.5"),
         ({"simulations": 1}, "Expected `simulations` to be a whole number, at least 2; got 1"),
         ({"level": 0.0}, "Expected `level` to be above 0 and below 1; got 0.0"),
     ):
@@ -242,3 +243,5 @@ def test_settings_are_refused() -> None:
             calibrate(t.program, t.batch, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Expected placeholder data `x` for a"):
         calibrate(t.program)
+    numpys = calibrate(t.program, t.batch, draws=np.int64(9), simulations=np.int64(20))  # type: ignore[arg-type]
+    assert torch.equal(numpys.ranks, calibrate(t.program, t.batch, draws=9, simulations=20).ranks)

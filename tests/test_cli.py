@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from ppl_vae import demo, run, scrutiny
-from ppl_vae.cli import app
+from ppl_vae.cli import app, closer, headline
 
 MODELS = Path(__file__).parents[1] / "models"
 SHORT = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
@@ -234,9 +235,9 @@ def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path):
         assert "model.safetensors" in refused(*command, tmp_path / "run")
 
 
-def closer(report):
-    """Give the words of a closer look."""
-    return report.partition("## A closer look\n")[2].partition("\n## ")[0]
+def part(report, heading):
+    """Give the words under a heading."""
+    return report.partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
@@ -256,7 +257,15 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
     assert found["gap"]["total"] == pytest.approx(found["gap"]["approximation"] + found["gap"]["amortization"])
     assert [len(row) for row in found["calibration"]["ranks"]["counts"]] == [20, 20]
     for heading in ("**Reference** by closed-form", "**The bound over", "**The gap**", "**Calibration**"):
-        assert f"- {heading}" in closer(text)
+        assert f"- {heading}" in part(text, "A closer look")
+    printed = headline(found).splitlines()[-3:]
+    assert printed[0] == f"reference        {exact['log_evidence']:.3f} (closed-form, 4 data)"
+    assert re.match(
+        rf"gap              {found['gap']['total']:.3f} ± .* over 4 data: family -?[\d.]+ ± .*, network", printed[1]
+    )
+    assert re.match(r"calibration      (no fault found|miscalibrated) \(p = .*, 500 simulations\)$", printed[2])
+    wrong = found["calibration"]["verdict"] == "miscalibrated"
+    assert ("**The guide is miscalibrated**" in part(text, "What to distrust")) == wrong
     assert "ppl-vae evaluate again --samples 30 --reference auto --gap --calibration --data 4\n" in text
     names = {"reference.png", "bound.png", "pareto_k.png", "gap.png", "calibration.png"}
     assert {path.name for path in (tmp_path / "two" / "figures").iterdir()} == names
@@ -265,6 +274,26 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
         assert (tmp_path / "two" / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     assert invoke("evaluate", "two").exit_code == 0
     assert "reference" not in json.loads((tmp_path / "two" / "report.json").read_text())
+    assert "report anew" in " ".join(invoke("evaluate", "--help").stdout.split())
+
+
+def test_bounds_and_failures_of_a_closer_look_are_printed_as_such():
+    found = {"method": "ais", "n": 50, "n_settled": 0, "converged": False, "kind": "lower bound"}
+    gap = {"kind": "lower bound", "n": 50, "total": 1.5, "error": 0.1}
+    gap |= {"approximation": 1.0, "approximation_error": 0.2, "amortization": 0.5, "amortization_error": 0.3}
+    assert closer({}) == []
+    assert closer({"reference": {**found, "log_evidence": -9.0, "error": 0.25}, "gap": gap}) == [
+        "reference     >= -9.000 ± 0.25 (lower bound on average, ais, 50 data; its own checks failed)",
+        "gap           >= 1.500 ± 0.100 over 50 data: family >= 1.000 ± 0.200, network 0.500 ± 0.300",
+    ]
+    found |= {"method": "quadrature", "kind": "estimate", "n_settled": 40, "log_evidence": -9.0, "error": 1e-9}
+    assert closer({"reference": found}) == [
+        "reference        -9.000 ± 1e-09 (quadrature, 40 of 50 data; its own checks failed)"
+    ]
+    found |= {"kind": None, "n_settled": 0, "log_evidence": None, "error": None}
+    assert closer({"reference": found}) == [
+        "reference        none settled (quadrature, 50 data; its own checks failed)"
+    ]
 
 
 def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished, tmp_path, monkeypatch):
@@ -284,7 +313,10 @@ def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished,
     assert json.loads(found.stdout) == report
     assert report["reference"]["converged"] is False
     assert report["reference"]["diagnostics"]["ess"]["max"] < 400
-    words = closer((tmp_path / "run" / "report.md").read_text())
+    text = (tmp_path / "run" / "report.md").read_text()
+    words = part(text, "A closer look")
+    assert "- **The reference posterior by nuts failed its own checks** on 2 of 2" in part(text, "What to distrust")
+    assert headline(report).endswith("\nreference        no log p(x) (nuts, 2 data; its own checks failed)")
     assert "**Its own checks failed**" in words
     assert "R-hat is " in words
     assert f"{report['reference']['diagnostics']['ess']['min']:.0f} of 40 draws are effective" in words
@@ -310,6 +342,7 @@ def test_references_that_a_program_does_not_allow_leave_the_report_as_it_was(tmp
     assert "Expected a VAE for --gap" in refused("evaluate", "own", "--gap", "--trust-code")
     assert "--data together with --reference or --gap" in refused("evaluate", "many", "--data", "9")
     assert "at least 1; got 0" in refused("evaluate", "many", "--gap", "--data", "0")
+    assert "at most 297, which are all there are" in refused("evaluate", "many", "--gap", "--data", "99999")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray
 from twins import TWINS, draws, perturbed
 
-from ppl_vae import VAE, Conditional, evidence, exact_posterior
+from ppl_vae import VAE, Conditional, Program, evidence, exact_posterior
 from ppl_vae.datatree import to_datatree
 from ppl_vae.evidence import pareto_k
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
@@ -196,10 +197,43 @@ def test_arviz_is_imported_late() -> None:
     assert done.stdout.strip() == "late", done.stderr
 
 
+def named(first: str, second: str, seen: str = "x") -> Program:
+    """Give a program of two latent sites and an observed one, by these names; the first has two entries."""
+
+    def latents(x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = pyro.sample(first, dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample(second, dist.Normal(x.new_zeros(()), 1.0))
+        return z
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample(seen, dist.Normal(latents(x), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            latents(x)
+
+    return Program(model, guide)
+
+
+@pytest.mark.parametrize("sites", [("z", "obs"), ("draw", "u"), ("z", "u", "chain"), ("z", "z_dim_0")])
+def test_sites_named_like_a_dimension_are_refused_by_name(sites: tuple[str, ...]) -> None:
+    clash = ({"chain", "draw", "obs", "z_dim_0"} & set(sites)).pop()
+    with pytest.raises(ValueError, match=f"Expected sites .* than the dimensions of .* got '{clash}'. Rename it"):
+        to_datatree(named(*sites), draws(4, 2), draws=5)
+
+
+def test_other_names_are_free() -> None:
+    tree = to_datatree(named("elbo", "elbo_dim_1", "data_dim_0"), draws(4, 2), draws=np.int64(5))  # type: ignore[arg-type]
+    assert tree["posterior"]["elbo"].shape == (1, 5, 4, 2)
+    assert tree["sample_stats"]["elbo"].shape == (4,)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     vae, x = binary()
     for options, message in (
         ({"draws": 0}, "Expected `draws` to be a whole number, at least 1; got 0"),
+        ({"draws": 2.5}, "Expected `draws` to be a whole number, at least 1; got 2.5"),
         ({"labels": [1, 2]}, "Expected `labels` to have an entry for each of the 130 data; got 2"),
         ({"ids": range(3)}, "Expected `ids` to have an entry for each of the 130 data; got 3"),
         ({"draws": 10**6}, "Expected at most 268,435,456 numbers of predictions; got 1000000 draws of 130 data"),

@@ -414,13 +414,18 @@ def test_nothing_global_changes() -> None:
 
 def test_settings_are_refused() -> None:
     vae, _ = small()
-    x = vae.sample(4)
+    x, whole = vae.sample(4), "Expected `{}` to be a whole number, at least {}; got {}"
     for call, message in (
-        (lambda: rates(vae, x, draws=0), "Expected `draws` to be at least 1; got 0"),
-        (lambda: codes(vae, x, 1), "Expected `draws` to be at least 2; got 1"),
-        (lambda: aggregate(vae, x[:1]), "Expected at least two data and one draw; got 1 and 1"),
+        (lambda: rates(vae, x, draws=0), whole.format("draws", 1, 0)),
+        (lambda: rates(vae, x, draws=2.5), whole.format("draws", 1, 2.5)),
+        (lambda: codes(vae, x, 1), whole.format("draws", 2, 1)),
+        (lambda: codes(vae, x, 2.5), whole.format("draws", 2, 2.5)),
+        (lambda: active_units(vae, x, draws=2.5), whole.format("draws", 2, 2.5)),
+        (lambda: aggregate(vae, x, draws=1.5), whole.format("draws", 1, 1.5)),
+        (lambda: aggregate(vae, x[:1]), "Expected at least two data; got 1"),
         (lambda: mmd(x, x[:2]), "Expected two sets of as many draws"),
-        (lambda: rate_distortion(lambda s: vae, [], x), "Expected at least one setting and two draws; got 0 and 100"),
+        (lambda: rate_distortion(lambda s: vae, [], x), "Expected at least one of `settings`; got none"),
+        (lambda: rate_distortion(lambda s: vae, [1.0], x, draws=1), whole.format("draws", 2, 1)),
     ):
         with pytest.raises(ValueError, match=message):
             call()

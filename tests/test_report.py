@@ -238,6 +238,11 @@ FLAT = [-100.0] * 20
     [
         ({}, FLAT, None),
         ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
+        (
+            {"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.0},
+            FLAT,
+            "too near 0.5 for so few samples.*--samples K",
+        ),
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
         ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
         ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
@@ -245,6 +250,19 @@ FLAT = [-100.0] * 20
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
         ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
         ({"exact": {"gap": 0.01}}, FLAT, None),
+        (
+            {"reference": {"method": "ais", "n": 9, "n_settled": 6, "converged": False}},
+            FLAT,
+            "by ais failed.* on 3 of 9",
+        ),
+        (
+            {"reference": {"method": "nuts", "n": 5, "converged": False}},
+            FLAT,
+            "by nuts failed its own checks.* on 5 of 5",
+        ),
+        ({"reference": {"method": "quadrature", "n": 9, "n_settled": 9, "converged": True}}, FLAT, None),
+        ({"calibration": {"verdict": "miscalibrated", "p_value": 1e-9}}, FLAT, r"guide is miscalibrated.*p = 1e-09"),
+        ({"calibration": {"verdict": "no fault found", "p_value": 0.3}}, FLAT, None),
         ({"data__part": "train"}, FLAT, "All figures are of the training data"),
         ({"test__log_evidence__mean": None}, FLAT, "not finite"),
     ],

@@ -141,8 +141,9 @@ def test_annealing_from_an_exact_guide_has_no_error(tmp_path, capsys):
     rows = table(capsys.readouterr().out.splitlines())
     for row, exact in zip(rows[:2], exact_log_evidence(program, x[:2]), strict=True):
         assert row[2:4] == pytest.approx([exact.item(), 0.0], abs=2e-3)
-    with pytest.raises(SystemExit, match="Expected `chains` to be at least 1; got 0"):
-        main("annealed_importance", path, "--chains", 0)
+    for name, count in (("chains", 0), ("data", 0), ("data", -1)):
+        with pytest.raises(SystemExit, match=f"Expected `{name}` to be a whole number, at least 1; got {count}"):
+            main("annealed_importance", path, f"--{name}", count)
     with pytest.raises(SystemExit, match="Expected a run directory"):
         main("annealed_importance", tmp_path)
 

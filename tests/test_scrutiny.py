@@ -94,9 +94,16 @@ def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
     (blocks, _, pictures), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=3)
     assert blocks["reference"]["n"] == blocks["bound"]["n"] == 3
     assert "reference.png" in pictures  # where the data are no pictures, too
-    for count, asked in ((0, {"gap": True}), (3, {}), (3, {"calibration": True})):
-        with pytest.raises(ValueError, match="to be at least 1; got 0" if not count else "--data together with"):
+    for count, asked, message in (
+        (0, {"gap": True}, "Expected `data` to be a whole number, at least 1; got 0"),
+        (2.5, {"gap": True}, "Expected `data` to be a whole number, at least 1; got 2.5"),
+        (99_999, {"reference": "auto"}, "Expected --data to be at most 30, which are all there are; got 99,999"),
+        (3, {}, "--data together with"),
+        (3, {"calibration": True}, "--data together with"),
+    ):
+        with pytest.raises(ValueError, match=message):
             consult(ppca.to_vae(), batch, data=count, **asked)
+    assert len(consult(ppca.to_vae(), batch, reference="auto", data=np.int64(30)).loc) == 30
 
 
 def test_means_are_over_the_data_that_settled(tmp_path, monkeypatch) -> None:
@@ -142,15 +149,45 @@ def test_annealing_tells_of_its_chains(tmp_path) -> None:
     vae, batch = _nonlinear(2), {"x": torch.randn(3, 4)}
     truth = reference_posterior(vae, batch, "ais", chains=8, temperatures=20)
     blocks, words, pictures = scrutinise(vae, batch, log_evidence(vae, batch, 50), tmp_path, truth=truth)
-    found = blocks["reference"]["diagnostics"]
+    found, which = blocks["reference"]["diagnostics"], truth.diagnostics["settled"]
+    which = which if which.any() else ~which
     assert found["ess"]["min"] == pytest.approx(float(truth.diagnostics["ess"].min()))
     assert found["acceptance"]["median"] == pytest.approx(float(truth.diagnostics["acceptance"].median()))
-    error = float(truth.error.square().sum().sqrt()) / 3
+    error = float(truth.error[which].square().sum().sqrt()) / int(which.sum())
     assert blocks["reference"]["error"] == pytest.approx(error)
     assert f"± {error:.3f}" in words[0]
     assert f"{found['ess']['min']:.1f} at the least" in words[0]
     assert f"{found['acceptance']['median']:.0%} of the moves" in words[0]
     assert "reference.png" in pictures
+
+
+@pytest.mark.parametrize("settled", [(True, True, True), (True, False, True), (False, False, False), None])
+def test_annealing_is_a_lower_bound_unless_it_has_settled(tmp_path, settled) -> None:
+    x = _digits()[:3]
+    ppca = PPCA.fit(_digits(), 5)
+    vae, q = ppca.to_vae(), ppca.posterior(x)
+    low = ppca.log_evidence(x) - torch.tensor([0.1, 0.2, 0.4])
+    told = {"ess": torch.full((3,), 5.0), "acceptance": torch.full((3,), 0.7)}
+    told |= {} if settled is None else {"settled": torch.tensor(settled)}
+    truth = Reference(
+        low, torch.full((3,), 0.3), q.mean, q.covariance_matrix, "ais", torch.zeros(16, 3, 5), {"z": (5,)}, False, told
+    )
+    blocks, words, pictures = scrutinise(vae, {"x": x}, log_evidence(vae, x, 40), tmp_path, truth=truth, gap=True)
+    sure = bool(settled and any(settled))
+    used = low[torch.tensor(settled)] if sure else low
+    block, kind = blocks["reference"], "estimate" if sure else "lower bound"
+    assert block["kind"] == blocks["gap"]["kind"] == kind
+    assert (block["n_settled"], blocks["gap"]["n"]) == (sum(settled or ()), len(used))
+    assert block["log_evidence"] == pytest.approx(float(used.mean()))
+    assert block["error"] == pytest.approx(0.3 / len(used) ** 0.5)
+    assert blocks["gap"]["total"] == pytest.approx(block["gap"], abs=1e-6)
+    sign = "=" if sure else ">="
+    assert f"log p(x) {sign} {block['log_evidence']:.3f} ± {block['error']:.3f} nats" in words[0]
+    assert ("a lower bound on average, not an estimate" in words[0]) is not sure
+    assert (f"{3 - sum(settled or ())} of 3 data did not settle" in words[0]) is (settled != (True, True, True))
+    assert ("left out" in words[0]) is (settled == (True, False, True))
+    assert ("a lower bound on average" in pictures["bound.png"]) is not sure
+    assert ("at least" in words[2]) is not sure
 
 
 def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path, monkeypatch) -> None:
