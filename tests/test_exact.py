@@ -12,6 +12,8 @@ import pytest
 import torch
 from scipy.fft import dct
 from scipy.linalg import sqrtm
+from scipy.special import logsumexp
+from scipy.stats import norm
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from twins import MODELS, TWINS, array, dense, draws, linear_vae, perturbed, randomise
@@ -26,7 +28,9 @@ from ppl_vae import (
     exact_posterior,
     fit,
     log_weights,
+    reference_posterior,
 )
+from ppl_vae.exact import gaussians
 from ppl_vae.families import Bernoulli, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
 from ppl_vae.program import load_program
@@ -250,6 +254,166 @@ def test_a_precise_likelihood_is_no_reason_to_refuse() -> None:
     x = vae.sample(6)
     np.testing.assert_allclose(exact_log_evidence(vae, x), dense(vae).truth(array(x))[0], rtol=1e-6, atol=1e-4)
     assert compare_posteriors(vae, x).kl.abs().max() < 1e-6
+
+
+def one_latent(prior: Any, likelihood: Callable[[Tensor], Any], guide: Any) -> Program:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", likelihood(z), obs=x[:, 0])
+
+    def guide_(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", guide)
+
+    return Program(model, guide_)
+
+
+SHORT: dict[str, tuple[Callable[[], Program], float, str]] = {
+    "uniform": (
+        lambda: one_latent(dist.Uniform(0.0, 100.0), lambda z: dist.Normal(z, 30.0), dist.Uniform(40.0, 60.0)),
+        95.0,
+        "an interval",
+    ),
+    "half-normal": (
+        lambda: one_latent(dist.HalfNormal(100.0), lambda z: dist.Normal(z, 50.0), dist.Uniform(50.0, 150.0)),
+        20.0,
+        "the positive numbers",
+    ),
+    "scale": (
+        lambda: one_latent(dist.Gamma(2.0, 1.0), lambda z: dist.Normal(0.0, z), dist.LogNormal(0.0, 1.0)),
+        1.0,
+        "the positive numbers",
+    ),
+    "discrete": (
+        lambda: one_latent(
+            dist.Categorical(torch.ones(3)), lambda z: dist.Normal(z.double(), 1.0), dist.Categorical(torch.ones(3))
+        ),
+        1.0,
+        "discrete values",
+    ),
+    "simplex": (
+        lambda: one_latent(
+            dist.Dirichlet(torch.ones(2)), lambda z: dist.Normal(z[..., 0], 1.0), dist.Dirichlet(torch.ones(2))
+        ),
+        1.0,
+        "Simplex",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_sites_without_the_whole_real_line_are_refused_by_name(name: str) -> None:
+    program, at, support = SHORT[name][0](), torch.tensor([[SHORT[name][1]]]), SHORT[name][2]
+    known: list[Callable[..., Any]] = [exact_log_evidence, exact_posterior, compare_posteriors]
+    if name not in ("discrete", "simplex"):
+        known.append(lambda program, x: reference_posterior(program, x, "closed-form"))
+    for function in known:
+        with pytest.raises(ValueError, match=f"Expected a linear-Gaussian model.*whose site 'z' is on {support}"):
+            function(program, at)
+    with pytest.raises(ValueError, match="Expected a linear-Gaussian guide.*whose site 'z' is on "):
+        gaussians(program, at, "guide")
+
+
+def test_a_guide_on_less_than_the_real_line_does_not_hide_the_closed_form() -> None:
+    program = one_latent(dist.Normal(0.0, 1.0), lambda z: dist.Normal(2 * z, 1.0), dist.LogNormal(0.0, 0.5))
+    x = torch.tensor([[1.0], [3.0]])
+    np.testing.assert_allclose(exact_log_evidence(program, x), norm(0, 5**0.5).logpdf(x[:, 0]), **CLOSE)
+    assert (compare_posteriors(program, x).error > 0).all()
+
+
+@pytest.mark.parametrize("place", [50.0, 0.0, -400.0])
+def test_two_far_pieces_that_are_each_quadratic_are_refused(place: float) -> None:
+    """The mean of x folds at 0: as a model around either piece, and as a guide of two far components."""
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-40.0, 40.0]), 1.0))
+    program = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z.abs(), 10.0), dist.Normal(place, 1.0))
+    with pytest.raises(ValueError, match="linear-Gaussian model.*not quadratic"):
+        exact_log_evidence(program, torch.tensor([[50.0]]))
+    guided = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z, 10.0), mixture)
+    with pytest.raises(ValueError, match="linear-Gaussian guide.*not quadratic"):
+        gaussians(guided, torch.tensor([[place]]), "guide")
+
+
+def test_a_step_that_gradients_do_not_show_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+            pyro.factor("step", 3.0 * (z > 4).double(), has_rsample=True)
+
+    program = Program(
+        model, one_latent(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0), dist.Normal(0, 0.1)).guide
+    )
+    with pytest.raises(ValueError, match="not quadratic"):
+        exact_log_evidence(program, torch.tensor([[0.5]]))
+
+
+def test_a_model_that_some_real_values_break_is_refused() -> None:
+    program = one_latent(dist.Normal(0.5, 0.5), lambda z: dist.Normal(0.0, z), dist.Normal(0.5, 0.1))
+    with pytest.raises(ValueError, match="linear-Gaussian model.*not defined for all real values of z") as caught:
+        exact_log_evidence(program, torch.tensor([[1.0]]))
+    assert "scale" in str(caught.value.__cause__)
+
+
+def test_decoders_of_one_or_two_kinks_are_refused_or_right() -> None:
+    """Against sums over a grid of 40 standard deviations of the prior; some kinks lie beyond all mass."""
+    grid = np.linspace(-40, 40, 100_001)
+    prior = norm.logpdf(grid) + math.log(grid[1] - grid[0])
+    right = refused = 0
+    for hidden in (1, 2):
+        for seed in range(40):
+            likelihood = Conditional(Normal(2, scale="shared"), MLP(hidden=[hidden], activation="relu"))
+            vae: Any = VAE(Conditional(StandardNormal(1)), likelihood, Conditional(Normal(1), Linear()))
+            randomise(vae, seed)
+            x = draws(2, 2, seed=seed)
+            try:
+                found = exact_log_evidence(vae, x)
+            except ValueError:
+                refused += 1
+                continue
+            with torch.no_grad():
+                given = vae.likelihood(torch.from_numpy(grid).reshape(-1, 1, 1)).log_prob(x).numpy()
+            np.testing.assert_allclose(found, logsumexp(given + prior[:, None], axis=0), rtol=0, atol=1e-9)
+            right += 1
+    assert right > 3
+    assert refused > 40
+
+
+@pytest.mark.parametrize("far", [0.0, 100.0])
+@pytest.mark.parametrize("noise", [1e-4, 100.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_neither_scale_nor_distance_is_a_reason_to_refuse(scale: float, noise: float, far: float) -> None:
+    """Latents of any scale, a precise or a vague likelihood far from 0, a guide far from prior and posterior."""
+    generator = np.random.default_rng(0)
+    for size in (1, 5):
+        spread = scale * np.exp(generator.normal(size=size))
+        loc = scale * generator.normal(size=size)
+        weight = generator.normal(size=(size + 2, size)) / scale
+        x = weight @ (loc + spread * generator.normal(size=size)) + 100 + noise * generator.normal(size=size + 2)
+        m, s, w = (torch.from_numpy(one) for one in (loc, spread, weight))
+
+        def model(x: Tensor, m: Tensor = m, s: Tensor = s, w: Tensor = w) -> None:
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(m, s).to_event(1))
+                pyro.sample("x", dist.Normal(z @ w.T + 100, noise).to_event(1), obs=x)
+
+        def guide(x: Tensor, m: Tensor = m, s: Tensor = s) -> None:
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(m + far * s, s).to_event(1))
+
+        scaled, apart = weight * spread / noise, (x - weight @ loc - 100) / noise
+        inner = np.eye(size) + scaled.T @ scaled
+        mean = np.linalg.solve(inner, scaled.T @ apart)
+        rest = np.concatenate([apart - scaled @ mean, mean])
+        truth = norm.logpdf(rest).sum() + 0.5 * size * math.log(2 * math.pi) - (size + 2) * math.log(noise)
+        program, given = Program(model, guide), torch.from_numpy(x).unsqueeze(0)
+        found = exact_log_evidence(program, given).item()
+        assert found == pytest.approx(truth - 0.5 * np.linalg.slogdet(inner)[1], rel=0, abs=1e-6)
+        posterior = exact_posterior(program, given)
+        covariance = np.linalg.inv(inner) * np.outer(spread, spread)
+        np.testing.assert_allclose(posterior.covariance_matrix[0] / scale**2, covariance / scale**2, rtol=1e-5)
+        wide = np.sqrt(covariance.diagonal())
+        np.testing.assert_allclose((array(posterior.loc)[0] - loc - spread * mean) / wide, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [exact_log_evidence, exact_posterior, compare_posteriors])
