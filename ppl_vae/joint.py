@@ -117,7 +117,10 @@ def _support(name: str, support: Any) -> Any:
     while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
         inner = inner.base_constraint
     if inner.is_discrete:
-        raise ValueError(f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete.")
+        raise ValueError(
+            f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete. What takes any "
+            "site is log_evidence(program, x, samples)."
+        )
     if inner in (constraints.real, constraints.real_vector):
         return constraints.real
     if inner in (constraints.positive, constraints.nonnegative):

@@ -835,5 +835,15 @@ def test_frey_faces() -> None:
 def test_all_is_what_others_build_on() -> None:
     homes = (module, batching)
     public: dict[str, Callable[..., object]] = {name: getattr(home, name) for home in homes for name in home.__all__}
-    assert set(public) == {"Data", "as_batch", "batches", "check_finite", "keyed", "load", "permutation"}
+    assert set(public) == {
+        "Data",
+        "are_whole",
+        "as_batch",
+        "batches",
+        "check_finite",
+        "keyed",
+        "load",
+        "permutation",
+        "whole",
+    }
     assert all(value.__doc__ for value in public.values())
