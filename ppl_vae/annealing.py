@@ -161,17 +161,21 @@ class Annealing:
     def settled(self) -> Tensor:
         r"""Say for which data the estimate and its error can be relied on, (n,); for others it is low on average.
 
-        Where the log weights' variance over chains, of the datum and of the median datum, is below 2 at 95 %
-        confidence (were they normal, k chains were then :math:`(e^2 - 1) / 2 k` nats too low); or 100 chains are
-        effective. Few chains tell little of their variance, hence the median: data of one program anneal alike.
+        Where the variance of log weights over chains is below 1.2 for the median datum, at 95 % confidence, and below
+        4 for the datum itself; or 100 chains are effective. Were log weights normal, k chains would then be some
+        :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. Few chains tell little of their variance,
+        and to pick the data where it came out small would pick those whose estimate is low; hence the median, as data
+        of one program anneal alike.
         """
-        free = len(self.log_weights) - 1
+        free = (len(self.log_weights) - 1) * self.log_weights.shape[1]
         if free < 1:
             return torch.zeros_like(self.acceptance, dtype=torch.bool)
         cube = 1 - 2 / (9 * free) - 1.645 * math.sqrt(2 / (9 * free))
-        most = 2 * max(cube, 0.0) ** 3  # of a sample's variance: by the 5 % quantile of chi-squared (Wilson, Hilferty)
+        most = (
+            1.2 * max(cube, 0.0) ** 3
+        )  # of a sample's variance: by the 5 % quantile of chi-squared (Wilson, Hilferty)
         variance = self.log_weights.var(0)
-        return ((variance < most) & (variance.median() < most)) | (self.ess > 100)
+        return ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
 
     @property
     def shares(self) -> Tensor:
