@@ -422,8 +422,8 @@ def _entries(joint: Joint, site: str) -> tuple[str, Tensor]:
         if value.is_floating_point():
             numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape).to(value.dtype)
             first, second = (seen({**joint.batch, key: numbers + shift})["value"].double() for shift in (0, 1))
-            whole = bool(((second - first == 1) & (first == first.round())).all()) and first.numel() == size
-            if whole and 0 <= first.min() and first.max() < value.numel():
+            numbered = bool(((second - first == 1) & (first == first.round())).all()) and first.numel() == size
+            if numbered and 0 <= first.min() and first.max() < value.numel():
                 return key, first.long()
     raise ValueError(
         f"Expected observed sites that are entries of the batch, to put simulated data there; got '{site}', which is "

@@ -56,7 +56,7 @@ class Captured:
                 other = 0.9 * u + 0.05
                 same = all(_close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
             reason = "a second point gave something else"
-        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             same, reason = False, f"{type(error).__name__}: {error}"
         if same:
             return graph.forward  # type: ignore[no-any-return]
