@@ -17,6 +17,7 @@ _EAGER = 3  # evaluations of a shape before they are captured
 aten = torch.ops.aten
 _LOG = logging.getLogger(__name__)
 _JOINS = {aten.stack.default, aten.cat.default}  # of a single tensor, views
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 _SHAPES = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_zeros.default}
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
@@ -52,7 +53,13 @@ class Captured:
         try:
             with pyro.validation_enabled(False):  # it looks at values
                 graph = make_fx(lambda given: self.function(given))(u)
-                _simplify(graph, u)
+                graph.graph.eliminate_dead_code()
+                if not any(_mutates(node.target) for node in graph.graph.nodes):
+                    _simplify(graph, u)
+                    _reuse(graph, u)
+                    graph.graph.lint()
+                graph.recompile()
+                graph(u)  # which must leave no trace
                 other = 0.9 * u + 0.05
                 same = all(_close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
             reason = "a second point gave something else"
@@ -69,13 +76,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
 
 
+def _mutates(target: Any) -> bool:
+    return getattr(getattr(target, "_schema", None), "is_mutable", False)
+
+
 def _simplify(module: GraphModule, u: Tensor) -> None:
     """Compute what does not depend on the argument, and drop what changes nothing: views in a row, times one."""
     graph = module.graph
-    graph.eliminate_dead_code()
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in calls):
-        return
     value, known = _values(module, u)
     for number, node in enumerate(calls):
         if known[node] and isinstance(value[node], Tensor) and not all(known[user] for user in node.users):
@@ -94,8 +102,77 @@ def _simplify(module: GraphModule, u: Tensor) -> None:
                 value[other], known[other] = found, False
                 node.replace_all_uses_with(other)
     graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
+
+
+def _reuse(module: GraphModule, u: Tensor) -> None:
+    """Keep the memory of what is not given back from one replay to the next, since to get it anew is slow.
+
+    An elementwise result goes over an argument that nothing needs any more, any other into a piece of its own, or into
+    one whose content nothing needs any more.
+    """
+    value, known = _values(module, u)
+    tensors = {node: found for node, found in value.items() if isinstance(found, Tensor) and found.numel()}
+    place = {node: number for number, node in enumerate(module.graph.nodes)}
+    pieces: dict[int, list[Node]] = {}
+    for node, found in tensors.items():
+        pieces.setdefault(found.untyped_storage().data_ptr(), []).append(node)
+    sharing = {node: piece for piece in pieces.values() for node in piece}  # the nodes of one piece of memory
+    kept: dict[str, list[Node]] = {}
+
+    def last(piece: list[Node]) -> int:
+        return max((place[user] for one in piece for user in one.users if user not in piece), default=-1)
+
+    def returned(piece: list[Node]) -> bool:
+        return any(user.op == "output" for one in piece for user in one.users)
+
+    def free(other: Node, node: Node) -> bool:
+        piece = sharing[other]
+        if returned(sharing[node]) and any(piece is one for one in kept.values()):
+            return False
+        beside = [one for one in node.all_input_nodes if one in piece]
+        return (
+            _fits(tensors[other], tensors[node])
+            and last(piece) == place[node]
+            and all(one.op == "call_function" and not known[one] for one in piece)
+            and all(_alias(tensors[one], tensors[other]) for one in beside)
+        )
+
+    for node, found in tensors.items():
+        target: Any = node.target
+        variant = None if known[node] or node.op != "call_function" else _writing(target)
+        if variant is None:
+            continue
+        pointwise = torch.Tag.pointwise in target.tags
+        over = next((one for one in node.all_input_nodes if pointwise and one in tensors and free(one, node)), None)
+        if over is not None:
+            sharing[over].extend(sharing[node])
+            sharing.update(dict.fromkeys(sharing[node], sharing[over]))
+        elif found.is_contiguous() and not returned(sharing[node]):
+            done = [name for name, piece in kept.items() if last(piece) < place[node]]
+            name = next((name for name in done if _fits(getattr(module, name), found)), f"kept_{len(kept)}")
+            if name not in kept:
+                setattr(module, name, torch.empty_like(found))
+            kept[name] = sharing[node]
+            with module.graph.inserting_before(node):
+                over = module.graph.create_node("get_attr", name)
+        else:
+            continue
+        node.target, word = variant
+        node.kwargs = {**node.kwargs, word: over}
+
+
+def _writing(target: Any) -> tuple[Any, str] | None:
+    """Give the variant of an operation that writes where it is told, and the keyword that tells it."""
+    if torch.Tag.pointwise not in getattr(target, "tags", ()) and target not in _PRODUCTS:
+        return None
+    given = [(one.name, str(one.type)) for one in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        variant = getattr(target.overloadpacket, name)
+        wanted = [(one.name, str(one.type)) for one in variant._schema.arguments if not one.is_out]
+        told = [one.name for one in variant._schema.arguments if one.is_out]
+        if len(told) == 1 and wanted == given:
+            return variant, told[0]
+    return None
 
 
 def _values(module: GraphModule, u: Tensor) -> tuple[dict[Node, Any], dict[Node, bool]]:
@@ -165,6 +242,10 @@ def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> Nod
     if known[source]:
         return node
     return source if fits(source) else node.graph.call_function(aten.view.default, (source, list(found.shape)))
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
 
 
 def _alias(a: Tensor, b: Tensor) -> bool:

@@ -30,10 +30,11 @@ from ppl_vae.traces import prepare, scope, seeded
 
 __all__ = ["Gap", "inference_gap"]
 
-_DATA = 1000  # data in a block, at the most; draws of the prior that a climb from it begins at
+_DATA = 1000  # data in a block, at the most
+_STARTS = 300  # draws of the prior, of which a climb begins at the best
 _PARTICLES = 10  # draws a datum and step of the climb
-_CHECKED = 100  # draws, the same ones each time, by which steps are judged
-_EVERY = 20  # steps between checks
+_JUDGES = 100  # draws, the same ones each time, by which the ends of climbs are told apart
+_EVERY = 20  # steps between looks at the rates
 _RATE, _LEAST = 0.1, 1e-3  # learning rates: the first, and the one at which a datum is done
 
 
@@ -82,9 +83,9 @@ def inference_gap(
     Each datum gets a row of parameters of the guide's family (a learned scale that the family shares among data
     becomes the datum's own; networks inside a family stay as they are), climbed by Adam on the bound, from the
     guide's answer and from the prior, at its draw that explains the datum best; the higher of the two counts. A
-    datum's learning rate halves wherever its bound, by draws that stay the same, no longer rises beyond their noise,
-    and the climb ends when all rates are a hundredth of the first. All bounds are then estimated anew, by fresh draws
-    that the two guides have in common.
+    datum's learning rate halves wherever its steps no longer lead uphill beyond their noise, by their products with the
+    gradients that follow, whose draws are new; the climb ends when all rates are a hundredth of the first. All bounds
+    are then estimated anew, by fresh draws that the two guides have in common.
 
     Args:
         program: a `VAE`. Its model and its guide are left untouched, bit by bit.
@@ -106,7 +107,9 @@ def inference_gap(
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. The gradient is
-        that of Sticking the Landing (Roeder, Wu, Duvenaud 2017).
+        that of Sticking the Landing (Roeder, Wu, Duvenaud 2017); the products of steps and gradients tell noise from
+        progress as in Pflug, Non-asymptotic confidence bounds for stochastic approximation algorithms with constant
+        step size (1990).
     """
     if not isinstance(program, VAE):
         raise TypeError(
@@ -203,7 +206,8 @@ class _Block:
     def __init__(self, program: VAE, batch: dict[str, Tensor], key: tuple[int, int], entries: int) -> None:
         self.program, self.batch, self.key = program, batch, key
         self.device = batch["x"].device
-        self.chunk = max(1, min(_CHECKED, entries // batch["x"].numel()))
+        room = max(1, entries // batch["x"].numel())
+        self.chunk = max(k for k in range(1, min(_JUDGES, room) + 1) if _JUDGES % k == 0)  # of one shape each time
         self.joint = Captured(lambda z: (self._joint(z),))
         self.steep = Captured(self._slope)
 
@@ -232,10 +236,13 @@ class _Block:
         """Begin at the prior's draw that explains each datum best, with a tenth of the prior's spread."""
         twin = copy.deepcopy(family)
         with torch.no_grad(), seeded(*self.key, "start", device=self.device):
-            draws = self.program.prior().expand([_DATA]).sample().to(rows)
-            parts = [self.joint(some.unsqueeze(1).expand(-1, len(rows), -1))[0] for some in draws.split(self.chunk)]
+            prior, data = self.program.prior().expand([_STARTS]), self.batch
+            draws = prior.sample().to(rows)
+            decoded = (self.program.likelihood(z, mask=data.get("mask")) for z in draws.unsqueeze(1).split(self.chunk))
+            given = torch.cat([p.log_prob(data["x"]) for p in decoded])  # each draw is decoded once, for all data
             around = 0.1 * (draws - draws.mean(0))
-            start = [twin.fit_start(draws[best] + around) for best in torch.cat(parts).argmax(0).tolist()]
+            best = (given + prior.log_prob(draws).unsqueeze(1)).argmax(0).tolist()
+            start = [twin.fit_start(draws[row] + around) for row in best]
         return _Members(twin, torch.stack(start).to(rows))
 
     @torch.no_grad()
@@ -262,52 +269,54 @@ class _Block:
 
         It is without noise where the member is the posterior: what the score of the parameters adds is 0 on average.
         """
-        z = members.at(place).rsample((draws,))
+        q = members.at(place)
+        z = q.rsample((draws,))
         here = z.detach().requires_grad_()
-        score = slope(members.at([value.detach() for value in place]).log_prob(here), here)
+        score = slope(q.log_prob(here), here)
         return torch.autograd.grad(z, place, (self.steep(here)[0] - score) / draws)
 
     def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
-        """Climb the bound of each datum by Adam; give the best parameters on the way, and their log weights."""
-        best = members.start
-        origin = bound = self._weights(members, best, _CHECKED, "check")
-        place = [value.clone().requires_grad_() for value in best]
-        first, second, total = ([torch.zeros_like(value) for value in best] for _ in range(3))
-        rate = torch.full_like(bound[0], _RATE)
+        """Climb the bound of each datum by Adam; give the mean parameters of the last steps, and their log weights."""
+        origin = self._weights(members, members.start, _JUDGES, "check")
+        place = [value.clone().requires_grad_() for value in members.start]
+        first, second, total, moved = ([torch.zeros_like(value) for value in place] for _ in range(4))
+        rate = torch.full_like(origin[0], _RATE)
+        rises: list[Tensor] = []
         with pyro.validation_enabled(False), seeded(*self.key, word, device=self.device):
             for step in range(1, steps + 1):
-                slopes = self.slopes(members, place)
-                for p, g, m, v, s in zip(place, slopes, first, second, total, strict=True):
-                    _adam(p.data, g.nan_to_num(0.0, 0.0, 0.0), m, v, rate, step)
-                    s += p.data
-                if step % _EVERY == 0 or step == steps:
-                    mean = [s / ((step - 1) % _EVERY + 1) for s in total]
-                    tried = self._weights(members, mean, _CHECKED, "check")
-                    rate = torch.where(_higher(tried, bound, 1), rate, rate / 2)
-                    kept = ~_higher(bound, tried)
-                    best = [_choose(kept, new, old) for new, old in zip(mean, best, strict=True)]
-                    bound = torch.where(kept, tried, bound)
-                    for s in total:
-                        s.zero_()
+                slopes = [slope.nan_to_num(0.0, 0.0, 0.0) for slope in self.slopes(members, place)]
+                along = [(g * d).flatten(1).sum(1) for g, d in zip(slopes, moved, strict=True)]
+                rises.append(torch.stack(along).sum(0))
+                for p, g, m, v, s, d in zip(place, slopes, first, second, total, moved, strict=True):
+                    d.copy_(_adam(g, m, v, rate, step))
+                    s += p.data.add_(d)
+                if len(rises) == _EVERY or step == steps:
+                    mean = [s / len(rises) for s in total]
+                    rise = torch.stack(rises)
+                    rate = torch.where(rise.sum(0) > rise.square().sum(0).sqrt(), rate, rate / 2)
                     if not bool((rate > _LEAST).any()):
                         break
+                    rises = []
+                    for s in total:
+                        s.zero_()
+        bound = self._weights(members, mean, _JUDGES, "check")
         kept = _higher(bound, origin)
-        best = [_choose(kept, new, old) for new, old in zip(best, members.start, strict=True)]
+        best = [_choose(kept, new, old) for new, old in zip(mean, members.start, strict=True)]
         return best, torch.where(kept, bound, origin)
 
 
-def _adam(p: Tensor, slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: int) -> None:
-    """Take a step of Adam uphill, each datum at its own rate."""
+def _adam(slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: int) -> Tensor:
+    """Give a step of Adam uphill, each datum at its own rate."""
     m.lerp_(slope, 0.1)
     v.lerp_(slope.square(), 0.01)
-    size = rate.to(p).reshape(-1, *(1,) * (p.dim() - 1)) / (1 - 0.9**step)
-    p += size * m / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+    size = rate.to(m).reshape(-1, *(1,) * (m.dim() - 1)) / (1 - 0.9**step)
+    return size * m / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
 
 
-def _higher(new: Tensor, old: Tensor, errors: float = 2) -> Tensor:
-    """Say where the mean of paired draws (k, n) rose by more than so many standard errors."""
+def _higher(new: Tensor, old: Tensor) -> Tensor:
+    """Say where the mean of paired draws (k, n) rose by more than two standard errors."""
     rise = new - old
-    return rise.mean(0) > errors * rise.std(0) / len(rise) ** 0.5
+    return rise.mean(0) > 2 * rise.std(0) / len(rise) ** 0.5
 
 
 def _choose(which: Tensor, yes: Tensor, no: Tensor) -> Tensor:

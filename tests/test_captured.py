@@ -82,6 +82,36 @@ def test_what_is_written_anew_is_equal_to_rounding():
     assert not {"tanh", "binary_cross_entropy_with_logits"} & {node.name for node in graph.nodes}
 
 
+def tangled(u: Tensor) -> tuple[Tensor, ...]:
+    """Use, give back and look sideways at what later operations could be written over."""
+    a = u @ WEIGHT
+    b = a.exp()
+    c = b * a.sum(0)  # b is given back below
+    square = (u @ WEIGHT).T @ a
+    d = square.sin() + square.T  # a view of what could be overwritten, with its entries elsewhere
+    row = (square * 3)[0]
+    e = square.cos() * row + d
+    head = c[:2]
+    f = (c + 1).tanh()
+    return b, e, f * head.sum(), head, f[1:].relu(), u.neg().exp().neg()
+
+
+def test_memory_is_kept_and_nothing_is_lost_by_it():
+    captured, earlier = Captured(tangled), []
+    for u in points(9, 5, 3):
+        given = u.clone()
+        earlier.append((captured(u), tangled(u)))
+        assert torch.equal(u, given)
+    for found, wanted in earlier:  # the answers of earlier replays too
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    calls = [node for node in captured.graphs[u.shape].__self__.graph.nodes if node.op == "call_function"]
+    over = [node for node in calls if {"out", "grad_input"} & set(node.kwargs)]
+    assert len(over) >= 8
+    assert any(node.kwargs["out"].op == "get_attr" for node in over)
+    assert any(node.kwargs["out"] in node.args for node in over)
+
+
 def rises(u: Tensor) -> tuple[Tensor, ...]:
     return (torch.zeros_like(u).add_(u).mul_(u).exp(),)
 
