@@ -16,21 +16,17 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.batches import as_batch, whole
 from ppl_vae.joint import Batch, Joint, Path, State
-from ppl_vae.traces import batch_of, prepare, scope, seeded, structure
+from ppl_vae.simulation import simulate
+from ppl_vae.traces import prepare, scope, seeded, structure
 
 __all__ = ["HMC", "Annealing", "Sandwich", "anneal", "annealed_importance", "bidirectional", "ladder"]
 
-
 _RATE = 0.65  # of accepted moves, which the step size aims at
-
-
 _WARM = 20  # moves at the base before the preliminary run climbs
-
 
 Transition = Callable[[State, float, int], State]
 
@@ -171,9 +167,7 @@ class Annealing:
         if free < 1:
             return torch.zeros_like(self.acceptance, dtype=torch.bool)
         cube = 1 - 2 / (9 * free) - 1.645 * math.sqrt(2 / (9 * free))
-        most = (
-            1.2 * max(cube, 0.0) ** 3
-        )  # of a sample's variance: by the 5 % quantile of chi-squared (Wilson, Hilferty)
+        most = 1.2 * max(cube, 0.0) ** 3  # of a sample's variance: the 5 % quantile of chi-squared (Wilson, Hilferty)
         variance = self.log_weights.var(0)
         return ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
 
@@ -309,8 +303,10 @@ def bidirectional(
     parts, batches = [], []
     for joint, blocks, key in _blocks(program, x, chains, entries, seed):
         with _quiet(joint, *key, "bidirectional"):
-            batch, truth = _simulate(joint)
+            with torch.no_grad():
+                batch, z = simulate(program, joint.batch, joint.found)
             path = Path(Joint(program, batch, joint.found), start)
+            truth = joint.place(z.unsqueeze(0))
             move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)
             betas = ladder(temperatures, schedule)
             up = torch.cat([_climb(path, k, move, betas).log_weights for k in blocks])
@@ -396,36 +392,3 @@ def _climb(path: Path, k: int, move: HMC, betas: list[float]) -> Annealing:
 
     weights, state = anneal(path.draw(k), betas, counted)
     return Annealing(weights, path.joint.latents(state.u), torch.stack(rates).mean(0))
-
-
-def _simulate(joint: Joint) -> tuple[Batch, Tensor]:
-    """Draw data and their z from the model, as a batch and a vector (1, n, z)."""
-    batch = {key: value.clone() for key, value in joint.batch.items()}
-    with torch.no_grad():
-        trace = joint._trace(poutine.uncondition(joint.program.model), {}, 1)
-        nodes: Any = trace.nodes
-        for name in joint.found.observed:
-            key, places = _entries(joint, name)
-            batch[key].view(-1)[places.flatten()] = nodes[name]["value"].flatten().to(batch[key].dtype)
-    return batch, joint.vector(trace)
-
-
-def _entries(joint: Joint, site: str) -> tuple[str, Tensor]:
-    """Find the entries of the batch that a site observes, by numbering them and looking at what the site sees."""
-    model = joint.program.model
-
-    def seen(batch: Batch) -> Any:
-        return poutine.trace(model).get_trace(**batch_of(model, batch)).nodes[site]
-
-    size = math.prod(seen(joint.batch)["fn"].shape())
-    for key, value in joint.batch.items():
-        if value.is_floating_point():
-            numbers = torch.arange(value.numel(), device=value.device).reshape(value.shape).to(value.dtype)
-            first, second = (seen({**joint.batch, key: numbers + shift})["value"].double() for shift in (0, 1))
-            numbered = bool(((second - first == 1) & (first == first.round())).all()) and first.numel() == size
-            if numbered and 0 <= first.min() and first.max() < value.numel():
-                return key, first.long()
-    raise ValueError(
-        f"Expected observed sites that are entries of the batch, to put simulated data there; got '{site}', which is "
-        f"computed from them."
-    )

@@ -87,12 +87,19 @@ class Joint:
     def vector(self, trace: Trace) -> Tensor:
         """Read the vectors (k, n, z) off a trace that has particles."""
         nodes: Any = trace.nodes
-        return self.layout.pack({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.found.latents})
+        return self._pack({name: nodes[name]["value"] for name in self.found.latents})
+
+    def place(self, z: Tensor) -> Tensor:
+        """Give the vectors u, (k, n, z), at which the latent variables are z, (k, n, z)."""
+        return self._pack({name: value.to(self.dtype) for name, value in self.layout.unpack(z).items()})
 
     def latents(self, u: Tensor) -> Tensor:
         """Give the latent variables themselves, (k, n, z) in double precision, at vectors u."""
         values = self.layout.unpack(u)
         return self.layout.pack({name: self.transforms[name](value) for name, value in values.items()}).double()
+
+    def _pack(self, values: dict[str, Tensor]) -> Tensor:
+        return self.layout.pack({name: self.transforms[name].inv(value) for name, value in values.items()})
 
     def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
         values, volume = self.layout.unpack(u), 0.0

@@ -15,7 +15,6 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae import plots
-from ppl_vae.calibration import simulate
 from ppl_vae.compare import compare_posteriors
 from ppl_vae.data import Data
 from ppl_vae.evidence import Evidence, log_evidence
@@ -24,6 +23,7 @@ from ppl_vae.latents import active_units, codes, rates
 from ppl_vae.networks import Table
 from ppl_vae.ppca import PPCA
 from ppl_vae.program import VAE
+from ppl_vae.simulation import simulate
 from ppl_vae.traces import batch_of, place, prepare, scope, seeded, structure, trace_pair
 
 __all__ = ["describe", "distrust", "evaluate", "figures", "judged", "markdown", "measure", "rendering", "trained"]

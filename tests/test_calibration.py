@@ -14,9 +14,10 @@ from torch import Tensor
 from twins import TWINS, draws, linear_vae, perturbed
 
 from ppl_vae import PPCA, VAE, Conditional, Program
-from ppl_vae.calibration import _chi_square, _kolmogorov, calibrate, simulate
+from ppl_vae.calibration import _chi_square, _kolmogorov, calibrate
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
+from ppl_vae.simulation import simulate
 from ppl_vae.traces import prepare, scope, structure
 
 twins = pytest.mark.parametrize("twin", TWINS)

@@ -16,8 +16,9 @@ from torch.distributions import kl_divergence
 from twins import TWINS, draws, perturbed, randomise
 
 from ppl_vae import PPCA, VAE, Conditional, Program, exact_posterior, log_evidence
+from ppl_vae.aggregate import aggregate, mmd
 from ppl_vae.families import Bernoulli, FullNormal, MixtureNormal, Normal, StandardNormal
-from ppl_vae.latents import active_units, aggregate, codes, mmd, rate_distortion, rates
+from ppl_vae.latents import active_units, codes, rate_distortion, rates
 from ppl_vae.networks import MLP
 from ppl_vae.ppca import exact_vae
 
@@ -298,20 +299,20 @@ def test_the_aggregate_is_the_mixture_of_all_data() -> None:
 
 
 def test_the_memory_of_scores_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ppl_vae import latents
+    from ppl_vae import aggregate as module
 
     vae, _ = small()
     x = vae.sample(150)
     expected = aggregate(vae, x)
-    monkeypatch.setattr(latents, "_ENTRIES", 5000)
+    monkeypatch.setattr(module, "_ENTRIES", 5000)
     sizes: list[int] = []
-    original = latents.conditioned
+    original = module.conditioned
 
     def spied(function: Any, values: Any, *rest: Any) -> Tensor:
         sizes.append(values["z"].numel())
         return original(function, values, *rest)
 
-    monkeypatch.setattr(latents, "conditioned", spied)
+    monkeypatch.setattr(module, "conditioned", spied)
     found = aggregate(vae, x)
     assert max(sizes) <= 5000
     assert found.mutual_information == pytest.approx(expected.mutual_information)
