@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ppl_vae.data import Data
-from ppl_vae.report import describe, distrust, evaluate, figures, finite, judged, markdown, measure, rendering, trained
+from ppl_vae.pictures import figures
+from ppl_vae.report import describe, distrust, evaluate, finite, judged, markdown, measure, rendering, trained
 from ppl_vae.scrutiny import consult, scrutinise
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import (

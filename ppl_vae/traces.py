@@ -25,6 +25,7 @@ __all__ = [
     "log_density",
     "place",
     "prepare",
+    "replayed",
     "scope",
     "seeded",
     "structure",
@@ -256,3 +257,10 @@ def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None 
         )
         total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
     return total
+
+
+def replayed(program: Any, batch: dict[str, Tensor], seed: int) -> tuple[Any, Any]:
+    """Trace the guide and, replaying it, the model, without particles."""
+    with torch.no_grad(), scope(program), seeded(seed, device=place(program, next(iter(batch.values())))[0]):
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        return poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch), guide

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ppl_vae import PPCA, Program, compare_posteriors, load_run, load_spec, log_evidence, report, run, sources
+from ppl_vae import PPCA, Program, compare_posteriors, load_run, load_spec, log_evidence, pictures, report, run, sources
 from ppl_vae import data as datasets
 from ppl_vae.run import evaluate_run, fit_spec
 
@@ -172,19 +172,21 @@ def test_the_jackknife_is_printed_and_named_no_bound(few, tmp_path):
 def test_pictures_of_any_program_are_those_of_the_same_vae(few, tmp_path, monkeypatch):
     """A VAE's own reconstructions, from its traces alone; and sequences whose sites are steps are drawn, too."""
     seen = {}
-    monkeypatch.setattr(report.plots, "reconstructions", lambda x, means, shape: seen.update(m=means) or Figure())
-    monkeypatch.setattr(report.plots, "samples", lambda x, shape: seen.update(x=x) or Figure())
+    monkeypatch.setattr(pictures.plots, "reconstructions", lambda x, means, shape: seen.update(m=means) or Figure())
+    monkeypatch.setattr(pictures.plots, "samples", lambda x, shape: seen.update(x=x) or Figure())
     history = {"elbo": [0.0], "validation": []}
     spec = load_spec(MODELS / "ppca.toml", {"model.latent": 2})
     data = spec.load_data()
     vae = spec.build(data)
-    drawn = report.figures(Program(vae.model, vae.guide), dataclasses.replace(data, test=data.train), history, tmp_path)
+    drawn = pictures.figures(
+        Program(vae.model, vae.guide), dataclasses.replace(data, test=data.train), history, tmp_path
+    )
     assert {"training.png", "reconstructions.png", "samples.png"} == drawn.keys()
     torch.testing.assert_close(seen["m"], vae.reconstruct(data.train["x"][:10]))
     assert seen["x"].shape == (64, 64)
     spec = load_spec(MODELS / "state_space.py")
     data = spec.load_data()
-    drawn = report.figures(spec.build(data), data, history, tmp_path)
+    drawn = pictures.figures(spec.build(data), data, history, tmp_path)
     assert {"training.png", "samples.png"} == drawn.keys()
     assert seen["x"].shape == (40, 64)
     assert not torch.equal(seen["x"], data.test["x"])
