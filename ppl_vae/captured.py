@@ -110,7 +110,7 @@ def _reuse(module: GraphModule, u: Tensor) -> None:
     An elementwise result goes over an argument that nothing needs any more, any other into a piece of its own, or into
     one whose content nothing needs any more.
     """
-    value, known = _values(module, u)
+    value, _ = _values(module, u)
     tensors = {node: found for node, found in value.items() if isinstance(found, Tensor) and found.numel()}
     place = {node: number for number, node in enumerate(module.graph.nodes)}
     pieces: dict[int, list[Node]] = {}
@@ -133,13 +133,13 @@ def _reuse(module: GraphModule, u: Tensor) -> None:
         return (
             _fits(tensors[other], tensors[node])
             and last(piece) == place[node]
-            and all(one.op == "call_function" and not known[one] for one in piece)
+            and all(one.op == "call_function" for one in piece)
             and all(_alias(tensors[one], tensors[other]) for one in beside)
         )
 
     for node, found in tensors.items():
         target: Any = node.target
-        variant = None if known[node] or node.op != "call_function" else _writing(target)
+        variant = _writing(target) if node.op == "call_function" else None
         if variant is None:
             continue
         pointwise = torch.Tag.pointwise in target.tags

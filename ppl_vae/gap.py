@@ -276,7 +276,11 @@ class _Block:
         return torch.autograd.grad(z, place, (self.steep(here)[0] - score) / draws)
 
     def _climb(self, members: _Members, word: str, steps: int) -> tuple[list[Tensor], Tensor]:
-        """Climb the bound of each datum by Adam; give the mean parameters of the last steps, and their log weights."""
+        """Climb the bound of each datum by Adam; give the mean parameters of the last steps, and their log weights.
+
+        They are the start's where the climb led surely lower. To ask that it led surely higher would leave out small
+        gains, and charge them to the family.
+        """
         origin = self._weights(members, members.start, _JUDGES, "check")
         place = [value.clone().requires_grad_() for value in members.start]
         first, second, total, moved = ([torch.zeros_like(value) for value in place] for _ in range(4))
@@ -300,9 +304,9 @@ class _Block:
                     for s in total:
                         s.zero_()
         bound = self._weights(members, mean, _JUDGES, "check")
-        kept = _higher(bound, origin)
-        best = [_choose(kept, new, old) for new, old in zip(mean, members.start, strict=True)]
-        return best, torch.where(kept, bound, origin)
+        lost = _higher(origin, bound)
+        best = [_choose(lost, old, new) for new, old in zip(mean, members.start, strict=True)]
+        return best, torch.where(lost, origin, bound)
 
 
 def _adam(slope: Tensor, m: Tensor, v: Tensor, rate: Tensor, step: int) -> Tensor:

@@ -91,9 +91,11 @@ def tangled(u: Tensor) -> tuple[Tensor, ...]:
     d = square.sin() + square.T  # a view of what could be overwritten, with its entries elsewhere
     row = (square * 3)[0]
     e = square.cos() * row + d
+    other = (u @ WEIGHT).T @ b
+    g = (other + other.T).sin()  # the last use of it, from two sides
     head = c[:2]
     f = (c + 1).tanh()
-    return b, e, f * head.sum(), head, f[1:].relu(), u.neg().exp().neg()
+    return b, e, f * head.sum(), head, f[1:].relu(), u.neg().exp().neg(), g
 
 
 def test_memory_is_kept_and_nothing_is_lost_by_it():
@@ -110,6 +112,21 @@ def test_memory_is_kept_and_nothing_is_lost_by_it():
     assert len(over) >= 8
     assert any(node.kwargs["out"].op == "get_attr" for node in over)
     assert any(node.kwargs["out"] in node.args for node in over)
+
+
+def test_a_chain_of_products_needs_two_pieces_of_memory():
+    matrix = WEIGHT[:, :3] + torch.eye(3, dtype=WEIGHT.dtype)
+
+    def chain(u: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(7):
+            u = u @ matrix
+        return (u.sum(-1),)
+
+    captured = Captured(chain)
+    for u in points(6, 5, 3):
+        torch.testing.assert_close(captured(u)[0], chain(u)[0], rtol=1e-12, atol=1e-12)
+    kept = [name for name in vars(captured.graphs[u.shape].__self__) if name.startswith("kept")]
+    assert len(kept) == 2
 
 
 def rises(u: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,64 @@ def test_a_known_wrong_network_is_told_from_the_family(scale: Any) -> None:
     average, error = mean(found, "amortization")
     assert abs(average - 0.5 * (shift @ precision @ shift).item()) < 0.01 + 5 * error
     assert average > 0.05
+
+
+def test_a_small_fault_of_the_network_is_not_charged_to_the_family() -> None:
+    """As above, with a shift of a tenth of the best scales."""
+    ppca, known, x = rotated(5)
+    precision = torch.eye(5) + ppca.weight.T @ ppca.weight / ppca.scale**2
+    gain = torch.linalg.solve(precision, ppca.weight.T / ppca.scale**2)
+    best = precision.diagonal() ** -0.5
+    vae: Any = guided(ppca, Normal(5, scale="feature"), Linear())
+    with torch.no_grad():
+        vae.posterior.network.weight.copy_(gain)
+        vae.posterior.network.bias.copy_(-gain @ ppca.loc + 0.1 * best)
+        vae.posterior.family.raw_scale.copy_((best - 1e-6).expm1().log())
+    found = inference_gap(vae, x[:60], draws=5000)
+    shift = 0.1 * best
+    for part, value in (("approximation", known), ("amortization", 0.5 * (shift @ precision @ shift).item())):
+        average, error = mean(found, part)
+        assert error < 0.003
+        assert abs(average - value) < 0.001 + 5 * error
+    assert found.amortization.mean() > 0.02
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_errors_are_the_spread_over_repeats(given: bool) -> None:
+    """A datum many times over: each copy has draws of its own."""
+    torch.manual_seed(1)
+    vae = nonlinear(Normal(2))
+    x = (torch.from_numpy(load_digits().data[500:501]) > 8).double().repeat(300, 1)
+    truth = torch.full((300,), -20.0, dtype=torch.float64) if given else None
+    found = inference_gap(vae, x, log_evidence=truth, draws=1000)
+    for part in PARTS:
+        error = getattr(found, "error" if part == "total" else f"{part}_error")
+        ratio = getattr(found, part).std().item() / error.square().mean().sqrt().item()
+        assert 0.8 < ratio < 1.25, part
+
+
+def test_the_error_of_the_evidence_is_in_those_of_total_and_approximation() -> None:
+    vae = nonlinear(Normal(2))
+    x = (torch.from_numpy(load_digits().data[500:505]) > 8).double()
+    truth, doubt = torch.full((5,), -20.0).double(), torch.linspace(0.1, 2.0, 5).double()
+    sure = inference_gap(vae, x, log_evidence=truth, draws=50, steps=5)
+    found = inference_gap(vae, x, log_evidence=SimpleNamespace(log_evidence=truth, error=doubt), draws=50, steps=5)
+    torch.testing.assert_close(found.error, (sure.error**2 + doubt**2).sqrt())
+    torch.testing.assert_close(found.approximation_error, (sure.approximation_error**2 + doubt**2).sqrt())
+    assert torch.equal(found.amortization_error, sure.amortization_error)
+
+
+def test_a_scale_that_all_data_share_becomes_the_own_of_each() -> None:
+    """With one latent and entries missing, posteriors differ in width, and a normal of its own is each of them."""
+    weight = torch.tensor([[1.0], [2.0], [-1.5], [0.5]])
+    ppca = PPCA(torch.zeros(4), weight, torch.tensor(0.7))
+    vae: Any = guided(ppca, Normal(1, scale="shared"), MLP(hidden=[4])).double()
+    x = draws(6, 4)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[1, 1:], mask[2, :3], mask[3, 1] = False, False, False
+    found = inference_gap(vae, {"x": x, "mask": mask}, draws=2000)
+    assert (found.approximation.abs() < 0.002 + 5 * found.approximation_error).all()
+    assert found.approximation_error.max() < 0.01
 
 
 def test_a_guide_at_its_best_has_no_amortization_gap_and_an_exact_one_no_gap() -> None:
@@ -290,6 +349,10 @@ def test_what_has_no_gap_is_refused() -> None:
         ({"draws": 1}, "Expected `draws` to be a whole number, at least 2; got 1"),
         ({"steps": 0}, "Expected `steps` to be a whole number, at least 1; got 0"),
         ({"log_evidence": torch.zeros(3)}, r"Expected `log_evidence` of shape \(4,\).*got \(3,\)"),
+        (
+            {"log_evidence": torch.tensor([0.0, math.nan, 0.0, 0.0])},
+            "Expected `log_evidence` to be known; got NaN for 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             inference_gap(vae, x, **options)  # type: ignore[arg-type]
