@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from twins import TWINS, array, draws, randomise
 
-from ppl_vae import PPCA, VAE, Conditional, Program, exact_log_evidence
-from ppl_vae.annealing import HMC, anneal, annealed_importance, bidirectional, ladder
+from ppl_vae import PPCA, VAE, Conditional, Program, annealing, exact_log_evidence
+from ppl_vae.annealing import HMC, Annealing, anneal, annealed_importance, bidirectional, ladder
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.joint import Joint, Path
 from ppl_vae.networks import MLP
@@ -131,6 +131,39 @@ def test_a_move_leaves_its_density_as_it_is(step):
     again = path.at(state.u)
     assert torch.equal(again.base, state.base)
     assert torch.equal(again.tilt_slope, state.tilt_slope)
+
+
+def test_no_orbit_is_a_period():
+    """On a standard normal eight leapfrog steps of 2 sin(pi / 8) lead back to the start, but for their jitter."""
+    normal = dist.Normal(0.0, 1.0)
+    path = Path(
+        Joint(single(normal, lambda z: dist.Normal(torch.zeros_like(z), 1.0), normal), {"x": torch.zeros(1, 1)})
+    )
+    move = HMC(path, torch.ones(1, 1), torch.full((1, 1), 2 * math.sin(math.pi / 8)), 8)
+    with seeded(0, device=CPU):
+        before = path.draw(500)
+        after = move(before, 1.0, 0)
+    assert (after.u - before.u).std() > 0.3
+
+
+def test_a_proposal_that_cannot_be_scored_is_refused():
+    """Beyond 1 the density is NaN and the program itself complains of what is not finite."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            if not bool(z.isfinite().all()):
+                raise AssertionError("a value that is not finite")
+            pyro.sample("x", dist.Normal(torch.where(z > 1, math.nan, 1e30 * z.relu() ** 8), 1.0), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.full((len(x),), -1.0), 0.5))
+
+    found = annealed_importance(Program(model, guide), torch.zeros(2, 1), temperatures=20, chains=8, start="guide")
+    assert found.log_evidence.isfinite().all()
+    assert found.acceptance.isfinite().all()
+    assert (found.latents <= 1).all()
 
 
 def test_with_hamiltonian_moves_the_truth_lies_between_the_bounds():
@@ -282,6 +315,67 @@ def test_the_verdict_on_annealing_is_kept():
     low, _ = stats.binom(len(miss), 0.93).interval(0.999)  # of 16 chains: a t interval of two errors
     assert float((miss.abs() < 2).sum()) >= low
     assert not annealed_importance(vae, x[:3], chains=1, temperatures=5).settled.any()
+
+
+def chains(k: int, variances: Tensor) -> Annealing:
+    """Give chains whose log weights have these variances, to the digit."""
+    raw = torch.randn(k, len(variances), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    raw = (raw - raw.mean(0)) / raw.std(0)
+    return Annealing(raw * variances.sqrt(), raw.unsqueeze(-1), torch.ones(len(variances), dtype=torch.float64))
+
+
+def test_what_has_settled_follows_from_the_variances():
+    """By the 5 % quantile of chi-squared, here exactly, where the library has Wilson and Hilferty's approximation."""
+    some = torch.linspace(0.5, 0.7, 50).double()
+    assert chains(16, some).settled.all()
+    assert not chains(16, some + 1).settled.any()  # none is picked for a small variance of its own
+    found = chains(16, torch.cat([some[:40], torch.linspace(3.5, 4.5, 10).double()])).settled
+    assert found[:45].all()
+    assert not found[45:].any()
+    for k, n in ((4, 1), (16, 1), (16, 50)):
+        free = (k - 1) * n
+        limit = 1.2 * stats.chi2(free).ppf(0.05) / free
+        assert chains(k, torch.full((n,), 0.85 * limit).double()).settled.all()
+        assert not chains(k, torch.full((n,), 1.15 * limit).double()).settled.any()
+    many = chains(2000, torch.full((3,), 1.5).double())
+    assert many.ess.min() > 100
+    assert many.settled.all()
+
+
+def test_moments_are_those_of_the_weighted_chains():
+    found = chains(40, torch.tensor([0.3, 1.0], dtype=torch.float64))
+    loc, covariance = found.moments()
+    for i in range(2):
+        weights, z = np.exp(array(found.log_weights[:, i])), array(found.latents[:, i, 0])
+        assert float(loc[i]) == pytest.approx(np.average(z, weights=weights))
+        assert float(covariance[i]) == pytest.approx(float(np.cov(z, aweights=weights, ddof=0)))
+
+
+def test_the_schedule_is_the_one_that_was_asked_for(monkeypatch):
+    seen = []
+    plain = annealing.anneal
+    monkeypatch.setattr(annealing, "anneal", lambda state, betas, move: seen.append(betas) or plain(state, betas, move))
+    vae = small()
+    for schedule in ("linear", "sigmoid"):
+        annealed_importance(vae, vae.sample(2), chains=2, temperatures=9, leapfrog=1, schedule=schedule, tuning=4)
+        assert seen[-2:] == [ladder(4, schedule), ladder(9, schedule)]
+
+
+def test_bounds_and_errors_of_the_sandwich_are_those_of_its_weights(monkeypatch):
+    downs = []
+    plain = annealing.anneal
+
+    def noted(state: Any, betas: Any, move: Any, reverse: bool = False) -> Any:
+        found = plain(state, betas, move, reverse=reverse)
+        downs.extend([found[0]] if reverse else [])
+        return found
+
+    monkeypatch.setattr(annealing, "anneal", noted)
+    vae = small()
+    found = bidirectional(vae, vae.sample(3), chains=6, temperatures=2, leapfrog=2)
+    inverse = np.exp(-array(downs[0]))
+    np.testing.assert_allclose(found.upper, -np.log(inverse.mean(0)), atol=1e-9)
+    np.testing.assert_allclose(found.upper_error, inverse.std(0, ddof=1) / inverse.mean(0) / 6**0.5, rtol=1e-6)
 
 
 def test_the_errors_of_the_sandwich_are_those_of_its_sides():
