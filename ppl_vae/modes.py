@@ -7,9 +7,15 @@ from torch import Tensor
 
 from ppl_vae.joint import Joint
 
-__all__ = ["STARTS", "laplace"]
+__all__ = ["laplace", "points_of"]
 
-STARTS = 24  # of the search, a datum
+_STARTS = 24  # of the search, a datum
+_PRIOR, _GUIDE = 256, 64  # draws among which they are chosen
+
+
+def points_of(size: int) -> int:
+    """Give the points a datum that the search looks at together, for so many latent variables."""
+    return max(_STARTS * (1 + 2 * size), _PRIOR + _GUIDE)
 
 
 def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,11 +24,11 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     Gives the log mass of a Gaussian there, (s, n), none where the same mode was found before, and its covariance.
     """
     size = joint.size
-    prior, guide = joint.draw("prior", 256), joint.draw("guide", 64)
+    prior, guide = joint.draw("prior", _PRIOR), joint.draw("guide", _GUIDE)
     both = torch.cat([prior, guide])
     spread = both.std(0).clamp_min(1e-6)
     start = _peaks(joint, both, spread).unsqueeze(-1).expand(-1, -1, size)
-    u = torch.cat([guide.mean(0, keepdim=True), prior[: STARTS - len(start) - 1], both.gather(0, start)])
+    u = torch.cat([guide.mean(0, keepdim=True), prior[: _STARTS - len(start) - 1], both.gather(0, start)])
     found = [u, *_look(joint, u, spread), torch.ones_like(u[..., 0])]  # and the radius within which to trust them
     live = torch.ones_like(u[..., 0], dtype=torch.bool)
     part, among = joint, live.any(0)
@@ -44,7 +50,7 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     values = values.clamp_min(1.0)  # a saddle has no width of its own
     apart = (vectors.mT @ ((u.unsqueeze(1) - u) / spread).unsqueeze(-1)).squeeze(-1)  # (s, s, n, z)
     near = (apart.square() * values).sum(-1) < 0.01
-    first = torch.ones(STARTS, STARTS, device=u.device).tril(-1).bool()  # of two, the one that came before
+    first = torch.ones(_STARTS, _STARTS, device=u.device).tril(-1).bool()  # of two, the one that came before
     known = (near & first.unsqueeze(-1)).any(1)
     mass = height.nan_to_num(-1e300) + spread.log().sum(-1) - 0.5 * values.log().sum(-1)
     scaled = spread.unsqueeze(-1) * vectors
@@ -60,7 +66,7 @@ def _peaks(joint: Joint, draws: Tensor, spread: Tensor) -> Tensor:
     apart = torch.cdist(place, place)  # (n, k, k)
     higher = torch.ones_like(apart[0]).tril(-1).bool()
     far = apart.masked_fill(~higher, math.inf).amin(-1).T
-    return half.gather(0, far.topk(3 * STARTS // 4, 0).indices)
+    return half.gather(0, far.topk(3 * _STARTS // 4, 0).indices)
 
 
 def _look(joint: Joint, u: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ppl_vae.annealing import _quiet, _rows, annealed_importance
 from ppl_vae.batches import as_batch, whole
 from ppl_vae.exact import gaussians
 from ppl_vae.joint import Joint, Path
-from ppl_vae.modes import STARTS
+from ppl_vae.modes import points_of
 from ppl_vae.quadrature import integrate
 from ppl_vae.traces import doubled, place, prepare, structure
 
@@ -49,7 +49,7 @@ class Reference:
             tolerance: the error of the others is large, or infinite, and their figures are what there is. Of annealing
             likewise, whose chains agree well enough (`Annealing.settled`): the figure of the others is low on average,
             by more than its error. Of sampling `ess`, of annealing `acceptance` too, of NUTS `r_hat` (the worst of a
-            datum) and `divergences` (of all).
+            datum), `settled` (whether a datum passed) and `divergences` (of all: data move together, so one fails all).
     """
 
     log_evidence: Tensor
@@ -124,9 +124,24 @@ def reference_posterior(
             if method == "closed-form":
                 raise ValueError(f"{error} This program allows {others}.") from error
     if method == "auto":
-        method = "quadrature" if joint.size <= _MOST else "ais"
+        method = _next(joint)
         settings = {name: value for name, value in settings.items() if name in _settings(methods[method])}
     return methods[method](joint, batch, seed=seed, **settings)
+
+
+def strongest(program: Any, x: Any) -> Literal["closed-form", "quadrature", "ais"]:
+    """Say which method `"auto"` takes, by the first datum and without running it."""
+    batch = _rows(prepare(program, as_batch(x)), 0, 1)
+    joint = Joint(program, batch)
+    try:
+        _closed_form(joint, batch)
+    except ValueError:
+        return _next(joint)
+    return "closed-form"
+
+
+def _next(joint: Joint) -> Literal["quadrature", "ais"]:
+    return "quadrature" if joint.size <= _MOST else "ais"
 
 
 def _settings(function: Callable[..., Any]) -> list[str]:
@@ -192,7 +207,7 @@ def _quadrature(
     found = structure(program, batch)
     n = len(next(iter(batch.values())))
     features = sum(value[0].numel() for value in batch.values()) + joint.size
-    size = max(1, entries // (STARTS * (1 + 2 * joint.size) * features))
+    size = max(1, entries // (points_of(joint.size) * features))
     parts = []
     for number, begin in enumerate(range(0, n, size)):
         block = Joint(program, _rows(batch, begin, begin + size), found)
@@ -230,13 +245,15 @@ def _nuts(
     joint: Joint,
     batch: dict[str, Tensor],
     *,
-    draws: int = 500,
+    draws: int = 1000,
     warmup: int = 500,
     chains: int = 4,
     seed: int = 0,
 ) -> Reference:
     """Run Pyro's NUTS on all chains and data as one vector, whose blocks are independent under the target."""
     draws, warmup, chains = whole("draws", draws, 4), whole("warmup", warmup), whole("chains", chains)
+    if chains < 2:
+        raise ValueError("Expected `chains` to be at least 2 under method='nuts', whose R-hat compares them; got 1.")
     program, batch = _twin(joint, batch)
     joint = Joint(program, batch)
     path = Path(joint)
@@ -251,9 +268,9 @@ def _nuts(
     covariance = torch.einsum("kny,knz->nyz", values - loc, values - loc) / (len(values) - 1)
     r_hat, ess = _mixing(values.unflatten(0, (draws, chains)))
     unknown = torch.full((joint.n,), math.nan, dtype=torch.float64, device=loc.device)
-    converged = bool((r_hat < 1.01).all() and (ess > 400).all()) and divergences == 0
-    diagnostics = {"r_hat": r_hat, "ess": ess, "divergences": divergences}
-    return Reference(unknown, unknown, loc, covariance, "nuts", values, joint.shapes, converged, diagnostics)
+    settled = (r_hat < 1.01) & (ess > 400) & (divergences == 0)
+    diagnostics = {"r_hat": r_hat, "ess": ess, "divergences": divergences, "settled": settled}
+    return Reference(unknown, unknown, loc, covariance, "nuts", values, joint.shapes, bool(settled.all()), diagnostics)
 
 
 def _mixing(values: Tensor) -> tuple[Tensor, Tensor]:

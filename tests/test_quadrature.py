@@ -1,0 +1,99 @@
+"""Quadrature's moments, rounding and memory; what it answers is held against closed forms in test_reference.py."""
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ppl_vae import Program
+from ppl_vae.joint import Joint
+from ppl_vae.reference import reference_posterior
+
+
+def curved(scale: float) -> Program:
+    """Give z ~ N(0, I), x ~ N(exp z_0 + z_1^2, scale)."""
+
+    def model(x: Tensor) -> None:
+        one = torch.ones((), dtype=x.dtype)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0 * one, one).expand([2]).to_event(1))
+            mean = z[..., :1].exp() + z[..., 1:] ** 2
+            pyro.sample("x", dist.Normal(mean, scale * one).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0).expand([2]).to_event(1))
+
+    return Program(model, guide)
+
+
+def brute(x: np.ndarray, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """Give log p(x), mean and covariance by an even sum of 1,601 x 1,601 points, in double precision."""
+    axis = np.linspace(-8, 8, 1601)
+    first, second = np.meshgrid(axis, axis, indexing="ij")
+    log = stats.norm.logpdf(first) + stats.norm.logpdf(second)
+    log = log + sum(stats.norm.logpdf(value, np.exp(first) + second**2, scale) for value in x)
+    share = np.exp(log - log.max())
+    z = np.stack([first.ravel(), second.ravel()])
+    return (
+        log.max() + np.log(share.sum() * (axis[1] - axis[0]) ** 2),
+        np.average(z, 1, share.ravel()),
+        np.cov(z, aweights=share.ravel(), ddof=0),
+    )
+
+
+def test_moments_of_a_curved_posterior() -> None:
+    """Its mean is not where its mode is, nor is it in the middle of the lattice."""
+    x = torch.tensor([[0.5], [2.5]], dtype=torch.float64)
+    found = reference_posterior(curved(0.4), x, "quadrature")
+    for row in range(2):
+        log_evidence, loc, covariance = brute(x[row].numpy(), 0.4)
+        assert float(found.log_evidence[row]) == pytest.approx(log_evidence, abs=1e-6)
+        np.testing.assert_allclose(found.loc[row], loc, atol=1e-5)
+        np.testing.assert_allclose(found.covariance[row], covariance, atol=1e-5)
+    assert float(found.loc[1, 0].abs()) > 0.05
+
+
+def test_the_error_covers_the_rounding_of_large_log_densities() -> None:
+    """The sums agree better than the densities themselves are known."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1).expand(*z.shape, 400), 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.mean(-1), 0.1))
+
+    x = 3 + 10 * torch.randn(8, 400, generator=torch.Generator().manual_seed(0))
+    found = reference_posterior(Program(model, guide), x, "quadrature")
+    exact = stats.multivariate_normal(np.zeros(400), 0.25 * np.eye(400) + 1).logpdf(x.double().numpy())
+    assert exact.max() < -5e4
+    miss = np.abs(found.log_evidence.numpy() - exact)
+    assert (miss < found.error.numpy() + 4e-16 * np.abs(exact)).all()  # and the truth is rounded, too
+    assert (found.error.numpy() > 4e-16 * np.abs(exact)).all()
+    assert found.error.max() < 1e-6
+
+
+def test_no_evaluation_holds_more_than_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = Joint.log_probs
+
+    def noted(self: Joint, u: Tensor) -> Any:
+        sizes.append(u.shape[0] * u.shape[1] * (1 + u.shape[2]))
+        return plain(self, u)
+
+    monkeypatch.setattr(Joint, "log_probs", noted)
+    x = torch.linspace(0.5, 3.0, 12, dtype=torch.float64).unsqueeze(-1)
+    whole = reference_posterior(curved(0.4), x, "quadrature")
+    assert max(sizes) > 20_000
+    sizes.clear()
+    few = reference_posterior(curved(0.4), x, "quadrature", entries=5000)
+    assert max(sizes) <= 5000
+    assert ((whole.log_evidence - few.log_evidence).abs() < whole.error + few.error).all()
