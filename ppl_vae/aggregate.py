@@ -35,7 +35,7 @@ class Aggregate:
             that of z and x over the population.
         upper: the same with each datum left out of its own mixture: on average an upper bound of it.
         kl: :math:`\mathrm{KL}(q(z) \,\|\, p(z))`, for this mixture of n; it shrinks as n grows.
-        error: Monte Carlo standard error, the largest of these four.
+        error: standard error over the data, with that of the draws in it, the largest of these four.
         mmd: squared maximum mean discrepancy between q(z) and p(z), unbiased, without unit, by a draw each of at most
             2,000 data; NaN below four.
         mmd_error: its standard error.

@@ -41,6 +41,7 @@ class Calibration:
         levels: nominal levels of the guide's regions, from 0 to 1, shape (l,).
         coverage: the fraction of simulations whose truth lies in the region of that level, shape (l,).
         coverage_p_value: of the Kolmogorov-Smirnov test that the two agree.
+        joint_ranks: ranks of log p(x, z), likewise, shape (s,).
         joint_p_value: of the chi-square test that the ranks of log p(x, z) are uniform; coordinates and coverage alone
             would let pass a guide that ignores x and answers the prior.
         draws: L, the guide's draws of each simulation.
@@ -52,6 +53,7 @@ class Calibration:
     levels: Tensor
     coverage: Tensor
     coverage_p_value: float
+    joint_ranks: Tensor
     joint_p_value: float
     draws: int
     level: float
@@ -59,8 +61,18 @@ class Calibration:
     @property
     def p_value(self) -> float:
         """Give the smallest p-value of all tests, times their number (Bonferroni), at most 1."""
-        smallest = min(float(self.p_values.min()), self.coverage_p_value, self.joint_p_value)
-        return min(1.0, (len(self.p_values) + 2) * smallest)
+        return min(1.0, len(self._tests) * min(self._tests.values()))
+
+    @property
+    def weakest(self) -> str:
+        """Name the test with the smallest p-value, the first of equal ones."""
+        return min(self._tests, key=self._tests.__getitem__)
+
+    @property
+    def _tests(self) -> dict[str, float]:
+        """Give the p-value of each test by its name."""
+        tests = {f"the rank of z_{latent}": p for latent, p in enumerate(self.p_values.tolist())}
+        return tests | {"the coverage": self.coverage_p_value, "the rank of log p(x, z)": self.joint_p_value}
 
     @property
     def verdict(self) -> Literal["no fault found", "miscalibrated"]:
@@ -130,7 +142,7 @@ def calibrate(
             distances.append(_rank(*_distances(z[1:], one, z[0])))
             scores = _joint(program, part, layout, torch.cat([one.unsqueeze(0), z[1:]]))
             joints.append(_rank(scores[1:], scores[0]))
-    rank, distance = torch.cat(ranks), torch.cat(distances)
+    rank, distance, joint = torch.cat(ranks), torch.cat(distances), torch.cat(joints)
     with seeded(seed, "coverage", device=first.device):
         uniform = (distance + torch.rand(len(distance), dtype=torch.float64, device=first.device)) / (draws + 1)
     levels = torch.linspace(0, 1, _LEVELS, dtype=torch.float64, device=first.device)
@@ -141,7 +153,8 @@ def calibrate(
         levels=levels,
         coverage=coverage,
         coverage_p_value=_kolmogorov(uniform.sort().values),
-        joint_p_value=float(_chi_square(torch.cat(joints).unsqueeze(-1), draws)),
+        joint_ranks=joint,
+        joint_p_value=float(_chi_square(joint.unsqueeze(-1), draws)),
         draws=draws,
         level=level,
     )

@@ -308,6 +308,7 @@ class Layout:
 
     def __init__(self, sites: list[tuple[str, Tensor, int]], nesting: int) -> None:
         self.nesting = nesting
+        self.discrete = {name: value.dtype for name, value, _ in sites if not value.is_floating_point()}
         self.sites = [
             (name, value.shape[1 : value.dim() - event], value.shape[value.dim() - event :])
             for name, value, event in sites

@@ -93,9 +93,9 @@ def packed(trace: Any, found: Structure) -> Tensor:
 
 
 def site_values(program: Any, layout: Layout, z: Tensor) -> dict[str, Tensor]:
-    """Take latent vectors (k, n, z) apart, site by site, in the program's precision."""
+    """Take latent vectors (k, n, z) apart, site by site, in the program's precision; discrete sites keep their type."""
     dtype = place(program)[1] or torch.get_default_dtype()
-    return {name: value.to(dtype) for name, value in layout.unpack(z).items()}
+    return {name: value.to(layout.discrete.get(name, dtype)) for name, value in layout.unpack(z).items()}
 
 
 def layout_of(trace: Any, found: Structure) -> Layout:

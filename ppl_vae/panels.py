@@ -15,14 +15,18 @@ __all__ = [
     "BLUE",
     "GREEN",
     "GREY",
+    "INSET",
     "OKABE_ITO",
     "VERMILLION",
+    "WORDS",
     "Array",
+    "Corner",
     "as_array",
     "as_pictures",
     "axes_for",
     "bare",
     "curve",
+    "enough",
     "flat_rows",
     "mosaic",
     "number",
@@ -36,6 +40,9 @@ Array = npt.NDArray[np.float64]
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 BLUE, GREEN, VERMILLION, GREY = OKABE_ITO[0], OKABE_ITO[2], OKABE_ITO[5], "#8A8A8A"
 _SQUARES = 64  # at the most
+
+Corner = tuple[bool, bool]  # of a panel: whether the right one, and whether the upper one
+INSET, WORDS = (0.24, 0.24), (0.62, 0.07)  # of a panel's sides: the small picture, and the KL
 
 
 def as_array(x: Tensor) -> Array:
@@ -110,8 +117,16 @@ def panels_of(n: int, columns: int, width: float, height: float) -> tuple[Figure
     return figure, grid[:n]
 
 
+def enough(n: int) -> None:
+    """Refuse no data, and more than have a panel each."""
+    if not n:
+        raise ValueError("Expected at least one datum; got none.")
+    if n > _SQUARES:
+        raise ValueError(f"Expected at most {_SQUARES} data, a panel each; got {n}.")
+
+
 def squares(
-    down: Sequence[bool],
+    corners: Sequence[tuple[Corner, Corner]],
     *,
     kl: Tensor | None = None,
     error: Tensor | None = None,
@@ -123,8 +138,7 @@ def squares(
     """Give a figure with a square panel of two latents for each datum, in rows of four.
 
     Args:
-        down: whether what is drawn slopes downwards, which leaves the upper right corner free for the picture and the
-            lower left for the KL; else the other two.
+        corners: where there is room for the picture, and where for the KL.
         kl: in nats, (n,), or none.
         error: its standard error, likewise.
         labels: what stands above each panel.
@@ -135,11 +149,8 @@ def squares(
     Raises:
         ValueError: for no data or more than 64, or sizes that do not fit.
     """
-    n = len(down)
-    if not n:
-        raise ValueError("Expected at least one datum; got none.")
-    if n > _SQUARES:
-        raise ValueError(f"Expected at most {_SQUARES} data, a panel each; got {n}.")
+    n = len(corners)
+    enough(n)
     for name, given in (("labels", labels), ("x", x), ("kl", kl), ("error", error)):
         if given is not None and len(given) != n:
             raise ValueError(f"Expected `{name}` for each of {n} data; got {len(given)}.")
@@ -153,25 +164,26 @@ def squares(
     panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=spacing).ravel().tolist()
     for spare in panels[n:]:
         spare.remove()
-    for index, ax in enumerate(panels[:n]):
+    for index, (ax, (there, spot)) in enumerate(zip(panels[:n], corners, strict=True)):
         ax.set_xlabel(f"$z_{{{axes[0]}}}$" if index >= n - columns else "")
         ax.set_ylabel(f"$z_{{{axes[1]}}}$" if index % columns == 0 else "")
         ax.locator_params(nbins=4)
         ax.tick_params(color="0.6", labelsize="small")
         ax.spines[:].set_color("0.6")
         if kl is not None:
-            start, align = (0.03, "left") if down[index] else (0.97, "right")
             value, doubt = float(kl[index]), 0.0 if error is None else float(error[index])
             divergence = f"{value:.2f} ± {doubt:.2f}" if doubt >= 0.005 else f"{value:.2f}"
             words = f"KL {'< 0.01' if max(value, doubt) < 0.005 else divergence} nats"
-            ax.text(start, 0.03, words, ha=align, transform=ax.transAxes, fontsize=7.5, color="0.25")
+            (right, top), place = spot, (0.97 if spot[0] else 0.03, 0.97 if spot[1] else 0.03)
+            align: dict[str, Any] = {"ha": "right" if right else "left", "va": "top" if top else "bottom"}
+            ax.text(*place, words, **align, transform=ax.transAxes, fontsize=7.5, color="0.25")
         if labels is not None:
             label = labels[index]
             ax.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize="medium")
         if pictures is not None:
-            inset = ax.inset_axes(
-                (0.73 if down[index] else 0.03, 0.73, 0.24, 0.24), anchor="NE" if down[index] else "NW"
-            )
+            (wide, high), (right, top) = INSET, there
+            box = (0.97 - wide if right else 0.03, 0.97 - high if top else 0.03, wide, high)
+            inset = ax.inset_axes(box, anchor=("N" if top else "S") + ("E" if right else "W"))  # type: ignore[arg-type]
             inset.imshow(pictures[index], cmap="gray")
             inset.set(xticks=[], yticks=[])
             inset.spines[:].set_visible(False)

@@ -23,13 +23,17 @@ from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.panels import (
     BLUE,
     GREY,
+    INSET,
     OKABE_ITO,
     VERMILLION,
+    WORDS,
     Array,
+    Corner,
     as_array,
     axes_for,
     bare,
     curve,
+    enough,
     flat_rows,
     mosaic,
     number,
@@ -348,7 +352,8 @@ def ellipses(
     kl = kl_divergence(q, p)
     half = 1.45 * max(((one.loc - p.loc).abs() + 2 * one.stddev)[:, pair].max().item() for one in (q, p))
     down = (p.covariance_matrix[:, pair[0], pair[1]] <= 0).tolist()
-    figure, panels = squares(down, kl=kl, labels=labels, axes=axes, x=x, shape=shape)
+    corners = [((one, True), (not one, False)) for one in down]  # what slopes downwards leaves the upper right one free
+    figure, panels = squares(corners, kl=kl, labels=labels, axes=axes, x=x, shape=shape)
     for index, ax in enumerate(panels):
         for one, looks, mark, colour in ((p, _EXACT, "+", BLUE), (q, _APPROXIMATE, ".", VERMILLION)):
             loc, covariance = one.loc[index, pair], one.covariance_matrix[index][pair][:, pair]
@@ -378,7 +383,7 @@ def regions(
 
     Of each the regions of highest density that hold 50 % and 95 %; those of a Gaussian are ellipses of
     :math:`\sqrt{-2 \ln(1 - 0.5)} = 1.18` and :math:`\sqrt{-2 \ln(1 - 0.95)} = 2.45` standard deviations. All panels
-    are of one width in z0, and in z1.
+    are of one width in z0, and in z1. The small picture stands in the corner that the regions leave free.
 
     Args:
         exact: p(z|x), by `posterior_plane`.
@@ -399,16 +404,20 @@ def regions(
         raise ValueError(
             f"Expected two latents and {len(exact.points)} data of both; got {there.shape[-1]} and {len(there)}."
         )
-    down = (exact.moments()[1][:, 0, 1] <= 0).tolist()
-    figure, panels = squares(down, kl=kl, error=error, labels=labels, x=x, shape=shape)
-    boxes = [_box(exact)]
-    if isinstance(q, Plane):
-        boxes.append(_box(q))
-    else:
-        radii = [math.sqrt(-2 * math.log1p(-share)) for share in SHARES]
-        boxes.append(torch.stack([q.loc - radii[0] * q.stddev, q.loc + radii[0] * q.stddev]))
-    low, high = torch.stack([box[0] for box in boxes]).amin(0), torch.stack([box[1] for box in boxes]).amax(0)
+    enough(len(there))
+    radii = [math.sqrt(-2 * math.log1p(-share)) for share in SHARES]
+    inside = [torch.cat([p, q]) for p, q in zip(_inside(exact), _inside(q), strict=True)]
+    low, high = (torch.stack([pick(points, 0) for points in inside]) for pick in (torch.amin, torch.amax))
     middle, half = (low + high) / 2, 0.72 * (high - low).amax(0)
+    pictured = x is not None and shape is not None
+    for _ in range(6):  # somewhat wider until all corners that are needed are free
+        scaled = [(points - centre) / (2 * half) + 0.5 for points, centre in zip(inside, middle, strict=True)]
+        found = [_corners(points, picture=pictured, words=kl is not None) for points in scaled]
+        if not any(covered for *_, covered in found):
+            break
+        half = 1.06 * half
+    corners = [(there, spot) for there, spot, _ in found]
+    figure, panels = squares(corners, kl=kl, error=error, labels=labels, x=x, shape=shape)
     for index, ax in enumerate(panels):
         _region(ax, exact, index, _EXACT, filled=True)
         if isinstance(q, Plane):
@@ -430,11 +439,36 @@ def _ellipse(loc: Tensor, covariance: Tensor, deviations: float, look: dict[str,
     return Ellipse((float(loc[0]), float(loc[1])), *(2 * deviations * np.sqrt(values)), angle=angle, **look)
 
 
-def _box(plane: Plane) -> Tensor:
-    """Give the corners of the box around the larger region, (2, n, 2)."""
-    inside = (plane.density >= plane.level(SHARES[0])[:, None, None]).unsqueeze(-1)
-    corners = [torch.where(inside, plane.points, fill).flatten(1, 2) for fill in (torch.inf, -torch.inf)]
-    return torch.stack([corners[0].amin(1), corners[1].amax(1)]).cpu()
+def _inside(q: Plane | MultivariateNormal) -> list[Tensor]:
+    """Give points that fill the larger region of each datum, (points, 2), those of a Gaussian to its very edge."""
+    if isinstance(q, Plane):
+        inside = q.density >= q.level(SHARES[0])[:, None, None]
+        return [points[which].double().cpu() for points, which in zip(q.points, inside, strict=True)]
+    angle = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)[:-1]
+    radius = math.sqrt(-2 * math.log1p(-SHARES[0])) * torch.linspace(0, 1, 21, dtype=torch.float64)
+    disc = (radius[:, None, None] * torch.stack([angle.cos(), angle.sin()], -1)).flatten(0, 1)
+    return list(q.loc.unsqueeze(1) + disc @ q.scale_tril.mT)
+
+
+def _corners(points: Tensor, *, picture: bool, words: bool) -> tuple[Corner, Corner, bool]:
+    """Choose two corners of the unit square with the fewest points, and say whether any lie in what stands there.
+
+    Of equals, the picture prefers the upper corners and the words the lower ones.
+    """
+
+    def fewest(size: tuple[float, float], which: Sequence[Corner]) -> tuple[int, Corner]:
+        counts = []
+        for right, top in which:
+            apart = (points - torch.tensor([right, top]).to(points)).abs()
+            counts.append(int((apart < torch.tensor(size).to(points) + 0.04).all(-1).sum()))
+        least = min(range(len(which)), key=counts.__getitem__)
+        return counts[least], which[least]
+
+    every = [(True, True), (False, True), (False, False), (True, False)]
+    covered, there = fewest(INSET, every) if picture else (0, every[0])
+    left = [corner for corner in every[::-1] if not picture or corner[1] != there[1]]
+    hidden, spot = fewest(WORDS, left) if words else (0, left[0])
+    return there, spot, covered + hidden > 0
 
 
 def _region(ax: Axes, plane: Plane, index: int, looks: Sequence[dict[str, Any]], *, filled: bool) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from twins import TWINS, draws, linear_vae, perturbed
 
 from ppl_vae import PPCA, VAE, Conditional, Program
-from ppl_vae.calibration import _chi_square, _kolmogorov, calibrate
+from ppl_vae.calibration import Calibration, _chi_square, _kolmogorov, calibrate
+from ppl_vae.diagnostics import rank_histograms
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
 from ppl_vae.simulation import simulate
@@ -183,6 +184,84 @@ def test_discrete_latents_have_uniform_ranks_too() -> None:
 
     assert calibrate(Program(model, guide), torch.zeros(1, 1)).verdict == "no fault found"
     assert calibrate(Program(model, wrong), torch.zeros(1, 1)).verdict == "miscalibrated"
+
+
+def test_discrete_latents_may_be_indices() -> None:
+    """An entry of a table needs a whole number: the sites keep the type that they are drawn in."""
+    table, log_weights = torch.tensor([-1.5, 0.0, 2.0]), torch.tensor([0.2, 0.5, 0.3]).log()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            k = pyro.sample("k", dist.Categorical(logits=log_weights))
+            a = pyro.sample("a", dist.Normal(table[k], 0.5))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x[:, 0])
+
+    def guide_of(shift: float) -> Any:
+        def guide(x: Tensor) -> None:
+            scores = log_weights + dist.Normal(table, 1.25**0.5).log_prob(x[:, :1] + shift)
+            with pyro.plate("data", len(x), dim=-1):
+                k = pyro.sample("k", dist.Categorical(logits=scores))
+                pyro.sample("a", dist.Normal(0.8 * table[k] + 0.2 * x[:, 0], 0.2**0.5))
+
+        return guide
+
+    found = calibrate(Program(model, guide_of(0.0)), torch.zeros(1, 1))
+    assert found.verdict == "no fault found"
+    assert found.ranks.shape == (1000, 2)
+    assert calibrate(Program(model, guide_of(1.0)), torch.zeros(1, 1)).verdict == "miscalibrated"
+
+
+def _found(p_values: list[float], coverage: float, joint: float) -> Calibration:
+    """Give ranks of 200 simulations, and these p-values."""
+    ranks = torch.arange(200).unsqueeze(-1).repeat(1, len(p_values)) % 100
+    levels = torch.linspace(0, 1, 101)
+    return Calibration(ranks, torch.tensor(p_values), levels, levels, coverage, ranks[:, 0] // 2, joint, 99, 1e-3)
+
+
+def test_the_weakest_test_has_a_name() -> None:
+    assert _found([0.5, 0.1], 0.2, 0.3).weakest == "the rank of z_1"
+    assert _found([0.5, 0.3], 0.2, 0.3).weakest == "the coverage"
+    assert _found([0.5, 0.3], 0.2, 0.1).weakest == "the rank of log p(x, z)"
+    assert _found([0.5, 0.3], 0.2, 0.1).p_value == pytest.approx(0.4)
+
+
+def test_the_ranks_of_log_p_are_kept_and_tested() -> None:
+    t = TWINS["plain_ppca"]()
+    found = calibrate(t.program, t.batch, simulations=200)
+    assert found.joint_ranks.shape == (200,)
+    assert found.joint_p_value == pytest.approx(float(_chi_square(found.joint_ranks[:, None], 99)))
+
+
+def test_the_picture_has_a_panel_of_log_p_and_the_worst_latents() -> None:
+    figure = rank_histograms(_found([0.5, 0.1, 0.9, 0.01, 0.3], 0.2, 0.03), most=3)
+    titles = [ax.get_title() for ax in figure.axes]
+    named = ["$z_{1}$, p = 0.1", "$z_{3}$, p = 0.01", "$z_{4}$, p = 0.3", "log p(x, z), p = 0.03", "coverage, p = 0.2"]
+    assert titles == named
+    ranks, joint = figure.axes[0], figure.axes[3]
+    heights = [next(patch for patch in ax.patches if hasattr(patch, "get_data")).get_data() for ax in (ranks, joint)]
+    np.testing.assert_array_equal(heights[0].values, [10] * 20)
+    np.testing.assert_array_equal(heights[1].values, [20] * 10 + [0] * 10)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["count", "", "", "count", "found"]
+    assert "the 3 of 5 latents with the smallest p\ngrey: where 99 %" in figure.texts[0].get_text()
+    places = [ax.get_position().x0 for ax in figure.axes]
+    assert np.ptp(np.diff(places[:3])) < 1e-9
+    assert places[3:] == places[:2]
+    assert "of 5 latents" not in rank_histograms(_found([0.5] * 5, 0.2, 0.3)).texts[0].get_text()
+
+
+def test_the_picture_writes_nothing_on_other_writing() -> None:
+    figure = rank_histograms(_found([0.5, 1.2e-31, 3.4e-5] + 7 * [0.2], 1.2e-12, 3.4e-21))
+    figure.draw_without_rendering()
+    whole, boxes = figure.get_window_extent(), [figure.texts[0].get_window_extent()]
+    for ax in figure.axes:
+        ticks = []
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = axis.get_view_interval()
+            ticks += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ticks]
+        boxes += [text.get_window_extent() for text in texts if text.get_text()]
+    assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= whole.x1 and b.y1 <= whole.y1 for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
 def test_a_seed_settles_all_and_leaves_the_world_alone() -> None:

@@ -14,7 +14,8 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from ppl_vae import VAE, Conditional, Program, plots
+from ppl_vae import VAE, Conditional, Program, diagnostics, plots
+from ppl_vae.evidence import BoundCurve
 from ppl_vae.families import Bernoulli, FullNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.plane import Plane
@@ -448,6 +449,47 @@ def test_regions_have_panels_of_one_width_that_hold_them() -> None:
             assert inner.x1 <= box.x1
             assert box.y0 <= inner.y0
             assert inner.y1 <= box.y1
+
+
+def test_regions_are_not_covered_by_the_picture_or_the_words() -> None:
+    for turn in range(3):
+        torch.manual_seed(turn)
+        q, p, n = _pair(8), _pair(8), 8
+        p = (torch.where(torch.arange(n)[:, None] < 4, q[0], p[0]), q[1])  # half of them alike
+        kl, error = torch.linspace(0, 12.34, n), torch.full((n,), 0.05)
+        figure = plots.regions(_plane(*p), q, kl=kl, error=error, x=torch.rand(n, 64), shape=(8, 8))
+        figure.draw_without_rendering()
+        for ax in figure.axes:
+            words, picture = ax.texts[0].get_window_extent(), ax.child_axes[0].get_window_extent()
+            assert not words.overlaps(picture)
+            paths = [patch.get_transform().transform_path(patch.get_path()) for patch in ax.patches]
+            paths += [ax.transData.transform_path(path) for path in ax.collections[1].get_paths()]
+            assert not any(path.intersects_bbox(box, filled=True) for path in paths for box in (words, picture))
+
+
+@pytest.mark.parametrize(
+    ("mean", "words"),
+    [(-1e-9, "0.00"), (-0.0034, "\N{MINUS SIGN}0.0034"), (0.00027, "0.00027"), (-0.126, "\N{MINUS SIGN}0.13")],
+)
+def test_gap_parts_write_small_means_and_hide_no_bar(mean: float, words: str) -> None:
+    ax = diagnostics.gap_parts(torch.tensor([1.2]), torch.tensor([mean]).double())
+    assert _legend(ax) == ["approximation, mean 1.20", f"amortization, mean {words}"]
+    _figure(ax).draw_without_rendering()
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1
+
+
+def test_the_bound_is_written_without_an_offset() -> None:
+    bound = -176.998 + torch.tensor([[0.0], [1e-4], [2e-4]], dtype=torch.float64)
+    ax = diagnostics.bound_over_samples(BoundCurve(torch.tensor([1, 10, 100]), bound, torch.full((3, 1), 1e-5)))
+    _figure(ax).draw_without_rendering()
+    assert ax.yaxis.get_offset_text().get_text() == ""
+
+
+def test_the_limits_of_the_tails_are_named_above_the_curve() -> None:
+    ax = diagnostics.tail_shapes(torch.linspace(-1, 5, 200))
+    _figure(ax).draw_without_rendering()
+    assert _legend(ax) == ["0.5: no finite variance above", "0.7: unreliable above"]
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
