@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = load_run(given.run, trust_code=given.trust_code)
         part, rows = judged(run.program, run.spec.load_data())
+        whole("chains", given.chains, 2)  # one chain tells no error
         x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
         weighted = log_evidence(run.program, x, given.samples, seed=given.seed)
         annealed = annealed_importance(run.program, x, seed=given.seed, **settings)
@@ -36,11 +37,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{part} data, nats per datum: {given.samples} weights, and {given.chains} chains of {given.temperatures} moves"
     )
-    print(f"{'datum':>5} {'weighted':>10} {'annealed':>10} {'error':>7} {'chains':>7} {'accepted':>9}")
+    print(f"{'datum':>5} {'weighted':>10} {'annealed':>10} {'error':>7} {'chains':>7} {'accepted':>9} {'settled':>8}")
     columns = (weighted.log_evidence, annealed.log_evidence, annealed.error, annealed.ess, annealed.acceptance)
     for number, (w, a, e, ess, rate) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        print(f"{number:5d} {w:10.3f} {a:10.3f} {e:7.3f} {ess:7.1f} {rate:9.2f}")
-    print(f"{'mean':>5} {weighted.log_evidence.mean():10.3f} {annealed.log_evidence.mean():10.3f}")
+        settled = "yes" if annealed.settled[number] else "no"
+        print(f"{number:5d} {w:10.3f} {a:10.3f} {e:7.3f} {ess:7.1f} {rate:9.2f} {settled:>8}")
+    error = annealed.error.square().sum().sqrt() / len(annealed.error)
+    print(f"{'mean':>5} {weighted.log_evidence.mean():10.3f} {annealed.log_evidence.mean():10.3f} {error:7.3f}")
+    if failed := int((~annealed.settled).sum()):
+        print(f"{failed} of {len(annealed.settled)} data did not settle: theirs is a lower bound on average. ", end="")
+        print("Give more --temperatures, or --chains.")
 
     print("\ndata drawn from the model: log p(x) lies between, on average")
     print(f"{'datum':>5} {'lower':>10} {'upper':>10} {'gap':>7}")

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--data", type=int, default=2, help="how many of the first data to sample")
-    parser.add_argument("--draws", type=int, default=500)
+    parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--chains", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -38,10 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
         for column, name in enumerate(names):
             exact = f"{found.loc[row, column]:9.3f} {spread[row, column]:8.3f}"
             print(f"{row:5d} {name:>10} {exact} {loc[row, column]:11.3f} {variance[row, column].sqrt():12.3f}")
-    r_hat, ess = (found.diagnostics[name] for name in ("r_hat", "ess"))
-    print(f"R-hat {r_hat.max():.4f}, bulk draws {ess.min():.0f}, divergences {found.diagnostics['divergences']}")
+    r_hat, ess, settled = (found.diagnostics[name] for name in ("r_hat", "ess", "settled"))
+    print(f"R-hat {r_hat.max():.4f}, as good as {ess.min():.0f} independent draws, ", end="")
+    print(f"divergences {found.diagnostics['divergences']}")
     if not found.converged:
-        raise SystemExit("NUTS did not converge: ask for more --warmup and --draws.")
+        failed = f"{int((~settled).sum())} of {len(settled)} data"
+        fewer = ", or fewer --data" if len(settled) > 1 else ""
+        raise SystemExit(f"NUTS did not converge on {failed}: ask for more --warmup and --draws{fewer}.")
 
 
 if __name__ == "__main__":

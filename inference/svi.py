@@ -24,11 +24,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     overrides = {"svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what the loop below does
-    spec = load_spec(given.spec, {**overrides, **dict(map(parse_override, given.set))})
-    folder = pick_folder(spec, given.out, force=False)
-    data = spec.load_data()
-    program = spec.build(data)
-    spec.check(data, program)
+    try:
+        spec = load_spec(given.spec, {**overrides, **dict(map(parse_override, given.set))})
+        folder = pick_folder(spec, given.out, force=None)
+        data = spec.load_data()
+        program = spec.build(data)
+        spec.check(data, program)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
     elbo = ELBOS[spec.svi.elbo](num_particles=spec.svi.particles, vectorize_particles=spec.svi.particles > 1)
     svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": spec.svi.learning_rate}), loss=elbo)

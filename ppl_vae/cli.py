@@ -103,6 +103,10 @@ def evaluate(
         int | None,
         typer.Option(help="How many data, of those there are, the reference and the gap look at; few by default."),
     ] = None,
+    temperatures: Annotated[
+        int | None, typer.Option(help="Moves of each chain, where the reference is by ais; more settle more data.")
+    ] = None,
+    chains: Annotated[int | None, typer.Option(help="Chains a datum, where the reference is by ais.")] = None,
     device: Place = Device.auto,
     trust_code: Trust = False,
     as_json: Json = False,
@@ -115,11 +119,13 @@ def evaluate(
         from ppl_vae.run import evaluate_run
 
         asked: dict[str, Any] = {"reference": reference and reference.value, "gap": gap, "calibration": calibration}
-        asked["looked"] = data
+        asked |= {"looked": data, "temperatures": temperatures, "chains": chains}
         done = evaluate_run(run, samples=samples, device=device.value, trust_code=trust_code, **asked)
         show(screen, done.report, as_json, lambda: f"{headline(done.report)}\n{done.path / 'report.md'}")
         if not done.report.get("reference", {}).get("converged", True):
-            say("ppl-vae: Expected a reference that passes its own checks; it did not. The report says which failed.")
+            say(
+                "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
+            )
             raise typer.Exit(1)
 
 
@@ -258,9 +264,11 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def closer(report: Mapping[str, Any]) -> list[str]:
     """Give what a closer look found, a line for each thing asked for."""
+    from ppl_vae.report import counted
+
     lines = []
     if reference := report.get("reference"):
-        method, data = reference["method"], f"{reference['n']:,} data"
+        method, data = reference["method"], counted(reference["n"])
         failed = "" if reference["converged"] else "; its own checks failed"
         if reference.get("log_evidence") is None:
             reason = "no log p(x)" if method == "nuts" else "none settled"
@@ -277,7 +285,7 @@ def closer(report: Mapping[str, Any]) -> list[str]:
         whole, family, network = (_figure({"mean": gap[name], "se": gap[error]}) for name, error in errors.items())
         least = ">= " if gap["kind"] == "lower bound" else ""
         lines.append(
-            f"gap           {_sign(gap)} {whole} over {gap['n']:,} data: family {least}{family}, network {network}"
+            f"gap           {_sign(gap)} {whole} over {counted(gap['n'])}: family {least}{family}, network {network}"
         )
     if calibration := report.get("calibration"):
         over = f"p = {calibration['p_value']:.2g}, {calibration['simulations']:,} simulations"
@@ -297,9 +305,11 @@ def _sure(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _figure(given: Mapping[str, Any]) -> str:
     """Write a mean and its standard error over data; either may be missing."""
+    from ppl_vae.report import margin
+
     if given["mean"] is None:
         return "not finite"
-    return f"{given['mean']:.3f}" + ("" if given["se"] is None else f" ± {given['se']:.3f}")
+    return f"{given['mean']:.3f}" + ("" if given["se"] is None else f" ± {margin(given['se'])}")
 
 
 def comparison(found: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ __all__ = ["describe", "distrust", "evaluate", "judged", "markdown", "measure", 
 SHOWN = 1000  # data that pictures and checks on the training part look at
 REMEDIES = (
     "What tightens it: more samples (`ppl-vae evaluate RUN --samples K`), a richer guide (FullNormal, MixtureNormal) "
-    "or a larger network; annealing does not rely on the guide (`ppl-vae evaluate RUN --reference ais`)."
+    "or a larger network; annealing does not rely on the guide (`ppl-vae evaluate RUN --reference ais`, "
+    "with more `--temperatures` where it does not settle)."
 )
 
 
@@ -188,9 +189,12 @@ def distrust(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
         )
     if test["collapsed"]:
         names = ", ".join(f"z{number}" for number in test["collapsed"])
+        one = len(test["collapsed"]) == 1
+        what = f"mean of {names} hardly varies" if one else f"means of {names} hardly vary"
         found.append(
-            f"**{len(test['collapsed'])} of {latents} latents are collapsed**: the posterior means of {names} hardly "
-            "vary over the data (variance below 0.01), so they carry nothing. Fewer latents would do as well."
+            f"**{len(test['collapsed'])} of {latents} latents {'is' if one else 'are'} collapsed**: the posterior "
+            f"{what} over the data (variance below 0.01), so {'it carries' if one else 'they carry'} nothing. Fewer "
+            "latents would do as well."
         )
     tenth = max(len(history) // 10, 1)
     if len(history) >= 2:
@@ -222,7 +226,7 @@ def _closer(report: Mapping[str, Any]) -> list[str]:
     found = []
     reference, calibration = report.get("reference"), report.get("calibration")
     if reference and not reference["converged"]:
-        n, settled = reference["n"], reference.get("n_settled", 0)
+        n, settled = reference["n"], reference["n_settled"]
         found.append(
             f"**The reference posterior by {reference['method']} failed its own checks** on {n - settled} of {n} data: "
             "do not rely on it there. The closer look below says what failed."
@@ -230,10 +234,40 @@ def _closer(report: Mapping[str, Any]) -> list[str]:
     if calibration and calibration["verdict"] == "miscalibrated":
         found.append(
             "**The guide is miscalibrated**: on data of its own model, its draws can be told from the true latents "
-            f"(p = {calibration['p_value']:.2g}), so that its means or intervals are off. A richer family, such as "
-            "FullNormal, a larger network or longer training would come closer."
+            f"(p = {calibration['p_value']:.2g}), best by {calibration['weakest']}, so that its means or intervals are "
+            f"off there. {_where(report)}"
         )
     return found
+
+
+def _where(report: Mapping[str, Any]) -> str:
+    """Say whether a guide that fails on simulated data fails on those of the report as well, and what would help."""
+    exact, gap, reference = (report.get(name) for name in ("exact", "gap", "reference"))
+    remedy = "a richer family, such as FullNormal, a larger network or longer training would come closer."
+    if gap and gap["amortization"] > gap["approximation"]:
+        remedy = "a larger network or longer training would come closer, a richer family little."
+    known = [(exact["gap"], "estimate")] if exact else []
+    known += [(gap["total"], gap["kind"])] if gap else []
+    known += [(reference.get("gap"), reference.get("kind"))] if reference else []
+    judged = "held-out" if report["data"]["part"] == "test" else "training"
+    for value, kind in known:
+        if value is None:
+            continue
+        least = "at least " if kind == "lower bound" else ""
+        if value > 0.1:
+            return (
+                f"On the {judged} data, too, it is off: log p(x) - ELBO, which is its KL, is {least}{value:.3f} nats; "
+                + remedy
+            )
+        if kind == "estimate":
+            return (
+                f"On the {judged} data it is nearly exact: log p(x) - ELBO, which is its KL, is {value:.3f} nats. The "
+                "fault shows only off them, where simulated data can lie."
+            )
+    return (
+        "Simulated data can lie off the data that it was trained on, where it may be nearly exact; `--reference auto` "
+        f"tells. If it is off there, too, {remedy}"
+    )
 
 
 def markdown(
@@ -335,7 +369,17 @@ def _figure(value: float | None, error: float | None = None, *, digits: int = 3)
     if value is None:
         return "-"
     value = round(value, digits) + 0.0  # no minus before zero
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {margin(error, digits)}")
+
+
+def margin(error: float, digits: int = 3) -> str:
+    """Write an error, with more digits where those asked for would make it zero, which it is not."""
+    return f"{error:.{digits}f}" if error == 0 or error >= 0.5 * 10**-digits else f"{error:.1g}"
+
+
+def counted(n: int) -> str:
+    """Write a number of data."""
+    return "1 datum" if n == 1 else f"{n:,} data"
 
 
 def rendering(program: Any, x: Mapping[str, Tensor]) -> str:

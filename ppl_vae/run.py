@@ -223,6 +223,8 @@ def evaluate_run(
     gap: bool = False,
     calibration: bool = False,
     looked: int | None = None,
+    temperatures: int | None = None,
+    chains: int | None = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> Run:
@@ -235,6 +237,8 @@ def evaluate_run(
         gap: whether to split log p(x) - ELBO into its parts.
         calibration: whether to test the guide on data of the model.
         looked: how many data the reference and the gap are found for, by default as many as the method can bear.
+        temperatures: moves of each chain, where the reference is by annealing.
+        chains: a datum, where the reference is by annealing.
         device: `auto`, `cpu` or `cuda`.
         trust_code: whether the copy of a program file in the run may be executed.
 
@@ -257,7 +261,10 @@ def evaluate_run(
         report = _report(
             partial, run.path.resolve().name, run.spec, run.program, data, run.report["train"], history,
             samples or run.spec.evaluation.samples,
-            {"reference": reference, "gap": gap, "calibration": calibration, "data": looked},
+            {
+                "reference": reference, "gap": gap, "calibration": calibration, "data": looked,
+                "temperatures": temperatures, "chains": chains,
+            },
         )  # fmt: skip
     return Run(run.path, run.spec, run.program, report)
 
@@ -308,7 +315,7 @@ def _report(
     device, seed = place(program)[0], spec.svi.seed
     data = data.to(device)
     part, rows = judged(program, data)
-    asked = {} if closer is None or not any(closer.values()) else dict(closer)
+    asked = {name: value for name, value in (closer or {}).items() if value is not None and value is not False}
     truth = consult(program, rows, **asked, seed=seed)
     blocks, evidence = evaluate(program, data, samples=samples, seed=seed, latent=spec.model.latent)
     report: dict[str, Any] = {
@@ -330,11 +337,11 @@ def _report(
     }
     pictures = figures(program, data, history, partial / "figures", seed=seed)
     findings: list[str] = []
-    options = "".join(f" --{key}" + f" {value}" * (value is not True) for key, value in asked.items() if value)
+    options = "".join(f" --{key}" + f" {value}" * (value is not True) for key, value in asked.items())
     if asked:
-        del asked["reference"]
+        look = {name: value for name, value in asked.items() if name in ("gap", "calibration", "data")}
         more, findings, drawn = scrutinise(
-            program, rows, evidence, partial / "figures", truth=truth, shape=data.shape, seed=seed, **asked
+            program, rows, evidence, partial / "figures", truth=truth, shape=data.shape, seed=seed, **look
         )
         report.update(finite(more))
         pictures |= drawn
@@ -355,8 +362,13 @@ def _report(
     return report
 
 
-def pick_folder(spec: Spec, out: str | Path | None, force: bool) -> Path:
+def pick_folder(spec: Spec, out: str | Path | None, force: bool | None) -> Path:
     """Choose where a run goes: `out`, or a new directory under `runs/` named after the spec.
+
+    Args:
+        spec: what will be fitted.
+        out: where to, if anywhere.
+        force: whether a finished run at `out` may be replaced; none for a caller that knows no such option.
 
     Raises:
         ValueError: where `out` holds a finished run and `force` is not given, or something else than a run.
@@ -374,7 +386,8 @@ def pick_folder(spec: Spec, out: str | Path | None, force: bool) -> Path:
     if not (folder / "spec.toml").is_file():
         raise ValueError(f"Expected --out to be a new directory or an earlier run; {folder} holds something else.")
     if (folder / "report.json").is_file() and not force:
-        raise ValueError(f"Expected --out to be new; {folder} holds a finished run. Choose another, or give --force.")
+        remedy = "Choose another" + (", or give --force." if force is False else ".")
+        raise ValueError(f"Expected --out to be new; {folder} holds a finished run. {remedy}")
     return folder
 
 

@@ -1,6 +1,7 @@
 """A closer look at a run: reference posteriors, the gap and its parts, calibration, with words and pictures."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ppl_vae.gap import Gap, inference_gap
 from ppl_vae.joint import Joint
 from ppl_vae.plane import Plane, guide_plane, posterior_plane
 from ppl_vae.program import VAE
-from ppl_vae.reference import Reference, reference_posterior
+from ppl_vae.reference import Reference, reference_posterior, strongest
+from ppl_vae.report import counted, margin
 from ppl_vae.traces import doubled, prepare, scope, seeded
 
 __all__ = ["METHODS", "consult", "scrutinise"]
@@ -39,6 +41,8 @@ def consult(
     gap: bool = False,
     calibration: bool = False,
     data: int | None = None,
+    temperatures: int | None = None,
+    chains: int | None = None,
     seed: int = 0,
 ) -> Reference | None:
     """Find the reference of the first data, and refuse what the program does not allow, before anything slow.
@@ -50,6 +54,8 @@ def consult(
         gap: whether log p(x) - ELBO will be split.
         calibration: whether the guide will be tested on data of the model.
         data: how many of the rows to look at; by default as many as the method can bear.
+        temperatures: moves of each chain of annealing, 500 by default; no other method has any.
+        chains: of annealing, a datum, 16 by default.
         seed: of all draws.
 
     Returns:
@@ -65,6 +71,17 @@ def consult(
             raise ValueError(f"Expected --data to be at most {there:,}, which are all there are; got {data:,}.")
         if reference is None and not gap:
             raise ValueError("Expected --data together with --reference or --gap, which look at so many; got it alone.")
+    annealed = {"temperatures": temperatures, "chains": chains}
+    annealed = {name: value for name, value in annealed.items() if value is not None}
+    for name, value in annealed.items():
+        method = strongest(program, _first(program, rows, 1)) if reference == "auto" else reference
+        if method != "ais":
+            took = f"--reference {reference}" + (f", which is {method} here" if reference == "auto" else "")
+            raise ValueError(
+                f"Expected --{name} together with --reference ais, whose setting it is; got it "
+                + ("alone." if reference is None else f"with {took}.")
+            )
+        whole(name, value, 2 if name == "chains" else 1)
     if gap and not isinstance(program, VAE):
         raise ValueError(f"Expected a VAE for --gap, whose guide's family is known; got {type(program).__name__}.")
     if calibration:
@@ -72,7 +89,7 @@ def consult(
     if reference is None:
         return None
     some = _first(program, rows, LOOKED[reference] if data is None else data)
-    settings = ENOUGH if reference in ("auto", "quadrature") else {}
+    settings = annealed or (ENOUGH if reference in ("auto", "quadrature") else {})
     return reference_posterior(program, some, reference, seed=seed, **settings)  # type: ignore[arg-type]
 
 
@@ -122,7 +139,7 @@ def scrutinise(
         settled = _settled(truth)
         relied = _relied(truth, settled)
         blocks["reference"] = _reference(truth, settled, relied, evidence)
-        words.append(_reference_words(blocks["reference"]))
+        words.append(_reference_words(blocks["reference"], split=gap))
         if truth.loc.shape[1] == 2:
             try:
                 picture = _posteriors(program, looked, truth, evidence, shape, seed)
@@ -141,7 +158,7 @@ def scrutinise(
     keep(
         "bound.png",
         diagnostics.bound_over_samples(curve, truth=None if known is None else known.log_evidence),
-        f"The importance-weighted bound over the number of samples, mean over {curve.bound.shape[1]} data"
+        f"The importance-weighted bound over the number of samples, mean over {counted(curve.bound.shape[1])}"
         + (f"; the line is log p(x) by {known.method}{'' if sure else ', a lower bound on average'}." if known else ".")
         + (" At the last there is one group of draws, and so no error bar." if curve.error[-1].isnan().any() else ""),
     )
@@ -168,7 +185,7 @@ def scrutinise(
     if calibration:
         found = calibrate(program, rows, simulations=SIMULATED, seed=seed)
         blocks["calibration"] = _calibration(found)
-        words.append(f"**Calibration**: {found.verdict} (p = {found.p_value:.2g} over {len(found.ranks)} simulations).")
+        words.append(_calibration_words(found))
         keep(
             "calibration.png",
             diagnostics.rank_histograms(found),
@@ -257,9 +274,10 @@ def _reference(truth: Reference, settled: Tensor, relied: Tensor, evidence: Evid
     if truth.draws is not None:
         block["draws"] = len(truth.draws)
     if truth.method == "nuts":
-        return block
+        each = {name: truth.diagnostics[name].tolist() for name in ("r_hat", "ess")}
+        return {**block, "n_settled": int(truth.diagnostics["settled"].sum()), "each": each}
     block["n_settled"] = int(settled.sum())
-    block |= dict.fromkeys(("kind", "log_evidence", "error", "importance_weighted", "gap"))
+    block |= dict.fromkeys(("kind", "log_evidence", "error", "importance_weighted", "gap", "gap_error"))
     if bool(relied.any()):
         known, error = truth.log_evidence[relied], truth.error[relied]
         block["kind"] = "estimate" if bool(settled.any()) else "lower bound"
@@ -268,6 +286,8 @@ def _reference(truth: Reference, settled: Tensor, relied: Tensor, evidence: Evid
         block["error"] = sampled if truth.method == "ais" else float(error.mean())
         block["importance_weighted"] = float(evidence.log_evidence[:n][relied].mean())
         block["gap"] = float((known - evidence.elbo[:n][relied]).mean())
+        bound = float(evidence.elbo_mc_se[:n][relied].square().sum().sqrt()) / len(error)
+        block["gap_error"] = math.hypot(bound, block["error"])
     block["each"] = {"log_evidence": truth.log_evidence.tolist(), "error": truth.error.tolist()}
     return block
 
@@ -277,20 +297,33 @@ def _spread(values: Tensor) -> dict[str, float]:
     return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}
 
 
-def _reference_words(block: Mapping[str, Any]) -> str:
+def _reference_words(block: Mapping[str, Any], *, split: bool = False) -> str:
+    """Put a reference into words; the gap is left to its own words where it will be split."""
     n, method, found = block["n"], block["method"], block["diagnostics"]
     failed = "" if block["converged"] else " **Its own checks failed**: do not rely on it; give it more work."
     if method == "nuts":
         checks = (
-            f"R-hat is {found['r_hat']['max']:.3f} at the most (asked for: below 1.01), {found['ess']['min']:.0f} of "
-            f"{block['draws']:,} draws are effective at the least (above 400), {found['divergences']} diverged (none)."
+            f"R-hat is {found['r_hat']['max']:.4f} at the most (asked for: below 1.01), {block['draws']:,} draws are "
+            f"as good as {found['ess']['min']:.0f} independent ones at the least (above 400), {found['divergences']} "
+            "diverged (none)."
         )
-        return f"**Reference posterior** by NUTS for {n} data: {checks}{failed or ' It passed its checks.'}"
+        verdict = " It passed its checks."
+        if not block["converged"]:
+            verdict = (
+                f" **Its own checks failed** on {n - block['n_settled']} of {n} data: do not rely on it there. Longer "
+                "chains (`python inference/nuts.py RUN --warmup 1000 --draws 4000`) or fewer data at a time, which "
+                "move together (`--data 1`), may pass."
+            )
+        return f"**Reference posterior** by NUTS for {counted(n)}: {checks}{verdict}"
     settled = block["n_settled"]
     missing, chains = "", ""
     if settled < n:
         why, remedy = (
-            ("their chains differ too much", "More `chains` or `temperatures` (`reference_posterior`)")
+            (
+                "their chains differ too much",
+                "Slower annealing (`ppl-vae evaluate RUN --reference ais --temperatures N`, 500 by default) or more "
+                "`--chains` (16)",
+            )
             if method == "ais"
             else ("their posteriors are too rough or too wide for the lattice", "Annealing (`--reference ais`)")
         )
@@ -298,9 +331,10 @@ def _reference_words(block: Mapping[str, Any]) -> str:
         missing += "They are left out here and below. " if settled or method != "ais" else ""
         missing += f"{remedy} may reach them."
     if block["log_evidence"] is None:
-        return f"**Reference** by {method}: none of {n} data has a figure to rely on.{missing}"
-    of = f"{n} data" if settled in (0, n) else f"the {settled} data that settled"
-    error = {"closed-form": "exactly", "ais": f"± {block['error']:.3f}"}.get(method, f"± {block['error']:.1g}")
+        return f"**Reference** by {method}: none of {counted(n)} has a figure to rely on.{missing}"
+    of = counted(n) if settled in (0, n) else f"the {counted(settled)} that settled"
+    doubt = margin(block["error"]) if method == "ais" else f"{block['error']:.1g}"
+    error = "nats exactly" if method == "closed-form" else f"± {doubt} nats"
     if method == "ais":
         ess = found["ess"]
         chains = (
@@ -309,11 +343,15 @@ def _reference_words(block: Mapping[str, Any]) -> str:
         )
     sign, least = ("=", "") if block["kind"] == "estimate" else (">=", "at least ")
     bound = "" if block["kind"] == "estimate" else " This is a lower bound on average, not an estimate."
+    below = "" if split else f"; the ELBO lies {least}{block['gap']:.3f}{_plus_minus(block['gap_error'])} below"
     return (
-        f"**Reference** by {method}: log p(x) {sign} {block['log_evidence']:.3f} {error} nats on average over {of}, "
-        f"where importance sampling gives {block['importance_weighted']:.3f}; the ELBO lies {least}{block['gap']:.3f} "
-        f"below.{bound}{chains}{missing or failed}"
+        f"**Reference** by {method}: log p(x) {sign} {block['log_evidence']:.3f} {error} on average over {of}, "
+        f"where importance sampling gives {block['importance_weighted']:.3f}{below}.{bound}{chains}{missing or failed}"
     )
+
+
+def _plus_minus(error: float) -> str:
+    return "" if math.isnan(error) else f" ± {margin(error)}"
 
 
 def _bound(curve: BoundCurve) -> dict[str, Any]:
@@ -331,7 +369,7 @@ def _bound_words(block: Mapping[str, Any]) -> str:
     counts = block["samples"]
     shown = sorted({0, len(counts) // 2, len(counts) - 1})
     figures = ", ".join(f"{block['mean'][at]:.3f} at K = {counts[at]:,}" for at in shown)
-    return f"**The bound over the number of samples** K, mean over {block['n']} data: {figures}."
+    return f"**The bound over the number of samples** K, mean over {counted(block['n'])}: {figures}."
 
 
 def _gap(split: Gap, *, sure: bool) -> dict[str, Any]:
@@ -349,10 +387,10 @@ def _gap(split: Gap, *, sure: bool) -> dict[str, Any]:
 def _gap_words(block: Mapping[str, Any]) -> str:
     least = "" if block["kind"] == "estimate" else "at least "
     return (
-        f"**The gap**, log p(x) - ELBO, is {least}{block['total']:.3f} ± {block['error']:.3f} nats on average over "
-        f"{block['n']} data: {least}{block['approximation']:.3f} ± {block['approximation_error']:.3f} because of the "
-        f"guide's family, {block['amortization']:.3f} ± {block['amortization_error']:.3f} because one network answers "
-        f"for all data. ± is the Monte Carlo error. {_advice(block)}"
+        f"**The gap**, log p(x) - ELBO, is {least}{block['total']:.3f}{_plus_minus(block['error'])} nats on average "
+        f"over {counted(block['n'])}: {least}{block['approximation']:.3f}{_plus_minus(block['approximation_error'])} "
+        f"because of the guide's family, {block['amortization']:.3f}{_plus_minus(block['amortization_error'])} because "
+        f"one network answers for all data. ± is the Monte Carlo error. {_advice(block)}"
     )
 
 
@@ -362,6 +400,16 @@ def _advice(parts: Mapping[str, Any]) -> str:
     if parts["approximation"] > parts["amortization"]:
         return "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
     return "A larger encoder or longer training would gain more than a richer family."
+
+
+def _calibration_words(found: Calibration) -> str:
+    told = f"**Calibration**: {found.verdict} (p = {found.p_value:.2g} over {len(found.ranks)} simulations)."
+    if found.verdict == "miscalibrated":
+        told += (
+            f" It shows most in {found.weakest}. A guide can be nearly exact on data and yet fail here, because "
+            "simulated data can lie off the data that it was trained on."
+        )
+    return told
 
 
 def _calibration(found: Calibration) -> dict[str, Any]:
@@ -374,6 +422,7 @@ def _calibration(found: Calibration) -> dict[str, Any]:
         "coverage_p_value": found.coverage_p_value,
         "joint_p_value": found.joint_p_value,
         "verdict": found.verdict,
+        "weakest": found.weakest,
         "ranks": {"edges": edges.tolist(), "counts": counts.tolist()},
         "coverage": {"nominal": found.levels.tolist(), "found": found.coverage.tolist()},
     }

@@ -312,14 +312,59 @@ def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished,
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert json.loads(found.stdout) == report
     assert report["reference"]["converged"] is False
-    assert report["reference"]["diagnostics"]["ess"]["max"] < 400
+    each = report["reference"]["each"]
+    passed = [r_hat < 1.01 and ess > 400 for r_hat, ess in zip(each["r_hat"], each["ess"], strict=True)]
+    assert report["reference"]["n_settled"] == sum(passed) == 0
+    assert report["reference"]["diagnostics"]["ess"]["max"] == max(each["ess"]) < 400
+    assert report["reference"]["diagnostics"]["divergences"] >= 0
     text = (tmp_path / "run" / "report.md").read_text()
     words = part(text, "A closer look")
     assert "- **The reference posterior by nuts failed its own checks** on 2 of 2" in part(text, "What to distrust")
     assert headline(report).endswith("\nreference        no log p(x) (nuts, 2 data; its own checks failed)")
-    assert "**Its own checks failed**" in words
+    assert "**Its own checks failed** on 2 of 2 data" in words
+    assert "python inference/nuts.py RUN --warmup" in words
     assert "R-hat is " in words
-    assert f"{report['reference']['diagnostics']['ess']['min']:.0f} of 40 draws are effective" in words
+    assert f"40 draws are as good as {report['reference']['diagnostics']['ess']['min']:.0f} independent ones" in words
+
+
+def test_annealing_takes_its_settings_from_the_command_line(tmp_path, monkeypatch):
+    small = ["--set", "svi.epochs=1", "--set", "evaluation.samples=30", "--set", "likelihood.network.hidden=[5]"]
+    sharp = ["--set", "model.latent=4", "--set", "likelihood.scale=0.5"]
+    assert invoke("fit", MODELS / "digits.toml", *small, *sharp, "--out", "run").exit_code == 0
+    given = {}
+    whole = scrutiny.reference_posterior
+
+    def noted(program, x, method, **settings):
+        given.update(settings, method=method)
+        return whole(program, x, method, **settings)
+
+    monkeypatch.setattr(scrutiny, "reference_posterior", noted)
+    asked = ["--data", 2, "--temperatures", 3, "--chains", 5]
+    for method in ("ais", "auto"):
+        found = invoke("evaluate", "run", "--reference", method, *asked)
+        assert found.exit_code == 1
+        assert (given["method"], given["temperatures"], given["chains"]) == (method, 3, 5)
+    report = json.loads(Path("run/report.json").read_text())["reference"]
+    assert (report["method"], report["draws"], report["n"], report["n_settled"]) == ("ais", 5, 2, 0)
+    text = Path("run/report.md").read_text()
+    assert "ppl-vae evaluate RUN --reference ais --temperatures N" in part(text, "A closer look")
+    assert "--reference auto --data 2 --temperatures 3 --chains 5\n" in part(text, "Reproduce")
+    assert "--temperatures" in invoke("evaluate", "--help").stdout
+
+
+def test_auto_refuses_settings_of_annealing_where_it_takes_another(finished):
+    before = (finished / "report.json").read_bytes()
+    message = "with --reference auto, which is closed-form here"
+    assert message in refused("evaluate", finished, "--reference", "auto", "--temperatures", 9)
+    assert (finished / "report.json").read_bytes() == before
+
+
+def test_small_errors_and_single_data_are_printed_as_such():
+    gap = {"kind": "estimate", "n": 1, "total": 0.5, "error": 0.0004}
+    gap |= {"approximation": 0.5, "approximation_error": 0.0, "amortization": 0.0, "amortization_error": 0.02}
+    assert closer({"gap": gap}) == [
+        "gap              0.500 ± 0.0004 over 1 datum: family 0.500 ± 0.000, network 0.000 ± 0.020"
+    ]
 
 
 def test_references_that_a_program_does_not_allow_leave_the_report_as_it_was(tmp_path, monkeypatch):
@@ -343,6 +388,16 @@ def test_references_that_a_program_does_not_allow_leave_the_report_as_it_was(tmp
     assert "--data together with --reference or --gap" in refused("evaluate", "many", "--data", "9")
     assert "at least 1; got 0" in refused("evaluate", "many", "--gap", "--data", "0")
     assert "at most 297, which are all there are" in refused("evaluate", "many", "--gap", "--data", "99999")
+    annealed = "Expected --temperatures together with --reference ais, whose setting it is; got it"
+    assert f"{annealed} alone." in refused("evaluate", "many", "--temperatures", "9")
+    assert f"{annealed} with --reference nuts." in refused(
+        "evaluate", "many", "--reference", "nuts", "--temperatures", 9
+    )
+    assert "Expected --chains together" in refused("evaluate", "many", "--gap", "--chains", "0")
+    assert "`temperatures` to be" in refused("evaluate", "many", "--reference", "auto", "--temperatures", "0")
+    assert "`chains` to be a whole number, at least 2" in refused(
+        "evaluate", "many", "--reference", "ais", "--chains", "1"
+    )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

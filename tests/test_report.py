@@ -233,6 +233,8 @@ def example(**changes):
 
 
 FLAT = [-100.0] * 20
+GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
+WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,7 @@ FLAT = [-100.0] * 20
         ),
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
         ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
+        ({"test__collapsed": [2]}, FLAT, "1 of 4 latents is collapsed.* mean of z2 hardly varies"),
         ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
         ({"test__elbo__mean": -100.9}, FLAT, None),
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
@@ -258,12 +261,25 @@ FLAT = [-100.0] * 20
             "by ais failed.* on 3 of 9",
         ),
         (
-            {"reference": {"method": "nuts", "n": 5, "converged": False}},
+            {"reference": {"method": "nuts", "n": 5, "n_settled": 4, "converged": False}},
             FLAT,
-            "by nuts failed its own checks.* on 5 of 5",
+            "by nuts failed its own checks.* on 1 of 5",
         ),
         ({"reference": {"method": "quadrature", "n": 9, "n_settled": 9, "converged": True}}, FLAT, None),
-        ({"calibration": {"verdict": "miscalibrated", "p_value": 1e-9}}, FLAT, r"guide is miscalibrated.*p = 1e-09"),
+        ({"calibration": WRONG}, FLAT, r"guide is miscalibrated.*p = 1e-09\), best by the coverage.*where it may be"),
+        ({"calibration": WRONG, "exact": {"gap": 0.02}}, FLAT, "nearly exact.* is 0.020 nats.*only off them"),
+        (
+            {"calibration": WRONG, "gap": GAP},
+            FLAT,
+            "held-out data, too.* is at least 0.300 nats; a richer family",
+        ),
+        ({"calibration": WRONG, "gap": {**GAP, "amortization": 0.25}}, FLAT, "0.300 nats; a larger network"),
+        ({"calibration": WRONG, "gap": {**GAP, "total": 0.03}}, FLAT, "`--reference auto` tells"),
+        (
+            {"calibration": WRONG, "reference": {"method": "nuts", "n": 5, "n_settled": 5, "converged": True}},
+            FLAT,
+            "`--reference auto` tells",
+        ),
         ({"calibration": {"verdict": "no fault found", "p_value": 0.3}}, FLAT, None),
         ({"data__part": "train"}, FLAT, "All figures are of the training data"),
         ({"test__log_evidence__mean": None}, FLAT, "not finite"),
@@ -284,6 +300,13 @@ def test_json_has_no_nan():
         "a": [1.0],
         "b": {"c": None, "d": None, "e": 2},
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(0.0, "0.000"), (0.0004, "0.0004"), (0.0006, "0.001"), (1e-9, "1e-09"), (2.0, "2.000")]
+)
+def test_no_error_is_rounded_to_none(error, text):
+    assert report.margin(error) == text
 
 
 def test_bits_per_dimension():

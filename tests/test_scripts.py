@@ -50,8 +50,10 @@ def test_svi_leaves_a_run(source, tmp_path, capsys):
     bounds = [json.loads(line)["elbo"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert bounds[1] > bounds[0]
     assert evaluate_run(tmp_path / "run", trust_code=True).report == made.report
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(SystemExit, match=r"holds a finished run\. Choose another\.$"):
         main("svi", ROOT / "models" / source, *short, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit, match="got no such file"):
+        main("svi", tmp_path / "none.toml")
 
 
 def test_the_visible_loop_finds_what_fit_finds(tmp_path):
@@ -92,8 +94,10 @@ def test_exact_posterior_prints_the_gap(tmp_path, capsys):
 
 
 def table(lines):
-    """Read the numbers of lines such as `0 -161.020 0.302`, the first of them a whole number."""
-    return [[float(cell) for cell in line.split()] for line in lines if re.match(r" +\d+ +-?\d", line)]
+    """Read the numbers of lines such as `0 -161.020 0.302 yes`, the first of them a whole number."""
+    words = {"yes": 1.0, "no": 0.0}
+    found = [line.split() for line in lines if re.match(r" +\d+ +-?\d", line)]
+    return [[words[cell] if cell in words else float(cell) for cell in row] for row in found]
 
 
 def linear(tmp_path, latent):
@@ -114,9 +118,15 @@ def test_annealed_importance_brackets_the_evidence(tmp_path, capsys):
         assert lines[0] == f"test data, nats per datum: 20 weights, and 16 chains of {temperatures} moves"
         rows = table(lines)
         assert len(rows) == 16
-        _, weighted, annealed, error, chains, accepted = torch.tensor(rows[:8]).double().T
+        _, weighted, annealed, error, chains, accepted, settled = torch.tensor(rows[:8]).double().T
         torch.testing.assert_close(weighted, exact, rtol=0, atol=2e-3)  # the guide is exact
         missed[temperatures] = exact - annealed
+        failed = [line for line in lines if "did not settle" in line]
+        assert len(failed) == (0 if settled.all() else 1)
+        if temperatures == 1:
+            assert not settled.any()
+            assert failed[0].startswith("8 of 8 data did not settle")
+            assert failed[0].endswith("Give more --temperatures, or --chains.")
         if temperatures == 40:
             assert (missed[40].abs() < 5 * error + 1e-3).all()
             assert ((accepted > 0.3) & (accepted < 0.95)).all()
@@ -130,7 +140,9 @@ def test_annealed_importance_brackets_the_evidence(tmp_path, capsys):
         assert miss.mean() > -5 * miss.std() / 8**0.5
     means = [[float(cell) for cell in line.split()[1:]] for line in lines if line.startswith(" mean")]
     assert means == [
-        pytest.approx([weighted.mean().item(), annealed.mean().item()], abs=2e-3),
+        pytest.approx(
+            [weighted.mean().item(), annealed.mean().item(), error.square().sum().sqrt().item() / 8], abs=2e-3
+        ),
         pytest.approx([lower.mean().item(), upper.mean().item(), gap.mean().item()], abs=2e-3),
     ]
 
@@ -142,8 +154,10 @@ def test_annealing_from_an_exact_guide_has_no_error(tmp_path, capsys):
     for row, exact in zip(rows[:2], exact_log_evidence(program, x[:2]), strict=True):
         assert row[2:4] == pytest.approx([exact.item(), 0.0], abs=2e-3)
     for name, count in (("chains", 0), ("data", 0), ("data", -1)):
-        with pytest.raises(SystemExit, match=f"Expected `{name}` to be a whole number, at least 1; got {count}"):
+        with pytest.raises(SystemExit, match=f"Expected `{name}` to be a whole number, at least [12]; got {count}"):
             main("annealed_importance", path, f"--{name}", count)
+    with pytest.raises(SystemExit, match="Expected `chains` to be a whole number, at least 2; got 1"):
+        main("annealed_importance", path, "--chains", 1)
     with pytest.raises(SystemExit, match="Expected a run directory"):
         main("annealed_importance", tmp_path)
 
@@ -155,15 +169,19 @@ def test_nuts_finds_the_exact_posterior(tmp_path, capsys):
     assert lines[0] == "test data, 2 chains of 300 draws"
     rows = [[float(cell) for cell in line.split()[2:]] for line in lines if "z[" in line]
     mean, scale, guide_mean, guide_scale = torch.tensor(rows).double().T
-    r_hat, draws, divergences = re.match(r"R-hat ([\d.]+), bulk draws (\d+), divergences (\d+)", lines[-1]).groups()
+    r_hat, draws, divergences = re.match(
+        r"R-hat ([\d.]+), as good as (\d+) independent draws, divergences (\d+)", lines[-1]
+    ).groups()
     assert float(r_hat) < 1.01
     assert int(divergences) == 0
     exact = exact_posterior(program, x[:1])
     for loc, spread, count in ((mean, scale, int(draws)), (guide_mean, guide_scale, 1000)):
         assert ((loc - exact.mean[0]).abs() < 5 * exact.stddev[0] / count**0.5).all()
         assert ((spread / exact.stddev[0] - 1).abs() < 5 / (2 * count) ** 0.5).all()
-    with pytest.raises(SystemExit, match="NUTS did not converge: ask for more --warmup and --draws"):
+    with pytest.raises(SystemExit, match="NUTS did not converge on 1 of 1 data: ask for more --warmup and"):
         main("nuts", path, "--data", 1, "--draws", 30, "--warmup", 20, "--chains", 2)
+    with pytest.raises(SystemExit, match="`chains` to be at least 2"):
+        main("nuts", path, "--chains", 1)
     with pytest.raises(SystemExit, match="Expected a run directory"):
         main("nuts", tmp_path)
 

@@ -1,5 +1,7 @@
 """The closer look at a run, on twins whose answers are known, and its pictures."""
 
+import re
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -49,7 +51,8 @@ def test_the_exact_guide_is_found_right(tmp_path) -> None:
     assert blocks["reference"]["gap"] == pytest.approx(0, abs=1e-9)
     assert blocks["calibration"]["verdict"] == "no fault found"
     assert len(words) == 4
-    assert "exactly" in words[0]
+    assert f"{expected:.3f} nats exactly on average" in words[0]
+    assert "the ELBO lies" not in words[0]  # the gap was asked for, and says so
     n = blocks["reference"]["n"]
     assert blocks["bound"]["n"] == blocks["gap"]["n"] == blocks["reference"]["n_settled"] == n == LOOKED["auto"]
     assert blocks["bound"]["samples"] == [1, 2, 5, 10, 20, 50]
@@ -70,6 +73,7 @@ def test_a_narrow_guide_is_found_wrong(tmp_path) -> None:
     (blocks, words, _), _, _ = _look(vae, {"x": x[:20]}, tmp_path, calibration=True)
     assert blocks["calibration"]["verdict"] == "miscalibrated"
     assert "miscalibrated" in words[1]
+    assert f"It shows most in {blocks['calibration']['weakest']}. A guide can be nearly exact on data" in words[1]
 
 
 def test_nonlinear_pairs_have_no_closed_form_and_say_so() -> None:
@@ -93,6 +97,9 @@ def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
     batch = {"x": _digits()[:30, 1:12]}
     (blocks, _, pictures), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=3)
     assert blocks["reference"]["n"] == blocks["bound"]["n"] == 3
+    (_, words, _), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=1)
+    assert re.search(r"on average over 1 datum, .*; the ELBO lies -?[\d.]+ ± [\de.-]+ below\.", words[0])
+    assert "mean over 1 datum:" in words[1]
     assert "reference.png" in pictures  # where the data are no pictures, too
     for count, asked, message in (
         (0, {"gap": True}, "Expected `data` to be a whole number, at least 1; got 0"),
@@ -190,6 +197,21 @@ def test_annealing_is_a_lower_bound_unless_it_has_settled(tmp_path, settled) -> 
     assert ("at least" in words[2]) is not sure
 
 
+def test_nuts_says_of_how_many_data_it_is_sure(tmp_path) -> None:
+    x = _digits()[:3]
+    ppca = PPCA.fit(_digits(), 5)
+    vae, q = ppca.to_vae(), ppca.posterior(x)
+    none = torch.full((3,), float("nan"))
+    told = {"r_hat": torch.tensor([1.0, 1.02, 1.0]), "ess": torch.full((3,), 900.0), "divergences": 0}
+    told["settled"] = told["r_hat"] < 1.01
+    truth = Reference(none, none, q.mean, q.covariance_matrix, "nuts", torch.zeros(800, 3, 5), {"z": (5,)}, False, told)
+    blocks, words, _ = scrutinise(vae, {"x": x}, log_evidence(vae, x, 40), tmp_path, truth=truth)
+    assert blocks["reference"]["n_settled"] == 2
+    assert blocks["reference"]["each"] == {"r_hat": told["r_hat"].tolist(), "ess": [900.0] * 3}
+    assert "800 draws are as good as 900 independent ones at the least" in words[0]
+    assert "**Its own checks failed** on 1 of 3 data" in words[0]
+
+
 def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path, monkeypatch) -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -264,7 +286,7 @@ def test_rank_histograms_count_every_simulation() -> None:
         np.testing.assert_array_equal(drawn[0].get_data().edges, edges)
         first = (found.ranks[:, latent] < edges[1]).sum()
         assert counts[latent, 0] == first
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4  # two latents, log p(x, z), the coverage
 
 
 @pytest.mark.parametrize("draw", ["tail_shapes", "gap_parts"])
