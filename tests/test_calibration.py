@@ -14,12 +14,12 @@ from torch import Tensor
 from twins import TWINS, draws, linear_vae, perturbed
 
 from ppl_vae import PPCA, VAE, Conditional, Program
-from ppl_vae.calibration import Calibration, _chi_square, _kolmogorov, calibrate
+from ppl_vae.calibration import Calibration, _chi_square, _distances, _kolmogorov, _rank, calibrate
 from ppl_vae.diagnostics import rank_histograms
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
 from ppl_vae.simulation import simulate
-from ppl_vae.traces import prepare, scope, structure
+from ppl_vae.traces import prepare, scope, seeded, structure
 
 twins = pytest.mark.parametrize("twin", TWINS)
 
@@ -325,3 +325,44 @@ def test_settings_are_refused() -> None:
         calibrate(t.program)
     numpys = calibrate(t.program, t.batch, draws=np.int64(9), simulations=np.int64(20))  # type: ignore[arg-type]
     assert torch.equal(numpys.ranks, calibrate(t.program, t.batch, draws=9, simulations=20).ranks)
+
+
+def test_ranks_count_the_draws_below_and_settle_ties_by_lot() -> None:
+    drawn = torch.tensor([[0.0, 5.0], [1.0, 5.0], [2.0, 7.0]])
+    with seeded(0, device=torch.device("cpu")):
+        ranks = torch.stack([_rank(drawn, torch.tensor([1.5, 5.0])) for _ in range(600)])
+    assert (ranks[:, 0] == 2).all()
+    counts = torch.bincount(ranks[:, 1], minlength=4)
+    assert counts[3] == 0
+    assert ((counts[:3] - 200).abs() < 5 * (600 * 2 / 9) ** 0.5).all()
+
+
+def test_distances_do_not_depend_on_the_units_of_a_latent() -> None:
+    z, truth, reference = draws(20, 6, 2), draws(6, 2) + 0.3, draws(6, 2) - 0.2
+    units = torch.tensor([1.0, 1000.0])
+    scaled = _distances(units * z, units * truth, units * reference)
+    for a, b in zip(_distances(z, truth, reference), scaled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_coverage_of_a_guide_that_is_too_sure_lies_below_its_levels() -> None:
+    t = TWINS["ppca_vae"]()
+    found = calibrate(perturbed(t.program, 0.5, 0.0), t.batch, simulations=500)
+    inner = (found.levels > 0.2) & (found.levels < 0.95)
+    assert (found.coverage[inner] < found.levels[inner] - 0.05).all()
+
+
+def test_any_one_test_decides_the_verdict_after_bonferroni() -> None:
+    for p_values in (([0.4, 2e-4], 0.5, 0.5), ([0.4, 0.6], 2e-4, 0.5), ([0.4, 0.6], 0.5, 2e-4)):
+        found = _found(*p_values)
+        assert found.p_value == pytest.approx(8e-4)
+        assert found.verdict == "miscalibrated"
+    assert _found([0.4, 0.6], 3e-4, 0.5).verdict == "no fault found"
+
+
+@pytest.mark.parametrize("n", [15, 100])
+def test_the_kolmogorov_test_is_nearly_exact_for_few(n: int) -> None:
+    for seed in range(20):
+        uniform = np.sort(np.random.default_rng(seed).random(n) ** (1 + seed / 40))
+        found = _kolmogorov(torch.from_numpy(uniform))
+        assert found == pytest.approx(stats.kstest(uniform, "uniform", method="exact").pvalue, abs=0.004, rel=0.05)
