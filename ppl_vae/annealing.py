@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ppl_vae.batches import as_batch, whole
 from ppl_vae.joint import Batch, Joint, Path, State
-from ppl_vae.simulation import simulate
+from ppl_vae.simulation import drawn_twice
 from ppl_vae.traces import prepare, scope, seeded, structure
 
 __all__ = ["HMC", "Annealing", "Sandwich", "anneal", "annealed_importance", "bidirectional", "ladder"]
@@ -161,7 +161,7 @@ class Annealing:
         4 for the datum itself; or 100 chains are effective. Were log weights normal, k chains would then be some
         :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. Few chains tell little of their variance,
         and to pick the data where it came out small would pick those whose estimate is low; hence the median, as data
-        of one program anneal alike.
+        of one program anneal alike. A mode that no chain has reached leaves no trace.
         """
         free = (len(self.log_weights) - 1) * self.log_weights.shape[1]
         if free < 1:
@@ -304,7 +304,7 @@ def bidirectional(
     for joint, blocks, key in _blocks(program, x, chains, entries, seed):
         with _quiet(joint, *key, "bidirectional"):
             with torch.no_grad():
-                batch, z = simulate(program, joint.batch, joint.found)
+                batch, z = drawn_twice(program, joint.batch, joint.found, *key, "simulate")
             path = Path(Joint(program, batch, joint.found), start)
             truth = joint.place(z.unsqueeze(0))
             move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)

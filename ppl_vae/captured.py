@@ -26,10 +26,10 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 class Captured:
     """A function that is replayed without the Python that computes it, Pyro's included.
 
-    After a few calls with one shape, its tensor operations are read off an evaluation, and whatever does not depend on
-    the argument is computed once: nothing else may change from then on. Where a second point shows that the replay is
-    not the function (which draws, or branches on values), or it cannot be captured, it stays as it is; the log (level
-    INFO) then says why.
+    After a few calls with one shape and type, its tensor operations are read off an evaluation, and whatever does not
+    depend on the argument is computed once: nothing else may change from then on. Where a second point shows that the
+    replay is not the function (which draws, or branches on values), or it cannot be captured, it stays as it is; the
+    log (level INFO) then says why.
 
     Args:
         function: of one tensor, deterministic; its results are used as they are, without gradients.
@@ -37,23 +37,28 @@ class Captured:
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.seen: Counter[torch.Size] = Counter()
-        self.graphs: dict[torch.Size, Function] = {}
+        self.seen: Counter[tuple[torch.Size, torch.dtype]] = Counter()
+        self.graphs: dict[tuple[torch.Size, torch.dtype], Function] = {}
 
     @torch.no_grad()
     def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
         """Evaluate at u."""
         u = u.contiguous()  # as what was captured
-        self.seen[u.shape] += 1
-        if self.seen[u.shape] == _EAGER:
-            self.graphs[u.shape] = self._capture(u)
-        return self.graphs.get(u.shape, self.function)(u)
+        kind = u.shape, u.dtype
+        self.seen[kind] += 1
+        if self.seen[kind] == _EAGER:
+            self.graphs[kind] = self._capture(u)
+        return self.graphs.get(kind, self.function)(u)
 
     def _capture(self, u: Tensor) -> Function:
         try:
             with pyro.validation_enabled(False):  # it looks at values
                 graph = make_fx(lambda given: self.function(given))(u)
                 graph.graph.eliminate_dead_code()
+                if any(
+                    torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) for node in graph.graph.nodes
+                ):
+                    raise ValueError("a shape depends on values")
                 if not any(_mutates(node.target) for node in graph.graph.nodes):
                     _simplify(graph, u)
                     _reuse(graph, u)

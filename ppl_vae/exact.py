@@ -17,7 +17,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MultivariateNormal
+from pyro.distributions import (
+    MixtureOfDiagNormals,
+    MixtureOfDiagNormalsSharedCovariance,
+    MixtureSameFamily,
+    MultivariateNormal,
+)
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -216,6 +221,8 @@ class _Probe:
             model, guide = trace_pair(program, batch, 1, self.nesting)
         own: Any = (guide if role == "guide" else model).nodes
         for name in self.latents:
+            if _mixed(own[name]["fn"]):  # of which a component that is far off would leave no trace
+                raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is a mixture.")
             if (support := _short_of_real(own[name]["fn"])) is not None:
                 raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is on {support}.")
         sites: Any = guide.nodes
@@ -270,6 +277,16 @@ class _Probe:
             except NotImplementedError:
                 return self.origin[None][:0]
         return self.layout.pack({name: trace.nodes[name]["value"] for name in self.latents}).double()
+
+
+def _mixed(distribution: Any) -> bool:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if isinstance(distribution, MixtureSameFamily):
+        return bool(distribution.mixture_distribution.logits.shape[-1] > 1)
+    if isinstance(distribution, MixtureOfDiagNormals | MixtureOfDiagNormalsSharedCovariance):
+        return bool(distribution.categorical.logits.shape[-1] > 1)
+    return False
 
 
 def _short_of_real(distribution: Any) -> str | None:

@@ -59,14 +59,14 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _peaks(joint: Joint, draws: Tensor, spread: Tensor) -> Tensor:
-    """Choose among draws (k, n, z) those that are far from any higher one, the better half of them alone, (s, n)."""
+    """Choose among draws (k, n, z) those that are far from any higher one, (s, n)."""
     height = torch.stack(joint.log_probs(draws)).sum(0).nan_to_num(-math.inf)
-    half = height.topk(len(draws) // 2, 0).indices  # in falling order
-    place = (draws / spread).gather(0, half.unsqueeze(-1).expand(-1, -1, joint.size)).movedim(1, 0)
+    falling = height.argsort(0, descending=True)
+    place = (draws / spread).gather(0, falling.unsqueeze(-1).expand(-1, -1, joint.size)).movedim(1, 0)
     apart = torch.cdist(place, place)  # (n, k, k)
     higher = torch.ones_like(apart[0]).tril(-1).bool()
     far = apart.masked_fill(~higher, math.inf).amin(-1).T
-    return half.gather(0, far.topk(3 * _STARTS // 4, 0).indices)
+    return falling.gather(0, far.topk(3 * _STARTS // 4, 0).indices)
 
 
 def _look(joint: Joint, u: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tupl
         change = (after.log_mass - before.log_mass).abs() + after.halved / 2
         unseen = (after.outside + after.dropped + lattice.cut + lattice.between(after.step)).clamp_max(1.0)
         error = change - torch.log1p(-unseen) + rounding
-        error = torch.where(after.missed | error.isnan(), math.inf, error)
+        error = torch.where(after.missed | error.isnan() | (after.log_mass > 1e300), math.inf, error)
         settled = error < tolerance + rounding
         done = settled | (3 * side // 2 > most)
         if bool(done.any()):

@@ -8,9 +8,9 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae.latents import packed
-from ppl_vae.traces import Structure
+from ppl_vae.traces import Structure, seeded
 
-__all__ = ["simulate"]
+__all__ = ["drawn_twice", "simulate"]
 
 
 def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[dict[str, Tensor], Tensor]:
@@ -31,6 +31,8 @@ def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[
             observes an entry twice.
     """
     real = {key: value for key, value in batch.items() if value.is_floating_point()}
+    if not real:
+        raise ValueError("Expected a batch with real numbers among its entries, where simulated data go; got none.")
     shapes, sizes = {key: value.shape for key, value in real.items()}, [value.numel() for value in real.values()]
     flat = torch.cat([value.flatten() for value in real.values()]).nan_to_num()
 
@@ -63,6 +65,11 @@ def _entries(name: str, node: Any, count: int) -> Tensor:
         raise ValueError(
             f"Expected a model that data can be drawn from; site '{name}' is a factor, which no data come from."
         )
+    if not node["value"].is_floating_point():
+        raise ValueError(
+            f"Expected data of a floating type, to find where simulated ones go; site '{name}' observes "
+            f"{node['value'].dtype}. Convert the entry with .float()."
+        )
     index = node["value"].round().long()
     if not bool(((index >= 0) & (index < count)).all()) or not torch.equal(index.to(node["value"]), node["value"]):
         raise ValueError(
@@ -70,3 +77,24 @@ def _entries(name: str, node: Any, count: int) -> Tensor:
             "Transform the data beforehand."
         )
     return index
+
+
+def drawn_twice(
+    program: Any, batch: dict[str, Tensor], found: Structure, *key: int | str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Simulate, and again from what came out with the same randomness, to see that nothing depends on placeholders.
+
+    Raises:
+        ValueError: where latent variables or data depend on observed values, or as in `simulate`.
+    """
+    device = next(iter(batch.values())).device
+    with seeded(*key, device=device):
+        drawn, truth = simulate(program, batch, found)
+    with seeded(*key, device=device):
+        again, same = simulate(program, drawn, found)
+    if not torch.equal(truth, same) or any(not torch.equal(drawn[name], again[name]) for name in drawn):
+        raise ValueError(
+            "Expected a model whose latent variables and data do not depend on the values observed; they changed with "
+            "the placeholders."
+        )
+    return drawn, truth

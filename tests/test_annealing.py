@@ -133,6 +133,33 @@ def test_a_move_leaves_its_density_as_it_is(step):
     assert torch.equal(again.tilt_slope, state.tilt_slope)
 
 
+def test_data_that_depend_on_placeholders_or_are_whole_numbers_are_not_simulated():
+    def chained(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("a", dist.Normal(z, 0.5), obs=x[:, 0])
+            pyro.sample("b", dist.Normal(z + 3 * x[:, 0], 0.5), obs=x[:, 1])
+
+    def counting(t: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(t), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(t)), 1.0))
+            pyro.sample("y", dist.Poisson(t * z.exp()), obs=y)
+
+    def guide(**batch: Tensor) -> None:
+        n = len(next(iter(batch.values())))
+        with pyro.plate("data", n, dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(n), 1.0))
+
+    few: dict[str, Any] = {"chains": 2, "temperatures": 2}
+    with pytest.raises(ValueError, match="do not depend on the values observed"):
+        bidirectional(Program(chained, guide), torch.zeros(3, 2), **few)
+    exposure = torch.full((3,), 100.0)
+    with pytest.raises(ValueError, match=r"floating type.*site 'y' observes torch\.int64"):
+        bidirectional(Program(counting, guide), {"t": exposure, "y": torch.tensor([0, 1, 2])}, **few)
+    found = bidirectional(Program(counting, guide), {"t": exposure, "y": torch.tensor([0.0, 1.0, 2.0])}, **few)
+    assert torch.equal(found.batch["t"], exposure)
+
+
 def test_no_orbit_is_a_period():
     """On a standard normal eight leapfrog steps of 2 sin(pi / 8) lead back to the start, but for their jitter."""
     normal = dist.Normal(0.0, 1.0)
@@ -409,8 +436,8 @@ def test_the_replayed_path_is_the_program(start):
         ends = state.base, state.tilt, state.base_slope, state.tilt_slope
         for found, wanted in zip((*ends, *slopes), (*path._ends(u), *path._ends(u)[2:]), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert path._both.graphs[u.shape] != path._both.function
-    assert path._steep.graphs[u.shape] != path._steep.function
+    assert path._both.graphs[u.shape, u.dtype] != path._both.function
+    assert path._steep.graphs[u.shape, u.dtype] != path._steep.function
 
 
 def test_a_program_that_looks_at_its_values_is_not_replayed(caplog):
@@ -423,7 +450,7 @@ def test_a_program_that_looks_at_its_values_is_not_replayed(caplog):
     with pyro.validation_enabled(False):
         for sign in (1, 1, 1, 1, 1, 1, -1):
             state = path.at(sign * torch.ones(1, 1, 1))
-    assert path._both.graphs[state.u.shape] == path._both.function
+    assert path._both.graphs[state.u.shape, state.u.dtype] == path._both.function
     assert "step by step" in caplog.text
     assert float(state.tilt) == pytest.approx(stats.norm(2, 1).logpdf(1))
 

@@ -29,7 +29,7 @@ def points(count: int, *shape: int) -> Tensor:
 
 
 def nodes(captured: Captured, shape: torch.Size) -> int:
-    return sum(node.op == "call_function" for node in captured.graphs[shape].__self__.graph.nodes)
+    return sum(node.op == "call_function" for node in captured.graphs[shape, torch.float64].__self__.graph.nodes)
 
 
 def test_replays_are_the_function_at_every_point_and_cost_fewer_operations():
@@ -37,7 +37,7 @@ def test_replays_are_the_function_at_every_point_and_cost_fewer_operations():
     for u in points(12, 5, 3):
         for found, wanted in zip(captured(u), network(u), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
-    assert captured.graphs[u.shape] is not network
+    assert captured.graphs[u.shape, u.dtype] is not network
     plain = make_fx(lambda given: network(given))(u)
     assert 2 * nodes(captured, u.shape) < sum(node.op == "call_function" for node in plain.graph.nodes)
 
@@ -66,6 +66,15 @@ def test_each_shape_has_a_graph_of_its_own():
     assert len(captured.graphs) == 2
 
 
+def test_each_type_has_a_graph_of_its_own():
+    captured = Captured(lambda u: ((u @ WEIGHT.to(u)).exp().cos(),))
+    for u in (*points(6, 5, 3).float(), *points(6, 5, 3)):
+        found, wanted = captured(u)[0], captured.function(u)[0]
+        assert found.dtype == u.dtype
+        torch.testing.assert_close(found, wanted)
+    assert len(captured.graphs) == 2
+
+
 def likelihood(u: Tensor) -> tuple[Tensor, ...]:
     """Give a Bernoulli log likelihood, validated, of far-out logits among others."""
     logits = 30 * u.tanh()
@@ -78,7 +87,7 @@ def test_what_is_written_anew_is_equal_to_rounding():
         for u in 3 * points(8, 50, 3):
             for found, wanted in zip(captured(u), likelihood(u), strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
-    graph = captured.graphs[u.shape].__self__.graph
+    graph = captured.graphs[u.shape, u.dtype].__self__.graph
     assert not {"tanh", "binary_cross_entropy_with_logits"} & {node.name for node in graph.nodes}
 
 
@@ -107,7 +116,7 @@ def test_memory_is_kept_and_nothing_is_lost_by_it():
     for found, wanted in earlier:  # the answers of earlier replays too
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    calls = [node for node in captured.graphs[u.shape].__self__.graph.nodes if node.op == "call_function"]
+    calls = [node for node in captured.graphs[u.shape, u.dtype].__self__.graph.nodes if node.op == "call_function"]
     over = [node for node in calls if {"out", "grad_input"} & set(node.kwargs)]
     assert len(over) >= 8
     assert any(node.kwargs["out"].op == "get_attr" for node in over)
@@ -125,7 +134,7 @@ def test_a_chain_of_products_needs_two_pieces_of_memory():
     captured = Captured(chain)
     for u in points(6, 5, 3):
         torch.testing.assert_close(captured(u)[0], chain(u)[0], rtol=1e-12, atol=1e-12)
-    kept = [name for name in vars(captured.graphs[u.shape].__self__) if name.startswith("kept")]
+    kept = [name for name in vars(captured.graphs[u.shape, u.dtype].__self__) if name.startswith("kept")]
     assert len(kept) == 2
 
 
@@ -149,16 +158,20 @@ def test_operations_in_place_are_replayed_as_they_are():
     captured = Captured(rises)
     for u in points(8, 5, 3):
         assert torch.equal(captured(u)[0], rises(u)[0])
-    assert captured.graphs[u.shape] is not rises
+    assert captured.graphs[u.shape, u.dtype] is not rises
 
 
-@pytest.mark.parametrize("function", [branches, draws, counts])
+def picks(u: Tensor) -> tuple[Tensor, ...]:
+    return (u[u > -0.5].sum() / len(u[u > -0.5]),)
+
+
+@pytest.mark.parametrize("function", [branches, draws, counts, picks])
 def test_what_cannot_be_replayed_stays_as_it_is_and_the_log_says_so(function, caplog):
     caplog.set_level("INFO", "ppl_vae")
     captured = Captured(function)
     for u in points(6, 5, 3):
         captured(u)
-    assert captured.graphs[u.shape] is function
+    assert captured.graphs[u.shape, u.dtype] is function
     assert "step by step" in caplog.text
 
 
@@ -166,6 +179,6 @@ def test_what_is_not_finite_is_replayed():
     captured = Captured(lambda u: (u.log(), u.sign() / 0.0))
     for u in points(7, 5, 3):
         found = captured(u)
-    assert captured.graphs[u.shape] is not captured.function
+    assert captured.graphs[u.shape, u.dtype] is not captured.function
     assert found[0].isnan().any()
     assert found[1].isinf().all()

@@ -188,7 +188,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 def test_programs_without_a_closed_form_are_refused(name: str) -> None:
     program, x = randomise(REFUSED[name]()), (torch.randn(8, 5) > 0).double()
     for function in (exact_log_evidence, exact_posterior, compare_posteriors):
-        with pytest.raises(ValueError, match=r"(?s)Expected a linear-Gaussian model.*not quadratic") as caught:
+        with pytest.raises(
+            ValueError, match=r"(?s)Expected a linear-Gaussian model.*(not quadratic|is a mixture)"
+        ) as caught:
             function(program, x)
         assert all(site in str(caught.value) for site in (("top", "z") if name == "two-level" else ("z",)))
 
@@ -330,7 +332,7 @@ def test_two_far_pieces_that_are_each_quadratic_are_refused(place: float) -> Non
     with pytest.raises(ValueError, match="linear-Gaussian model.*not quadratic"):
         exact_log_evidence(program, torch.tensor([[50.0]]))
     guided = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z, 10.0), mixture)
-    with pytest.raises(ValueError, match="linear-Gaussian guide.*not quadratic"):
+    with pytest.raises(ValueError, match="linear-Gaussian guide.*is a mixture"):
         gaussians(guided, torch.tensor([[place]]), "guide")
 
 

@@ -158,6 +158,16 @@ def test_a_scale_that_all_data_share_becomes_the_own_of_each() -> None:
     assert found.approximation_error.max() < 0.01
 
 
+def test_posteriors_too_narrow_for_the_steps_are_told() -> None:
+    ppca = PPCA(torch.zeros(4), torch.tensor([[1.0], [2.0], [-1.5], [0.5]]), torch.tensor(1e-3))
+    vae: Any = guided(ppca, Normal(1), Linear())
+    with torch.no_grad():
+        vae.posterior.network.weight[:1] = torch.linalg.pinv(ppca.weight)
+        vae.posterior.network.weight[1:], vae.posterior.network.bias[1:] = 0.0, -8.0
+    with pytest.warns(UserWarning, match=r"of 5 data are narrower than 0\.01.*Rescale the latent variables"):
+        inference_gap(vae, vae.sample(5), draws=100)
+
+
 def test_a_guide_at_its_best_has_no_amortization_gap_and_an_exact_one_no_gap() -> None:
     x = draws(6, 7)
     exact = TWINS["ppca_vae"]().program

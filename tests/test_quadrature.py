@@ -99,3 +99,40 @@ def test_no_evaluation_holds_more_than_the_entries(monkeypatch: pytest.MonkeyPat
     few = reference_posterior(curved(0.4), x, "quadrature", entries=5000)
     assert max(sizes) <= 5000
     assert ((whole.log_evidence - few.log_evidence).abs() < whole.error + few.error).all()
+
+
+def test_a_low_mode_that_draws_of_the_prior_reach_is_not_left_out() -> None:
+    """One in seven of the posterior's mass lies where all densities are lower than at most draws."""
+    weights, places = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.0, 6.0]).double()
+
+    def model(x: Tensor) -> None:
+        parts = dist.Normal(places, torch.tensor([0.5, 2.0]).double())
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), parts))
+            pyro.sample("x", dist.Normal(z, 8.0), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 0.5))
+
+    x = torch.linspace(-8, 12, 9, dtype=torch.float64).unsqueeze(-1)
+    found = reference_posterior(Program(model, guide), x)
+    assert found.method == "quadrature"  # a mixture is not taken for linear-Gaussian
+    exact = np.log(sum(w * stats.norm(m, np.hypot(s, 8)).pdf(x[:, 0]) for w, m, s in ((0.9, 0, 0.5), (0.1, 6, 2))))
+    assert (np.abs(found.log_evidence.numpy() - exact) <= found.error.numpy()).all()
+    assert found.error.max() < 1e-7
+
+
+def test_a_density_that_is_infinite_somewhere_has_no_figure_to_rely_on() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Gamma(torch.full((len(x),), 0.1).double(), 1.0))
+            pyro.sample("x", dist.Poisson(z), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Gamma(0.1 + x[:, 0], 2.0))
+
+    found = reference_posterior(Program(model, guide), torch.zeros(1, 1).double(), "quadrature")
+    exact = 0.1 * np.log(0.5)
+    assert not found.converged or abs(float(found.log_evidence) - exact) <= float(found.error)
