@@ -23,9 +23,8 @@ from ppl_vae.reference import Reference, reference_posterior, strongest
 from ppl_vae.report import counted, margin
 from ppl_vae.traces import doubled, prepare, scope, seeded
 
-__all__ = ["METHODS", "consult", "scrutinise"]
+__all__ = ["consult", "scrutinise"]
 
-METHODS = ("auto", "closed-form", "quadrature", "ais", "nuts")
 LOOKED = {"auto": 50, "closed-form": 100, "quadrature": 100, "ais": 50, "nuts": 5}  # data
 OTHERWISE = 100  # data, without a reference
 ENOUGH = {"tolerance": 1e-3, "entries": 2**21}  # of quadrature, in nats; it mostly does far better
