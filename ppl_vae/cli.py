@@ -75,6 +75,7 @@ def fit(
     ] = None,
     device: Place = Device.auto,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
+    trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train what a spec says, evaluate it, and leave a run directory with a report."""
@@ -84,7 +85,7 @@ def fit(
             read_toml(spec)
         from ppl_vae.run import fit_spec
 
-        run = fit_spec(spec, changes, out=out, device=device.value, force=force, say=say)
+        run = fit_spec(spec, changes, out=out, device=device.value, force=force, trust_code=trust_code, say=say)
         show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
 
 
@@ -146,6 +147,7 @@ def compare(
 def check(
     spec: Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")],
     set_: Set = None,
+    trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Say what a spec would build and whether it makes sense, without training."""
@@ -153,8 +155,9 @@ def check(
         changes = overrides(set_)
         read_toml(spec)
         from ppl_vae.spec import load_spec
+        from ppl_vae.store import is_run
 
-        loaded = load_spec(spec, changes)
+        loaded = load_spec(spec, changes, trust_code=trust_code or not is_run(spec.parent))
         if loaded.model.program is not None:
             say(f"runs the code of {loaded.model.program}")
         found = loaded.check(loaded.load_data())

@@ -20,7 +20,9 @@ from ppl_vae.scrutiny import consult, scrutinise
 from ppl_vae.spec import Spec, load_spec
 from ppl_vae.store import (
     check_folder,
+    check_replaceable,
     digest,
+    is_run,
     read_metadata,
     read_metrics,
     read_report,
@@ -118,6 +120,7 @@ def fit_spec(
     out: str | Path | None = None,
     device: str = "auto",
     force: bool = False,
+    trust_code: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
@@ -128,6 +131,7 @@ def fit_spec(
         out: the run directory, by default a new one under `runs/`.
         device: `auto`, `cpu` or `cuda`.
         force: whether a finished run at `out` may be replaced.
+        trust_code: whether the program file that a run brings may be executed. One that a spec of your own names is.
         say: takes messages for the user.
 
     Raises:
@@ -137,13 +141,14 @@ def fit_spec(
     source = Path(source)
     resumed = source if source.is_dir() else None
     if resumed is None:
-        spec = load_spec(source, overrides)
+        spec = load_spec(source, overrides, trust_code=trust_code or not is_run(source.parent))
         folder = pick_folder(spec, out, force)
     else:
         check_folder(resumed, finished=False)
         if overrides or out is not None:
             raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
-        spec, folder = read_spec(resumed, trust_code=True), resumed
+        spec, folder = read_spec(resumed, trust_code=trust_code), resumed
+        check_replaceable(folder)
     if spec.model.program is not None:
         say(f"runs the code of {spec.model.program}")
     with reserved(folder):
@@ -172,7 +177,8 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: Path | None,
         with replacing(folder) as partial:
             _write_trained(partial, folder, spec, learned, saved["history"])
             write_state({**saved, "protocol": data.protocol}, partial / "state.safetensors")
-        return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}"
+        trust = "" if spec.model.program is None else " --trust-code"
+        return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}{trust}"
 
     settings = {key: getattr(spec.svi, key) for key in (*SETTINGS, "seed")}
     given: dict[str, Any] = {"validation": data.validation, "resume": state, "on_epoch": note}
@@ -206,8 +212,7 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
         data: its data.
         history: the entries of `History` by name.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "spec.toml").is_file():
-        raise ValueError(f"Expected {folder} to be new, empty or an earlier run; it holds something else.")
+    check_replaceable(folder)
     with reserved(folder), replacing(folder) as partial:
         home = _write_trained(partial, folder, spec, weights(program), history)
         last = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
@@ -249,6 +254,7 @@ def evaluate_run(
     if samples is not None and samples < 1:
         raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples}.")
     run = load_run(path, trust_code=trust_code)
+    check_replaceable(run.path)
     data = run.spec.load_data()
     _same_data(run.path, run.report["data"]["protocol"], data)
     if isinstance(run.program, nn.Module):
@@ -383,8 +389,7 @@ def pick_folder(spec: Spec, out: str | Path | None, force: bool | None) -> Path:
     folder = Path(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
-    if not (folder / "spec.toml").is_file():
-        raise ValueError(f"Expected --out to be a new directory or an earlier run; {folder} holds something else.")
+    check_replaceable(folder)
     if (folder / "report.json").is_file() and not force:
         remedy = "Choose another" + (", or give --force." if force is False else ".")
         raise ValueError(f"Expected --out to be new; {folder} holds a finished run. {remedy}")

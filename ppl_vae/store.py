@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 __all__ = [
     "FORMAT",
     "check_folder",
+    "check_replaceable",
     "digest",
+    "is_run",
     "read_metadata",
     "read_metrics",
     "read_report",
@@ -37,6 +40,7 @@ __all__ = [
 FORMAT = "1"
 ALWAYS = ("spec.toml", "metrics.jsonl", "model.safetensors")
 FINISHED = ("report.json", "evidence.safetensors")
+OWN = (*ALWAYS, *FINISHED, "report.md", "state.safetensors")
 _PARAM = "pyro.param:"
 
 
@@ -69,6 +73,58 @@ def check_folder(path: Path, *, finished: bool) -> None:
         raise ValueError(
             f"Expected a whole run directory, as `ppl-vae fit` leaves; {path} lacks {' and '.join(missing)}. Fit again."
         )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, finished or interrupted: one with the weights of a program."""
+    return (folder / "model.safetensors").is_file()
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder unless it is empty, or a run in which every entry is the run's own file.
+
+    The run's own files are those that `fit` and `evaluate` write: links, other files and other folders are not.
+
+    Raises:
+        ValueError: naming what else lies there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"Expected a directory for the run; {folder} is a file. Choose another place.")
+    others = _others(folder)
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ValueError(
+            f"Expected a new or empty directory, or one that holds a run alone; {folder} also holds {shown}. Nothing "
+            "there was changed. Choose another place, or move these away."
+        )
+
+
+def _others(folder: Path) -> list[str]:
+    """List the entries of a folder that are not a run's own files; of a folder that is no run, all of them."""
+    entries = sorted(folder.iterdir())
+    try:
+        program = read_metadata(folder / "model.safetensors")
+    except ValueError:
+        program = {}
+    if "format_version" not in program:
+        return [path.name for path in entries]
+    report = folder / "report.md"
+    text = report.read_text(encoding="utf-8", errors="replace") if report.is_file() else ""
+    drawn = {f"figures/{name}" for name in re.findall(r"figures/([\w.-]+\.png)", text)}
+
+    def own(path: Path) -> bool:
+        if path.is_symlink() or not path.is_file():
+            return False
+        known = path.name in OWN or path.relative_to(folder).as_posix() in drawn
+        return known or (path.suffix == ".py" and digest(path) == program.get("program"))
+
+    others = []
+    for path in entries:
+        inner = sorted(path.iterdir()) if path.name == "figures" and path.is_dir() and not path.is_symlink() else [path]
+        others += [each.relative_to(folder).as_posix() for each in inner if not own(each)]
+    return others
 
 
 def digest(path: Path) -> str:
@@ -239,8 +295,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Write a directory as a whole: under a temporary name, flushed to disk, then renamed into place.
 
     Where the block raises, the directory stays as it was, and nothing half-written is left.
+
+    Raises:
+        ValueError: where the directory holds anything else than a run, as `check_replaceable` says.
     """
     folder = folder.resolve()
+    check_replaceable(folder)
     partial, former = (folder.parent / f".{folder.name}.{what}-{os.getpid()}" for what in ("partial", "former"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -248,6 +308,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
+        check_replaceable(folder)
         if folder.exists():
             folder.rename(former)
         try:

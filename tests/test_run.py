@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -238,9 +239,9 @@ def test_a_full_disk_leaves_nothing_new_and_the_old_whole(error, finished, twin,
     assert [path.name for path in tmp_path.iterdir()] == [twin.name]
 
 
-def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "old").touch()
+def test_a_failed_rename_puts_the_old_directory_back(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.path, tmp_path / "run")
+    before = contents(tmp_path / "run")
     rename = Path.rename
 
     def failing(self, target):
@@ -251,7 +252,8 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Input/output"), store.replacing(tmp_path / "run") as partial:
         (partial / "new").touch()
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["run", "run/old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_finished_run_is_overwritten_by_force_only(twin, tmp_path, monkeypatch):
@@ -259,21 +261,71 @@ def test_a_finished_run_is_overwritten_by_force_only(twin, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="holds a finished run. Choose another, or give --force"):
         fit_spec(MODELS / "ppca.toml", SHORT, out=twin)
     assert contents(twin) == before
-    (twin / "notes").mkdir()
-    (twin / "notes" / "mine.txt").write_text("kept")
-    evaluate_run(twin)
-    assert (twin / "notes" / "mine.txt").read_text() == "kept"
     assert (
         fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}, out=twin, force=True).report["train"]["epochs"] == 1
     )
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    for force in (False, True):
-        with pytest.raises(ValueError, match="holds something else"):
-            fit_spec(MODELS / "ppca.toml", SHORT, out=tmp_path / "other", force=force)
     monkeypatch.chdir(tmp_path)
     for name in ("ppca", "ppca-2"):
         assert fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}).path == Path("runs") / name
+
+
+def project(folder):
+    """A person's project, with a spec of the name that a run's spec has."""
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (folder / "thesis.tex").touch()
+    shutil.copy(MODELS / "ppca.toml", folder / "spec.toml")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_project_with_a_spec_is_no_run_to_replace(force, tmp_path, monkeypatch):
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"also holds \.git, spec\.toml, thesis\.tex\. Nothing there was changed"):
+        fit_spec("spec.toml", SHORT, out=".", force=force)
+    assert contents(tmp_path) == before
+    for name in (".git", "thesis.tex"):
+        shutil.rmtree(name, ignore_errors=True)
+        Path(name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"also holds spec\.toml\."):  # a person's own, and no run
+        fit_spec("spec.toml", SHORT, out=".", force=force)
+
+
+def strangers(folder):
+    """What a person may have put into a run, by the name that the refusal gives."""
+    return {
+        "notes.txt": lambda: (folder / "notes.txt").write_text("mine"),
+        "notes": lambda: (folder / "notes").mkdir(),
+        "figures/mine.png": lambda: (folder / "figures" / "mine.png").touch(),
+        "report.json": lambda: (
+            (folder / "report.json").rename(folder.parent / "r")
+            and (folder / "report.json").symlink_to(folder.parent / "r")
+        ),
+        "other.py": lambda: (folder / "other.py").touch(),
+        ".git": lambda: (folder / ".git").mkdir(),
+    }
+
+
+@pytest.mark.parametrize("name", strangers(Path()))
+def test_a_run_that_holds_anything_else_is_not_replaced(name, twin):
+    (twin / "figures").mkdir(exist_ok=True)
+    strangers(twin)[name]()
+    before = contents(twin)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"):
+        fit_spec(MODELS / "ppca.toml", SHORT, out=twin, force=True)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"):
+        evaluate_run(twin)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"), store.replacing(twin):
+        raise AssertionError
+    assert contents(twin) == before
+
+
+def test_what_is_put_into_a_run_while_it_is_replaced_stays(twin):
+    with pytest.raises(ValueError, match=r"also holds late\.txt"), store.replacing(twin):
+        (twin / "late.txt").write_text("mine")
+    assert (twin / "late.txt").read_text() == "mine"
+    assert [path.name for path in twin.parent.iterdir()] == [twin.name]
 
 
 FILES = ["spec.toml", "metrics.jsonl", "model.safetensors", "report.json", "evidence.safetensors"]
@@ -339,6 +391,28 @@ def test_data_that_changed_are_refused_and_moved_data_found(tmp_path):
     spec = made.path / "spec.toml"
     spec.write_text(spec.read_text().replace(str(file), str(tmp_path / "moved" / "table.csv")))
     assert evaluate_run(made.path).report["test"] == made.report["test"]
+
+
+def test_the_program_of_an_interrupted_run_runs_only_on_trust(tmp_path, monkeypatch):
+    file, mark = odd(tmp_path)
+
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt, match="Go on with: ppl-vae fit .* --trust-code"):
+            fit_spec(f"{file}:Odd", {**SHORT, "model.latent": 2}, out=tmp_path / "theirs")
+    shutil.move(tmp_path / "theirs", tmp_path / "downloaded")
+    mark.unlink()
+    before = contents(tmp_path / "downloaded")
+    for source in ("downloaded", "downloaded/spec.toml"):
+        with pytest.raises(ValueError, match="give --trust-code"):
+            fit_spec(tmp_path / source, out=None if source == "downloaded" else tmp_path / "new")
+    assert not mark.exists()
+    assert contents(tmp_path / "downloaded") == before
+    assert fit_spec(tmp_path / "downloaded", trust_code=True).report["train"]["epochs"] == 3
+    assert mark.exists()
 
 
 def test_a_programs_own_copy_is_used_and_asks_for_trust(tmp_path):
