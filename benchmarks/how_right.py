@@ -16,9 +16,9 @@ from typing import Any
 from speed import record
 
 from ppl_vae import fit, load_spec, log_evidence
-from ppl_vae.annealing import annealed_importance, bidirectional
-from ppl_vae.gap import inference_gap
-from ppl_vae.svi import SETTINGS
+from ppl_vae.evaluation.gap import inference_gap
+from ppl_vae.infer.annealing import annealed_importance, bidirectional
+from ppl_vae.infer.svi import SETTINGS
 
 MODELS = Path(__file__).parents[1] / "models"
 

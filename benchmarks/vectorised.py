@@ -20,8 +20,8 @@ from speed import pair, record
 from torch import Tensor, nn
 
 from ppl_vae import VAE, inference_gap
-from ppl_vae.annealing import annealed_importance
-from ppl_vae.captured import Captured
+from ppl_vae.infer.annealing import annealed_importance
+from ppl_vae.programs.capture import Captured
 
 LOOPED = 5  # data of the loop that are timed; the rest are taken to cost as much
 

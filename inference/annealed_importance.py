@@ -3,9 +3,9 @@
 import argparse
 
 from ppl_vae import load_run, log_evidence
-from ppl_vae.annealing import annealed_importance, bidirectional
-from ppl_vae.batches import whole
-from ppl_vae.report import judged
+from ppl_vae._checks import check_int
+from ppl_vae.infer.annealing import annealed_importance, bidirectional
+from ppl_vae.reports.measures import evaluation_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: getattr(given, name) for name in ("chains", "temperatures", "leapfrog", "schedule", "start")}
     try:
         run = load_run(given.run, trust_code=given.trust_code)
-        part, rows = judged(run.program, run.spec.load_data())
-        whole("chains", given.chains, 2)  # one chain tells no error
-        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
+        part, rows = evaluation_split(run.program, run.spec.load_data())
+        check_int("chains", given.chains, 2)  # one chain tells no error
+        x = {key: value[: check_int("data", given.data)] for key, value in rows.items()}
         weighted = log_evidence(run.program, x, given.samples, seed=given.seed)
         annealed = annealed_importance(run.program, x, seed=given.seed, **settings)
         sandwich = bidirectional(run.program, x, seed=given.seed, **settings)

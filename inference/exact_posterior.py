@@ -3,8 +3,8 @@
 import argparse
 
 from ppl_vae import compare_posteriors, exact_log_evidence, exact_posterior, load_run, log_evidence
-from ppl_vae.batches import whole
-from ppl_vae.report import judged
+from ppl_vae._checks import check_int
+from ppl_vae.reports.measures import evaluation_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,8 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         run = load_run(given.run, trust_code=given.trust_code)
-        part, rows = judged(run.program, run.spec.load_data())
-        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
+        part, rows = evaluation_split(run.program, run.spec.load_data())
+        x = {key: value[: check_int("data", given.data)] for key, value in rows.items()}
         evidence = exact_log_evidence(run.program, x)
         posterior = exact_posterior(run.program, x)
         compared = compare_posteriors(run.program, x)

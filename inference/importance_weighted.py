@@ -6,8 +6,8 @@ import math
 import torch
 
 from ppl_vae import load_run, log_evidence, log_weights
-from ppl_vae.batches import whole
-from ppl_vae.report import judged
+from ppl_vae._checks import check_int
+from ppl_vae.reports.measures import evaluation_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         run = load_run(given.run, trust_code=given.trust_code)
-        part, rows = judged(run.program, run.spec.load_data())
-        x, seed = {key: value[: whole("data", given.data)] for key, value in rows.items()}, run.spec.svi.seed
+        part, rows = evaluation_split(run.program, run.spec.load_data())
+        x, seed = {key: value[: check_int("data", given.data)] for key, value in rows.items()}, run.spec.svi.seed
         log_w = log_weights(run.program, x, given.samples, seed=seed)  # log p(x, z_i) - log q(z_i | x), (k, n)
     except ValueError as error:
         raise SystemExit(str(error)) from None

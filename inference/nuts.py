@@ -3,10 +3,10 @@
 import argparse
 
 from ppl_vae import load_run
-from ppl_vae.batches import whole
-from ppl_vae.latents import codes
-from ppl_vae.reference import reference_posterior
-from ppl_vae.report import judged
+from ppl_vae._checks import check_int
+from ppl_vae.evaluation.latents import codes
+from ppl_vae.infer.reference import reference_posterior
+from ppl_vae.reports.measures import evaluation_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: getattr(given, name) for name in ("draws", "warmup", "chains", "seed")}
     try:
         run = load_run(given.run, trust_code=given.trust_code)
-        part, rows = judged(run.program, run.spec.load_data())
-        x = {key: value[: whole("data", given.data)] for key, value in rows.items()}
+        part, rows = evaluation_split(run.program, run.spec.load_data())
+        x = {key: value[: check_int("data", given.data)] for key, value in rows.items()}
         found = reference_posterior(run.program, x, "nuts", **settings)
         loc, variance = codes(run.program, x, 1000, seed=given.seed)
     except ValueError as error:

@@ -7,10 +7,11 @@ import time
 import pyro
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae import batches, load_spec
-from ppl_vae.run import pick_folder, write_run
-from ppl_vae.toml import parse_override
-from ppl_vae.traces import prepare
+from ppl_vae import load_spec
+from ppl_vae.data import minibatches
+from ppl_vae.programs.traces import check_batch
+from ppl_vae.runs.run import pick_folder, write_run
+from ppl_vae.runs.spec_file import parse_override
 
 ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 
@@ -39,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     bounds, seconds, steps, began = [], [], 0, time.perf_counter()
     for epoch in range(spec.svi.epochs):
         loss = 0.0
-        drawn = prepare(program, data.epoch(epoch))
-        for batch in batches.batches(drawn, spec.svi.batch_size, seed=spec.svi.seed, epoch=epoch):
+        drawn = check_batch(program, data.epoch(epoch))
+        for batch in minibatches(drawn, spec.svi.batch_size, seed=spec.svi.seed, epoch=epoch):
             loss += svi.step(**batch)
             steps += 1
         if not math.isfinite(loss):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ppl_vae.program import unique_name
+from ppl_vae import unique_name
 
 
 def layers(*sizes: int) -> nn.Sequential:

@@ -9,17 +9,15 @@ from typing import Any
 import tomli_w
 import torch
 
-from ppl_vae import plots
-from ppl_vae.compare import compare_posteriors
-from ppl_vae.data import Data
-from ppl_vae.evidence import log_evidence
-from ppl_vae.exact import exact_log_evidence, gaussians
-from ppl_vae.ppca import PPCA
-from ppl_vae.run import Run, write_run
-from ppl_vae.spec import Spec, load_spec
-from ppl_vae.svi import SETTINGS, fit
-
-__all__ = ["run_demo", "table"]
+from ppl_vae.data.loading import Data
+from ppl_vae.evaluation.comparison import compare_posteriors
+from ppl_vae.evaluation.evidence import log_evidence
+from ppl_vae.infer.svi import SETTINGS, fit
+from ppl_vae.programs.closed_form import exact_log_evidence, gaussians
+from ppl_vae.programs.linear_models import PPCA
+from ppl_vae.reports.posterior_plots import ellipses
+from ppl_vae.runs.run import Run, write_run
+from ppl_vae.runs.spec import Spec, load_spec
 
 DIGITS: dict[str, Any] = {"data": {"name": "digits"}, "prior": {"family": "StandardNormal"}}
 LINEAR: dict[str, Any] = {
@@ -147,12 +145,12 @@ def _draw(program: Any, data: Data) -> Any:
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:8]]
     few = {key: value[first] for key, value in data.test.items()}
     q, p = gaussians(program, few, "guide"), gaussians(program, few, "model")
-    return plots.ellipses((q.loc, q.covariance), (p.loc, p.covariance), labels=few["y"], x=few["x"], shape=data.shape)
+    return ellipses((q.loc, q.covariance), (p.loc, p.covariance), labels=few["y"], x=few["x"], shape=data.shape)
 
 
 def table(figures: list[dict[str, Any]], data: Data, seconds: float) -> str:
     """Lay the rows out for people."""
-    from ppl_vae.cli import table as lay
+    from ppl_vae.runs.console import table as lay
 
     head = ("model", "z", "ELBO", "log evidence", "± data", "± mc", "exact", "gap", "KL(q||p)", "seconds")
     body = [head]

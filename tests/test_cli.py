@@ -15,8 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ppl_vae import demo, run, scrutiny
-from ppl_vae.cli import app, closer, headline
+from ppl_vae import demo
+from ppl_vae.cli import app
+from ppl_vae.reports import measures
+from ppl_vae.runs import run
+from ppl_vae.runs.console import closer, headline
 
 MODELS = Path(__file__).parents[1] / "models"
 SHORT = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
@@ -298,12 +301,12 @@ def test_bounds_and_failures_of_a_closer_look_are_printed_as_such():
 
 def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
-    whole = scrutiny.reference_posterior
+    original = measures.reference_posterior
 
     def hasty(*given, **more):
-        return whole(*given, draws=20, warmup=5, chains=2, **more)
+        return original(*given, draws=20, warmup=5, chains=2, **more)
 
-    monkeypatch.setattr(scrutiny, "reference_posterior", hasty)
+    monkeypatch.setattr(measures, "reference_posterior", hasty)
     for more in ([], ["--json"]):
         found = invoke("evaluate", tmp_path / "run", "--reference", "nuts", "--data", 2, *more)
         assert found.exit_code == 1
@@ -332,13 +335,13 @@ def test_annealing_takes_its_settings_from_the_command_line(tmp_path, monkeypatc
     sharp = ["--set", "model.latent=4", "--set", "likelihood.scale=0.5"]
     assert invoke("fit", MODELS / "digits.toml", *small, *sharp, "--out", "run").exit_code == 0
     given = {}
-    whole = scrutiny.reference_posterior
+    original = measures.reference_posterior
 
     def noted(program, x, method, **settings):
         given.update(settings, method=method)
-        return whole(program, x, method, **settings)
+        return original(program, x, method, **settings)
 
-    monkeypatch.setattr(scrutiny, "reference_posterior", noted)
+    monkeypatch.setattr(measures, "reference_posterior", noted)
     asked = ["--data", 2, "--temperatures", 3, "--chains", 5]
     for method in ("ais", "auto"):
         found = invoke("evaluate", "run", "--reference", method, *asked)
@@ -435,7 +438,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_the_last_epoch_and_fit_goes_on_to_the_same_numbers(number, status, tmp_path):
     (tmp_path / "tell.py").write_text(
-        "import sys\nfrom ppl_vae import run\nfrom ppl_vae.cli import main\nfit = run.fit\n"
+        "import sys\nfrom ppl_vae.runs import run\nfrom ppl_vae.cli import main\nfit = run.fit\n"
         "def telling(*given, on_epoch, **more):\n"
         "    def told(epoch, state):\n"
         "        on_epoch(epoch, state)\n"

@@ -20,7 +20,7 @@ from ppl_vae import (
 )
 from ppl_vae.families import Bernoulli, ExactNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.program import load_program
+from ppl_vae.programs.program import load_program
 
 pytestmark = [
     pytest.mark.gpu,

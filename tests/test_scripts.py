@@ -10,9 +10,10 @@ import pyro
 import pytest
 import torch
 
-from ppl_vae import exact_log_evidence, exact_posterior, load_run, run
-from ppl_vae.annealing import bidirectional
-from ppl_vae.run import evaluate_run, fit_spec
+from ppl_vae import exact_log_evidence, exact_posterior, load_run
+from ppl_vae.infer.annealing import bidirectional
+from ppl_vae.runs import run
+from ppl_vae.runs.run import evaluate_run, fit_spec
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem: path for path in (ROOT / "inference").glob("*.py")}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ppl_vae import VAE, Conditional, Program
 from ppl_vae.families import ExactNormal, FullNormal, Normal, StandardNormal
 from ppl_vae.networks import Linear
-from ppl_vae.program import load_program
+from ppl_vae.programs.program import load_program
 
 MODELS = Path(__file__).parents[1] / "models"
 FLOOR = 1e-6

@@ -1,0 +1,47 @@
+"""Keyed randomness: seeds mixed from keys, and draws that leave the global random state alone."""
+
+import hashlib
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import SupportsIndex
+
+import numpy as np
+import torch
+
+
+def fold_in(*key: SupportsIndex | str) -> int:
+    """Mix a key, such as (seed, epoch) or (seed, "stream", block), into a 63-bit seed for a generator.
+
+    Keys that differ in any entry or in length give seeds that are as good as independent.
+
+    Raises:
+        ValueError: If an integer is negative or needs more than 64 bits.
+    """
+    words = [len(key)]
+    for part in key:
+        if isinstance(part, str):
+            number = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8])
+        else:
+            number = operator.index(part)
+        if not 0 <= number < 2**64:
+            raise ValueError(f"Expected a seed or key that is an integer from 0 to 2**64 - 1; got {part}.")
+        words += [number & 0xFFFFFFFF, number >> 32]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
+
+
+@contextmanager
+def fork_rng(*key: int | str, device: torch.device) -> Iterator[None]:
+    """Draw from the streams of a key, then leave the global random state as it was found."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(fold_in(*key))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

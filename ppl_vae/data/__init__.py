@@ -1,0 +1,5 @@
+"""Data sets and files, as dicts of tensors with leading n."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

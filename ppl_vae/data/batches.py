@@ -1,0 +1,136 @@
+"""Batches: what everything takes for data, dicts of tensors with leading n, in an order keyed by seed and epoch."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vae._seeds import fold_in
+
+
+def permutation(n: int, *, seed: int, epoch: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Return the order (n,) in which epoch `epoch` visits n data: the same numbers on every device."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, "order", epoch))).to(device)
+
+
+def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int) -> Iterator[dict[str, Tensor]]:
+    """Yield every datum once, in batches of `size` (the last may be smaller), in an order by (seed, epoch).
+
+    Each tensor is indexed on its own device, in the order that `permutation` gives:
+
+        for epoch in range(epochs):
+            for batch in minibatches(data.epoch(epoch), 100, seed=0, epoch=epoch):
+                svi.step(**batch)
+
+    Raises:
+        ValueError: If `size` is not a positive integer, or the leading sizes differ.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"Expected `size` to be an integer >= 1; got {size!r}.")
+    n = _leading(data)
+    order = permutation(n, seed=seed, epoch=epoch)
+    orders = {device: order.to(device) for device in {value.device for value in data.values()}}
+
+    def generate() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, n, size):
+            rows = {device: index[start : start + size] for device, index in orders.items()}
+            yield {key: value.index_select(0, rows[value.device]) for key, value in data.items()}
+
+    return generate()
+
+
+def as_batch(x: object) -> dict[str, Tensor]:
+    """Turn a tensor, whatever `np.asarray` takes, or a mapping of these into a dict of tensors.
+
+    A bare array (n, x) is `{"x": array}`. Integers and booleans become the default float dtype in `x`, stay
+    integers elsewhere (int64 in `y` and `index`) and become booleans in `mask`; floats keep their precision.
+
+    Raises:
+        TypeError: If something is not an array of real numbers, or a key is not a string.
+        ValueError: If a bare array has fewer than two dimensions, there are no data, leading sizes differ, or
+            `mask` is not a yes or no for each entry of `x`.
+    """
+    if isinstance(x, Mapping):
+        if wrong := [key for key in x if not isinstance(key, str)]:
+            raise TypeError(f"Expected strings as the keys of a batch; got {wrong[0]!r}.")
+        batch = {key: _tensor(key, value) for key, value in x.items()}
+    else:
+        batch = {"x": _tensor("x", x)}
+        if batch["x"].ndim < 2:
+            raise ValueError(
+                f"Expected `x` of shape (n, x); got {tuple(batch['x'].shape)}. For n data of one feature use "
+                f"x.reshape(-1, 1), for one datum x.reshape(1, -1)."
+            )
+    if _leading(batch) == 0:
+        raise ValueError("Expected at least one datum; got n = 0.")
+    _check_mask(batch)
+    return batch
+
+
+def check_finite(batch: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinities, except in entries of `x` that `mask` hides (True is observed).
+
+    Raises:
+        ValueError: Naming the key, row and column (from 0) of the first such entry, and how many there are.
+    """
+    _check_mask(batch)
+    for key, value in batch.items():
+        bad = ~torch.isfinite(value)
+        if key == "x" and "mask" in batch:
+            bad &= batch["mask"]
+        if bad.any():
+            row, *rest = torch.nonzero(bad)[0].tolist()
+            column = f", column {rest[0] if len(rest) == 1 else tuple(rest)}" if rest else ""
+            remedy = ", or hide the entries by a `mask` (True is observed)" if key == "x" else ""
+            raise ValueError(
+                f"Expected finite numbers in `{key}`; got {value[(row, *rest)].item()} in row {row}{column} "
+                f"(counted from 0), {int(bad.sum())} such in all. Drop the rows{remedy}."
+            )
+
+
+def _leading(batch: Mapping[str, Tensor]) -> int:
+    """Return the n that all tensors of a batch share."""
+    shapes = {key: tuple(value.shape) for key, value in batch.items()}
+    if not shapes or any(not shape for shape in shapes.values()) or len({s[0] for s in shapes.values()}) > 1:
+        raise ValueError(f"Expected tensors that share their leading size n; got shapes {shapes}.")
+    return next(iter(shapes.values()))[0]
+
+
+def _check_mask(batch: Mapping[str, Tensor]) -> None:
+    mask, x = batch.get("mask"), batch.get("x")
+    if mask is not None and x is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"Expected `mask` to be boolean of the shape of `x`, {tuple(x.shape)}; got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
+        )
+
+
+def _tensor(key: str, value: object) -> Tensor:
+    """Return `value` as a tensor of the dtype that its key asks for."""
+    if not isinstance(value, Tensor):
+        try:
+            values = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"Expected `{key}` to be an array of real numbers; got: {error}") from error
+        if values.dtype.kind not in "biuf":
+            raise TypeError(
+                f"Expected `{key}` to be an array of real numbers; got {type(value).__name__} of dtype {values.dtype}."
+            )
+        if values.dtype.kind == "u" and values.dtype != np.uint8:
+            values = values.astype(np.int64)
+        if values.dtype.itemsize > 8:
+            values = values.astype(np.float64)
+        values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        value = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if value.is_complex():
+        raise TypeError(f"Expected `{key}` to be an array of real numbers; got dtype {value.dtype}.")
+    if key == "mask" and value.dtype != torch.bool:
+        if not ((value == 0) | (value == 1)).all():
+            raise ValueError("Expected `mask` to be boolean (True is observed); got values beside 0 and 1.")
+        return value.bool()
+    if value.is_floating_point():
+        return value
+    if key == "x":
+        return value.to(torch.get_default_dtype())
+    return value.long() if key in ("y", "index") else value

@@ -1,0 +1,267 @@
+r"""Evidence: importance-weighted estimates of log p(x) that know their error.
+
+With weights :math:`w_i = p(x, z_i) / q(z_i \mid x)`, :math:`z_i \sim q`, the estimate
+:math:`\log \frac1k \sum_i w_i` is on average a lower bound of log p(x) that rises with k (Importance Weighted
+Autoencoders, Burda, Grosse and Salakhutdinov 2016). Its error and bias follow from the weights' relative variance
+:math:`\chi^2` (Debiasing Evidence Approximations, Nowozin 2018), and whether that variance exists at all from their
+largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry 2024).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ppl_vae._checks import check_int
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch
+from ppl_vae.evaluation.pareto import pareto_k, tail_length
+from ppl_vae.programs.param_store import device_and_dtype, scope
+from ppl_vae.programs.traces import check_batch, log_density, structure, trace_pair
+
+_DATA = 100  # data in a block
+_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Evidence of each datum, in nats: tensors of shape (n,), in double precision.
+
+    Args:
+        log_evidence: :math:`\log \frac1k \sum_i w_i`.
+        elbo: :math:`\frac1k \sum_i \log w_i`, from the same weights, so never above `log_evidence`.
+        mc_se: Monte Carlo standard error of `log_evidence`, :math:`\sqrt{\chi^2 / k}`.
+        bias: its bias to first order, :math:`-\chi^2 / 2k`.
+        ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
+        pareto_k: shape of the weights' upper tail; NaN below 25 samples and where all weights are equal to rounding.
+        elbo_mc_se: Monte Carlo standard error of `elbo`.
+        distortion: :math:`-\frac1k \sum_i \log p(x \mid z_i)`, from the same draws; `elbo` is -(rate + distortion).
+        jackknife: the estimate freed of its first-order bias by leaving out each sample in turn,
+            :math:`k L_k - (k - 1) \frac1k \sum_i L_{k-1}^{(-i)}`. It is no bound, and noisier than `log_evidence`.
+        samples: k.
+    """
+
+    log_evidence: Tensor
+    elbo: Tensor
+    mc_se: Tensor
+    bias: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    elbo_mc_se: Tensor
+    distortion: Tensor
+    jackknife: Tensor
+    samples: int
+
+    @property
+    def rate(self) -> Tensor:
+        r"""Give :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))` of each datum, by the same draws."""
+        return -self.elbo - self.distortion
+
+    @property
+    def kind(self) -> Literal["estimate", "lower bound"]:
+        r"""Say what the figure of the set is.
+
+        A lower bound as soon as more than 1 % of the data are doubtful. A datum is doubtful where its weights
+        may have no variance, so that an error bar would mean nothing, or cannot be judged for want of samples: where
+        the tail shape :math:`\hat k` of the M largest and its standard error over :math:`\sqrt n` exceed one half,
+        :math:`\hat k + (1 + \hat k) / \sqrt{M n} > \frac12`. A single datum needs the whole margin; in a set of n the
+        worst decide.
+
+        References:
+            Estimating Tails of Probability Distributions (Smith 1987), for the error of :math:`\hat k`.
+        """
+        error = (1 + self.pareto_k) / math.sqrt(tail_length(self.samples) * len(self.pareto_k))
+        untold = self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3))
+        doubtful = (self.pareto_k + error > 0.5) | untold
+        if self.samples < 2:
+            doubtful = torch.ones_like(doubtful)
+        return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
+
+    def summary(self) -> dict[str, Any]:
+        """Sum up: means in nats per datum, standard errors over data (`se`) and of the estimate (`mc_se`)."""
+        n = len(self.log_evidence)
+
+        def over_data(values: Tensor, errors: Tensor) -> dict[str, float | None]:
+            spread = float(values.std()) / math.sqrt(n) if n > 1 else None
+            return {"mean": float(values.mean()), "se": spread, "mc_se": float(errors.square().sum().sqrt()) / n}
+
+        judged = self.pareto_k[~self.pareto_k.isnan()]
+        shape: dict[str, float | None] = dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
+        if len(judged):
+            above = {f"above_{limit}": float((judged > limit).double().sum()) / n for limit in (0.5, 0.7)}
+            shape = {"median": float(judged.median()), "max": float(judged.max()), **above}
+        return {
+            "n": n,
+            "samples": self.samples,
+            "elbo": over_data(self.elbo, self.elbo_mc_se),
+            "log_evidence": {
+                **over_data(self.log_evidence, self.mc_se),
+                "bias": float(self.bias.mean()),
+                "kind": self.kind,
+            },
+            "rate": float(self.rate.mean()),
+            "distortion": float(self.distortion.mean()),
+            "ess": {"median": float(self.ess.median()), "min": float(self.ess.min())},
+            "pareto_k": shape,
+        }
+
+
+@torch.no_grad()
+def log_weights(program: Any, x: Any, samples: int, *, seed: int = 0) -> Tensor:
+    r"""Give the log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, from the two traces.
+
+    Site by site, unscaled and with masks, summed over all dimensions but particles and data. Draws come in fixed
+    blocks keyed by (seed, block).
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+        samples: draws a datum, k.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        Nats, shape (k, n), in double precision, without gradients.
+
+    Raises:
+        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+    """
+    samples = check_int("samples", samples)
+    parts = [[weights for weights, _ in blocks] for _, blocks in weight_blocks(program, x, samples, seed)]
+    return torch.cat([torch.cat(part) for part in parts], 1)
+
+
+@torch.no_grad()
+def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Evidence:
+    r"""Estimate log p(x) of each datum by importance sampling from the guide, with its error.
+
+    Streams over fixed blocks of data and samples; beyond a block it keeps the largest weights of each datum, whose
+    number grows with the square root of the samples.
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+        samples: draws a datum, k.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        The evidence, from the same weights that `log_weights` gives.
+
+    Raises:
+        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
+    """
+    samples = check_int("samples", samples)
+    parts = []
+    for rounding, blocks in weight_blocks(program, x, samples, seed):
+        sums = _Sums(samples, rounding)
+        for weights, likelihood in blocks:
+            sums.add(weights, likelihood)
+        parts.append(sums.evidence())
+    joined = {
+        f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Evidence) if f.name != "samples"
+    }
+    return Evidence(**joined, samples=samples)
+
+
+def weight_blocks(
+    program: Any, x: Any, samples: int, seed: int
+) -> Iterator[tuple[float, Iterator[tuple[Tensor, Tensor]]]]:
+    """Yield, for each block of data, its rounding and an iterator over blocks of log weights and log likelihoods."""
+    batch = check_batch(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    n, features = len(first), max(first[0].numel(), 1)
+    draws = max(1, min(_DATA, _ENTRIES // (_DATA * features)))
+    rounding = 64 * torch.finfo(device_and_dtype(program)[1] or torch.get_default_dtype()).eps
+    for number, start in enumerate(range(0, n, _DATA)):
+        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+        yield rounding, _weigh(program, part, samples, draws, found.nesting, (seed, number))
+
+
+def _weigh(
+    program: Any, batch: dict[str, Tensor], samples: int, draws: int, nesting: int, key: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    first = next(iter(batch.values()))
+    for block, start in enumerate(range(0, samples, draws)):
+        k = min(draws, samples - start)
+        with scope(program), fork_rng(*key, block, device=first.device):
+            model, guide = trace_pair(program, batch, k, nesting)
+            likelihood = log_density(model, k, len(first), model.observation_nodes)
+            prior = log_density(model, k, len(first), model.stochastic_nodes)
+            weights = prior + likelihood - log_density(guide, k, len(first))
+        yield weights, likelihood
+
+
+class _Sums:
+    """Running sums of weights in log space, and their largest, datum by datum."""
+
+    def __init__(self, samples: int, rounding: float) -> None:
+        self.samples, self.rounding = samples, rounding
+        self.tail = max(tail_length(samples) + 1, _LEFT_OUT)
+        self.started = False
+
+    def add(self, block: Tensor, likelihood: Tensor) -> None:
+        if not self.started:
+            self.started = True
+            self.origin = block.mean(0).nan_to_num(0.0, 0.0, 0.0)
+            self.log_sum = torch.full_like(self.origin, -math.inf)
+            self.log_square, self.log_cube, self.log_fourth = (self.log_sum.clone() for _ in range(3))
+            self.total = torch.zeros_like(self.origin)
+            self.square = torch.zeros_like(self.origin)
+            self.likelihood = torch.zeros_like(self.origin)
+            self.largest = block[:0]
+            self.least = torch.full_like(self.origin, math.inf)
+        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
+        self.log_square = torch.logaddexp(self.log_square, (2 * block).logsumexp(0))
+        self.log_cube = torch.logaddexp(self.log_cube, (3 * block).logsumexp(0))
+        self.log_fourth = torch.logaddexp(self.log_fourth, (4 * block).logsumexp(0))
+        self.total += (block - self.origin).sum(0)
+        self.square += (block - self.origin).square().sum(0)
+        self.likelihood += likelihood.sum(0)
+        both = torch.cat([self.largest, block])
+        self.largest = both.topk(min(self.tail, len(both)), 0).values
+        self.least = torch.minimum(self.least, block.amin(0))
+
+    def evidence(self) -> Evidence:
+        k = self.samples
+        ess = (2 * self.log_sum - self.log_square).exp().clamp(max=k)
+        chi2 = (k / ess - 1).clamp_min(0) * (k / max(k - 1, 1))
+        variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * (k / max(k - 1, 1))
+        spread = self.largest[0] - self.least
+        equal = spread <= self.rounding * self.largest[0].abs().clamp_min(1)
+        shape = pareto_k(self.largest, k)
+        value = self.log_sum - math.log(k)
+        return Evidence(
+            log_evidence=value,
+            elbo=torch.minimum(self.origin + self.total / k, value),
+            mc_se=(chi2 / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
+            bias=-chi2 / (2 * k) if k > 1 else torch.full_like(value, math.nan),
+            ess=ess,
+            pareto_k=torch.where(equal, math.nan, shape),
+            elbo_mc_se=(variance / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
+            distortion=-self.likelihood / k,
+            jackknife=self._jackknife(value),
+            samples=k,
+        )
+
+    def _jackknife(self, value: Tensor) -> Tensor:
+        r"""Leave out each sample: :math:`L_k - (k - 1) [\frac1k \sum_i \log(1 - u_i) - \log(1 - 1 / k)]`.
+
+        :math:`u_i` is the weight's share of the sum: of the largest exactly, of the others, each at most one in
+        `_LEFT_OUT`, to the fourth power.
+        """
+        k = self.samples
+        if k < 2:
+            return torch.full_like(value, math.nan)
+        shares = (self.largest - self.log_sum).exp()
+        left = torch.log1p(-shares).sum(0)
+        for power, log_sum in enumerate((self.log_sum, self.log_square, self.log_cube, self.log_fourth), 1):
+            rest = (log_sum - power * self.log_sum).exp() - shares.pow(power).sum(0)
+            left -= rest.clamp_min(0) / power
+        return value - (k - 1) * (left / k - math.log1p(-1 / k))

@@ -1,0 +1,248 @@
+r"""What the latent variables are used for: codes, active units, rates, and distortion.
+
+The rate of a datum, :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`, is what the latent variables say of it, in nats.
+
+In the linear case all of this is known. PPCA's posterior has :math:`\mathrm{Var}_x\, E[z_j \mid x] = 1 - \sigma^2 /
+\lambda_j` and a mean rate of :math:`\frac12 \sum_j \ln (\lambda_j / \sigma^2)`: a latent collapses where the noise
+variance exceeds its eigenvalue (Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse, Lucas, Tucker,
+Grosse and Norouzi 2019), so that the active latents of PPCA can be counted by eigenvalues.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import MixtureOfDiagNormals
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
+
+from ppl_vae._checks import check_int
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch
+from ppl_vae.evaluation.evidence import weight_blocks
+from ppl_vae.programs.latent_vector import guide_draws, layout_of
+from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.traces import check_batch, structure, trace_pair
+
+_DATA = 100  # data at a time
+
+
+@torch.no_grad()
+def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Give mean and variance of the latent variables under the guide, by sampling.
+
+    Args:
+        program: any program; several latent sites stand side by side in the model's order.
+        x: data, a tensor (n, *x) or a batch dict.
+        draws: samples a datum, at least 2.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        :math:`E_{q(z \mid x)}[z]` and :math:`\mathrm{Var}_{q(z \mid x)}[z]`, each of shape (n, z), in double precision.
+
+    Raises:
+        ValueError: for fewer than two draws, or data that do not fit.
+    """
+    draws = check_int("draws", draws, 2)
+    batch = check_batch(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    means, variances = [], []
+    for number, start in enumerate(range(0, len(first), _DATA)):
+        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+        with scope(program), fork_rng(seed, "codes", number, device=first.device):
+            z, _ = guide_draws(program, part, draws, found)
+        means.append(z.mean(0))
+        variances.append(z.var(0))
+    return torch.cat(means), torch.cat(variances)
+
+
+def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:
+    r"""Say of each latent whether it is active: :math:`\mathrm{Var}_x\, E_{q(z \mid x)}[z_j]` above a threshold.
+
+    The variance of the sampled means is freed of what the sampling adds to it.
+
+    Args:
+        program: any program.
+        x: data, at least two.
+        threshold: in units of z squared.
+        draws: samples a datum.
+        seed: of the draws.
+
+    Returns:
+        Boolean, shape (z,).
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), section 5.2.
+    """
+    mean, variance = codes(program, x, draws, seed=seed)
+    if len(mean) < 2:
+        return torch.zeros(mean.shape[1], dtype=torch.bool)
+    return mean.var(0) - variance.mean(0) / draws > threshold
+
+
+@torch.no_grad()
+def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
+    r"""Give the rate of each latent, :math:`\mathrm{KL}(q(z_j \mid x) \,\|\, p(z_j))`, of the marginals.
+
+    A normal against a normal, correlated or not, is in closed form, given the latents it depends on; anything else is
+    sampled. Where the prior factorises, the sum falls short of the rate of all latents by what they tell of each other
+    under the guide, its total correlation :math:`\mathrm{KL}(q(z \mid x) \,\|\, \prod_j q(z_j \mid x))`; so it is the
+    rate where the guide factorises too.
+
+    Args:
+        program: any program whose latent sites have marginals with a density in guide and model: elementwise
+            distributions, multivariate normals, mixtures of these.
+        x: data, a tensor (n, *x) or a batch dict.
+        draws: samples a datum, for what is not in closed form.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        Nats, shape (n, z), in double precision; sampled ones may fall below 0.
+
+    Raises:
+        ValueError: for a site whose marginals have no known density, such as a flow's, or as in `codes`.
+    """
+    draws = check_int("draws", draws)
+    batch = check_batch(program, as_batch(x))
+    found = structure(program, batch, seed=seed)
+    first = next(iter(batch.values()))
+    parts = []
+    for number, start in enumerate(range(0, len(first), _DATA)):
+        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+        total: Any = 0.0
+        for block, done in enumerate(range(0, draws, _DATA)):
+            with scope(program), fork_rng(seed, "rates", number, block, device=first.device):
+                model, guide = trace_pair(program, part, min(_DATA, draws - done), found.nesting)
+            terms = {name: _rate(name, guide.nodes[name], model.nodes[name]) for name in found.latents}
+            total = total + layout_of(model, found).pack(terms).double().sum(0)
+        parts.append(total / draws)
+    return torch.cat(parts)
+
+
+def _rate(name: str, q: Any, p: Any) -> Tensor:
+    """Give the KL of each element of a site, sampled where it has no closed form, in the shape of its value."""
+    value, each = p["value"], []
+    for role, site in (("guide", q), ("model", p)):
+        marginals = _marginals(site["fn"])
+        if marginals is None:
+            raise ValueError(
+                "Expected latents whose marginals have a density, for a rate of each; site "
+                f"'{name}' of the {role} is a {type(site['fn']).__name__}. "
+                "log_evidence(program, x, samples).rate is that of all of them."
+            )
+        each.append(marginals)
+    guide, prior = each
+    if isinstance(guide, Normal) and isinstance(prior, Normal):
+        terms = _masked(_masked(kl_divergence(guide, prior), q), p)
+    else:
+        terms = _masked(guide.log_prob(value), q) - _masked(prior.log_prob(value), p)
+    return terms.expand(value.shape)
+
+
+def _masked(terms: Tensor, site: Any) -> Tensor:
+    """Drop what a site's mask hides, as the evidence does."""
+    mask = site["mask"]
+    if isinstance(mask, Tensor):
+        mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
+    return scale_and_mask(terms, 1.0, mask)  # type: ignore[no-any-return]
+
+
+def _marginals(fn: Any) -> Any:
+    """Give the distribution of each element of an event by itself, `None` where its density is not known."""
+    if isinstance(fn, Independent):
+        return _marginals(fn.base_dist)
+    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+        return Normal(fn.loc, fn.variance.sqrt())
+    if isinstance(fn, MixtureOfDiagNormals):
+        weights, parts = fn.categorical, Normal(fn.locs, fn.coord_scale)
+    elif isinstance(fn, MixtureSameFamily) and fn.event_shape:
+        weights, parts = fn.mixture_distribution, _marginals(fn.component_distribution)
+    else:
+        return None if fn.event_shape else fn
+    if not isinstance(parts, Normal):
+        return None
+    component = weights.logits.dim() - 1
+    loc, scale = (value.movedim(component, -1) for value in (parts.loc, parts.scale))
+    between = (1,) * (loc.dim() - weights.logits.dim())
+    logits = weights.logits.reshape(*weights.logits.shape[:-1], *between, -1)
+    return MixtureSameFamily(Categorical(logits=logits.expand(loc.shape)), Normal(loc, scale))
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    r"""Rate and distortion over a setting, such as the observation scale or beta; nats a datum, shape (s,).
+
+    Args:
+        settings: the settings.
+        rate: mean over data of :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`.
+        distortion: mean over data of :math:`-E_q \log p(x \mid z)`; the ELBO is -(rate + distortion).
+        rate_error: Monte Carlo standard error of `rate`.
+        distortion_error: Monte Carlo standard error of `distortion`.
+
+    References:
+        Fixing a Broken ELBO (Alemi, Poole, Fischer, Dillon, Saurous and Murphy 2018).
+    """
+
+    settings: Tensor
+    rate: Tensor
+    distortion: Tensor
+    rate_error: Tensor
+    distortion_error: Tensor
+
+
+@torch.no_grad()
+def rate_distortion(
+    refit: Callable[[float], Any], settings: Iterable[float], x: Any, *, draws: int = 100, seed: int = 0
+) -> RateDistortion:
+    """Trace the rate-distortion curve of a family of programs, a point a setting.
+
+    Args:
+        refit: gives the program at a setting, fitted; called once each, with gradients on.
+        settings: such as observation scales or betas.
+        x: data, a tensor (n, *x) or a batch dict.
+        draws: samples a datum, at least 2; the same ones at each setting.
+        seed: of the draws; the global random state is left alone.
+
+    Returns:
+        Rate and distortion at each setting, with their errors.
+
+    Raises:
+        ValueError: for fewer than two draws, no setting, or data that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from ppl_vae import PPCA
+        >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> best = PPCA.fit(x, 1)
+        >>> curve = rate_distortion(
+        ...     lambda scale: PPCA(best.loc, best.weight, torch.tensor(scale)).to_vae(), [0.5, 1.0, 2.0], x
+        ... )
+        >>> bool((curve.rate.diff() < 0).all())
+        True
+    """
+    values, draws = [float(setting) for setting in settings], check_int("draws", draws, 2)
+    if not values:
+        raise ValueError("Expected at least one of `settings`; got none.")
+    points = []
+    for setting in values:
+        with torch.enable_grad():
+            program = refit(setting)
+        parts = []
+        for _, blocks in weight_blocks(program, x, draws, seed):
+            weights, likelihood = (torch.cat(each) for each in zip(*blocks, strict=True))
+            both = torch.stack([likelihood - weights, -likelihood])
+            parts.append(torch.stack([both.mean(1), both.var(1) / draws]))
+        mean, variance = torch.cat(parts, -1)
+        points.append(torch.cat([mean.mean(-1), variance.sum(-1).sqrt() / variance.shape[-1]]))
+    return RateDistortion(torch.tensor(values, dtype=torch.float64), *torch.stack(points, 1))

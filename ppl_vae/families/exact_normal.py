@@ -1,0 +1,80 @@
+"""The exact posterior of a linear-Gaussian pair, as a family."""
+
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from ppl_vae.families.conditional import Conditional
+from ppl_vae.families.distributions import FullCovariance, marginal
+from ppl_vae.families.elementwise import Normal, StandardNormal
+from ppl_vae.families.family import Family
+from ppl_vae.families.full_normal import FullNormal
+from ppl_vae.families.linear_gaussian import LinearGaussian
+from ppl_vae.networks.linear import Linear
+from ppl_vae.networks.network import Given, Network
+
+
+class ExactNormal(Family):
+    r"""The exact posterior of a linear-Gaussian likelihood, tied to likelihood *and* prior; no parameters of its own.
+
+    :math:`q(z \mid x) = p(z \mid x) = N(m + \Lambda^{-1} W^\top D^{-1} (x - b - W m),\; \Lambda^{-1})` with
+    :math:`\Lambda = S^{-1} + W^\top D^{-1} W` (Bishop 2006, equation 2.116). Whatever the weights, each importance
+    weight then equals p(x).
+
+    Args:
+        prior: a `Conditional` with a Gaussian family and no context.
+        likelihood: a `Conditional` of a `Normal` whose scale is not from the network, on `Linear`.
+    """
+
+    def __init__(self, prior: "Conditional", likelihood: "Conditional") -> None:
+        super().__init__(tuple(prior.family.event_shape))
+        self._vector()
+        likelihood.bind(tuple(self.event_shape))
+        self._tied = (prior, likelihood)  # a tuple, so that neither is registered a second time
+        linear_gaussian(prior, likelihood)
+
+    def start(self) -> Tensor:
+        return torch.zeros(0)
+
+    def network(self) -> Network:
+        return Given()
+
+    def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        pair = linear_gaussian(*self._tied)
+        features = pair.bias.shape[0]
+        x, *observed = parameters.split(features, -1)
+        exact = pair.posterior(x, observed[0] > 0 if observed else None)
+        if mask is not None:
+            return marginal(exact.loc, exact.scale_tril, mask)
+        return FullCovariance(exact.loc, scale_tril=exact.scale_tril)
+
+
+def linear_gaussian(prior: "Conditional", likelihood: "Conditional") -> LinearGaussian:
+    """Read the linear-Gaussian model off a prior and a likelihood, differentiably.
+
+    Raises:
+        ValueError: where the pair is not linear-Gaussian; the message says why.
+    """
+    family, network = likelihood.family, likelihood.network
+    if not isinstance(family, Normal) or family.scale == "network":
+        raise ValueError(
+            "Expected a Normal likelihood whose scale is shared, feature or a number, for a closed form; "
+            f"got {type(family).__name__}{' with a scale from the network' if isinstance(family, Normal) else ''}."
+        )
+    if not isinstance(network, Linear):
+        raise ValueError(f"Expected a likelihood on a Linear network, for a closed form; got {type(network).__name__}.")
+    if not isinstance(prior.family, StandardNormal | Normal | FullNormal):
+        raise ValueError(f"Expected a Gaussian prior, for a closed form; got {type(prior.family).__name__}.")
+    start: Any = prior()
+    loc = start.mean.flatten()
+    tril = start.scale_tril if isinstance(start, FullCovariance) else torch.diag(start.stddev.flatten())
+    weight = network.weight / network.scale
+    return LinearGaussian(
+        loc=loc,
+        scale_tril=tril,
+        weight=weight,
+        bias=network.bias - weight @ network.shift,
+        scale=family.own_scale().expand(family.event_shape).flatten(),
+    )

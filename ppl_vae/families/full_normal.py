@@ -1,0 +1,40 @@
+"""Normals with full covariance."""
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from ppl_vae.families.distributions import FullCovariance, marginal
+from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+
+
+class FullNormal(Family):
+    r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
+
+    def __init__(self, event: int | tuple[int, ...]) -> None:
+        super().__init__(event)
+        row, column = torch.tril_indices(self._vector(), self._vector())
+        self.register_buffer("row", row, persistent=False)
+        self.register_buffer("column", column, persistent=False)
+
+    row: Tensor
+    column: Tensor
+
+    def start(self) -> Tensor:
+        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        loc, scale = moments(x, mask)
+        refuse_constant(scale, "of each feature")
+        return self._pack(loc, scale)
+
+    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])
+
+    def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        size = self.event_shape[0]
+        loc, raw = parameters[..., :size], parameters[..., size:]
+        lower = parameters.new_zeros(*parameters.shape[:-1], size, size)
+        lower[..., self.row, self.column] = raw
+        scale_tril = lower.tril(-1) + torch.diag_embed(positive(lower.diagonal(dim1=-2, dim2=-1)))
+        return FullCovariance(loc, scale_tril=scale_tril) if mask is None else marginal(loc, scale_tril, mask)

@@ -1,0 +1,155 @@
+"""Hamiltonian moves along a path of densities between a base and the joint."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.programs.capture import Captured
+from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.param_store import scope
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the chains are.
+
+    Args:
+        u: vectors, (k, n, z).
+        base: log density of the base, (k, n).
+        tilt: log density of the joint less that of the base, (k, n).
+        base_slope: gradient of `base`, (k, n, z).
+        tilt_slope: gradient of `tilt`, (k, n, z).
+    """
+
+    u: Tensor
+    base: Tensor
+    tilt: Tensor
+    base_slope: Tensor
+    tilt_slope: Tensor
+
+    def where(self, accept: Tensor, other: "State") -> "State":
+        """Take the other state where `accept`, (k, n), is false."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(State)]
+        return State(*(torch.where(accept if a.dim() == 2 else accept.unsqueeze(-1), a, b) for a, b in pairs))
+
+
+class Path:
+    r"""The densities :math:`f_\beta` between a base and the joint.
+
+    Args:
+        joint: of the program and its data.
+        start: the base, `"prior"` or `"guide"`.
+
+    Raises:
+        ValueError: for another base.
+    """
+
+    def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
+        if start not in ("prior", "guide"):
+            raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
+        if start == "guide" and joint.auxiliary:
+            raise ValueError(f"Expected a guide without auxiliary sites for start='guide'; got {joint.auxiliary[0]!r}.")
+        self.joint, self.start = joint, start
+        self._both = Captured(self._ends)
+        self._steep = Captured(lambda u: self._ends(u)[2:])
+
+    def draw(self, k: int) -> State:
+        """Draw k states from the base."""
+        return self.at(self.joint.draw(self.start, k))
+
+    def at(self, u: Tensor) -> State:
+        """Evaluate both ends of the path and their gradients at u, (k, n, z)."""
+        u = u.detach().contiguous()
+        return State(u, *self._both(u))
+
+    def slopes(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the gradients of both ends alone, as in a `State`, for less work."""
+        base, tilt = self._steep(u.detach())
+        return base, tilt
+
+    def _ends(self, u: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            prior, likelihood = self.joint.log_probs(u)
+            if self.start == "prior":
+                ends = prior, likelihood, slope(prior, u), slope(likelihood, u)
+            else:
+                base = self.joint.log_guide(u)
+                inner, whole = slope(base, u), prior + likelihood
+                ends = base, whole - base, inner, slope(whole, u) - inner
+        return tuple(end.detach() for end in ends)
+
+
+def slope(value: Tensor, u: Tensor) -> Tensor:
+    """Give the gradient of the sum of `value` in u: of its ones, so that it holds no trace of the value itself."""
+    if not value.requires_grad:
+        return torch.zeros_like(u)
+    ones = torch.ones(value.shape, dtype=value.dtype, device=value.device)
+    found = torch.autograd.grad(value, u, ones, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(u) if found is None else found
+
+
+RATE = 0.65  # of accepted moves, which the step size aims at
+Transition = Callable[[State, float, int], State]
+
+
+class HMC:
+    r"""Hamiltonian moves of all chains and data at once, with a step size for each temperature and datum.
+
+    A leapfrog of :math:`H = -\log f_\beta(u) + |p|^2 / 2`, accepted by Metropolis' rule; the step size is multiplied
+    by a number drawn uniformly from 0.8 to 1.2, so that no orbit is a period. A move obeys detailed balance, so that
+    it is its own reverse.
+
+    Args:
+        path: the densities.
+        scale: of each latent variable, in which steps are measured, (n, z).
+        steps: step sizes, (temperatures + 1, n).
+        leapfrog: steps in a move.
+
+    References:
+        MCMC Using Hamiltonian Dynamics (Neal 2011), sections 3.1 and 4.2.
+    """
+
+    def __init__(self, path: Path, scale: Tensor, steps: Tensor, leapfrog: int) -> None:
+        self.path, self.scale, self.steps, self.leapfrog = path, scale, steps, leapfrog
+        self.rate = scale.new_zeros(len(scale), dtype=torch.float64)  # of acceptance, (n,), in the last move
+
+    def __call__(self, state: State, beta: float, number: int) -> State:
+        """Move all chains once at temperature `beta`, number `number` of the path."""
+        jitter = 0.8 + 0.4 * torch.rand_like(state.u[..., :1])
+        step = self.steps[number].to(state.u.dtype).unsqueeze(-1) * jitter * self.scale  # (k, n, z)
+        momentum = torch.randn_like(state.u)
+        energy = state.base + beta * state.tilt - 0.5 * momentum.double().square().sum(-1)
+        base, tilt, u = state.base_slope, state.tilt_slope, state.u
+        momentum = momentum + 0.5 * step * (base + beta * tilt)
+        for _ in range(self.leapfrog - 1):
+            u = _finite(u + step * momentum, state.u)
+            base, tilt = self.path.slopes(u)
+            momentum = momentum + step * (base + beta * tilt)
+        new = self.path.at(_finite(u + step * momentum, state.u))
+        momentum = momentum + 0.5 * step * (new.base_slope + beta * new.tilt_slope)
+        gain = new.base + beta * new.tilt - 0.5 * momentum.double().square().sum(-1) - energy
+        gain = torch.where(gain.isnan(), -math.inf, gain)
+        self.rate = gain.clamp_max(0.0).exp().mean(0)
+        return new.where(torch.rand_like(gain).log() < gain, state)
+
+
+def _finite(u: Tensor, other: Tensor) -> Tensor:
+    """Keep a wild proposal, which will be refused, from programs that cannot even score it."""
+    return torch.where(u.isfinite(), u, other)
+
+
+@contextmanager
+def quiet(joint: Joint, *key: int | str) -> Iterator[None]:
+    """Check the program once, then run it without validation: a wild proposal is refused, not an error."""
+    with scope(joint.program), fork_rng(*key, "annealing", device=joint.device):
+        Path(joint).draw(1)
+        with pyro.validation_enabled(False):
+            yield

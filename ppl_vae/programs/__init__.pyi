@@ -1,0 +1,14 @@
+from .closed_form import exact_log_evidence as exact_log_evidence
+from .closed_form import exact_posterior as exact_posterior
+from .linear_models import PCA as PCA
+from .linear_models import PPCA as PPCA
+from .linear_models import FactorAnalysis as FactorAnalysis
+from .linear_models import LinearAutoencoder as LinearAutoencoder
+from .program import Program as Program
+from .program import PyroPair as PyroPair
+from .program import load_program as load_program
+from .program import unique_name as unique_name
+from .simulation import simulate as simulate
+from .traces import Structure as Structure
+from .traces import structure as structure
+from .vae import VAE as VAE

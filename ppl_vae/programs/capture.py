@@ -1,0 +1,256 @@
+"""A function of one tensor, replayed from the tensor operations that one evaluation of it consists of."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_EAGER = 3  # evaluations of a shape before they are captured
+aten = torch.ops.aten
+_LOG = logging.getLogger(__name__)
+_JOINS = {aten.stack.default, aten.cat.default}  # of a single tensor, views
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+_SHAPES = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_zeros.default}
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Captured:
+    """A function that is replayed without the Python that computes it, Pyro's included.
+
+    After a few calls with one shape and type, its tensor operations are read off an evaluation, and whatever does not
+    depend on the argument is computed once: nothing else may change from then on. Where a second point shows that the
+    replay is not the function (which draws, or branches on values), or it cannot be captured, it stays as it is; the
+    log (level INFO) then says why.
+
+    Args:
+        function: of one tensor, deterministic; its results are used as they are, without gradients.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.seen: Counter[tuple[torch.Size, torch.dtype]] = Counter()
+        self.graphs: dict[tuple[torch.Size, torch.dtype], Function] = {}
+
+    @torch.no_grad()
+    def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate at u."""
+        u = u.contiguous()  # as what was captured
+        kind = u.shape, u.dtype
+        self.seen[kind] += 1
+        if self.seen[kind] == _EAGER:
+            self.graphs[kind] = self._capture(u)
+        return self.graphs.get(kind, self.function)(u)
+
+    def _capture(self, u: Tensor) -> Function:
+        try:
+            with pyro.validation_enabled(False):  # it looks at values
+                graph = make_fx(lambda given: self.function(given))(u)
+                graph.graph.eliminate_dead_code()
+                if any(
+                    torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) for node in graph.graph.nodes
+                ):
+                    raise ValueError("a shape depends on values")
+                if not any(_mutates(node.target) for node in graph.graph.nodes):
+                    _simplify(graph, u)
+                    _reuse(graph, u)
+                    graph.graph.lint()
+                graph.recompile()
+                graph(u)  # which must leave no trace
+                other = 0.9 * u + 0.05
+                same = all(_close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
+            reason = "a second point gave something else"
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            same, reason = False, f"{type(error).__name__}: {error}"
+        if same:
+            return graph.forward  # type: ignore[no-any-return]
+        _LOG.info("Evaluating step by step, which is slower; no graph could be captured: %s", reason)
+        return self.function
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).amax()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
+
+
+def _mutates(target: Any) -> bool:
+    return getattr(getattr(target, "_schema", None), "is_mutable", False)
+
+
+def _simplify(module: GraphModule, u: Tensor) -> None:
+    """Compute what does not depend on the argument, and drop what changes nothing: views in a row, times one."""
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    value, known = _values(module, u)
+    for number, node in enumerate(calls):
+        if known[node] and isinstance(value[node], Tensor) and not all(known[user] for user in node.users):
+            setattr(module, f"known_{number}", value[node])
+            with graph.inserting_before(node):
+                stored = graph.create_node("get_attr", f"known_{number}")
+            value[stored], known[stored] = value[node], True
+            node.replace_all_uses_with(stored)
+    for node in calls:
+        found = value[node]
+        if not known[node] and isinstance(found, Tensor):
+            with graph.inserting_before(node):
+                other = _cheaper(node) if found.device.type == "cpu" else node
+                other = _simpler(node, value, known) if other is node else other
+            if other is not node:
+                value[other], known[other] = found, False
+                node.replace_all_uses_with(other)
+    graph.eliminate_dead_code()
+
+
+def _reuse(module: GraphModule, u: Tensor) -> None:
+    """Keep the memory of what is not given back from one replay to the next, since to get it anew is slow.
+
+    An elementwise result goes over an argument that nothing needs any more, any other into a piece of its own, or into
+    one whose content nothing needs any more.
+    """
+    value, _ = _values(module, u)
+    tensors = {node: found for node, found in value.items() if isinstance(found, Tensor) and found.numel()}
+    place = {node: number for number, node in enumerate(module.graph.nodes)}
+    pieces: dict[int, list[Node]] = {}
+    for node, found in tensors.items():
+        pieces.setdefault(found.untyped_storage().data_ptr(), []).append(node)
+    sharing = {node: piece for piece in pieces.values() for node in piece}  # the nodes of one piece of memory
+    kept: dict[str, list[Node]] = {}
+
+    def last(piece: list[Node]) -> int:
+        return max((place[user] for one in piece for user in one.users if user not in piece), default=-1)
+
+    def returned(piece: list[Node]) -> bool:
+        return any(user.op == "output" for one in piece for user in one.users)
+
+    def free(other: Node, node: Node) -> bool:
+        piece = sharing[other]
+        if returned(sharing[node]) and any(piece is one for one in kept.values()):
+            return False
+        beside = [one for one in node.all_input_nodes if one in piece]
+        return (
+            _fits(tensors[other], tensors[node])
+            and last(piece) == place[node]
+            and all(one.op == "call_function" for one in piece)
+            and all(_alias(tensors[one], tensors[other]) for one in beside)
+        )
+
+    for node, found in tensors.items():
+        target: Any = node.target
+        variant = _writing(target) if node.op == "call_function" else None
+        if variant is None:
+            continue
+        pointwise = torch.Tag.pointwise in target.tags
+        over = next((one for one in node.all_input_nodes if pointwise and one in tensors and free(one, node)), None)
+        if over is not None:
+            sharing[over].extend(sharing[node])
+            sharing.update(dict.fromkeys(sharing[node], sharing[over]))
+        elif found.is_contiguous() and not returned(sharing[node]):
+            done = [name for name, piece in kept.items() if last(piece) < place[node]]
+            name = next((name for name in done if _fits(getattr(module, name), found)), f"kept_{len(kept)}")
+            if name not in kept:
+                setattr(module, name, torch.empty_like(found))
+            kept[name] = sharing[node]
+            with module.graph.inserting_before(node):
+                over = module.graph.create_node("get_attr", name)
+        else:
+            continue
+        node.target, word = variant
+        node.kwargs = {**node.kwargs, word: over}
+
+
+def _writing(target: Any) -> tuple[Any, str] | None:
+    """Give the variant of an operation that writes where it is told, and the keyword that tells it."""
+    if torch.Tag.pointwise not in getattr(target, "tags", ()) and target not in _PRODUCTS:
+        return None
+    given = [(one.name, str(one.type)) for one in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        variant = getattr(target.overloadpacket, name)
+        wanted = [(one.name, str(one.type)) for one in variant._schema.arguments if not one.is_out]
+        told = [one.name for one in variant._schema.arguments if one.is_out]
+        if len(told) == 1 and wanted == given:
+            return variant, told[0]
+    return None
+
+
+def _values(module: GraphModule, u: Tensor) -> tuple[dict[Node, Any], dict[Node, bool]]:
+    """Evaluate each node at u, and say whether it is the same at any other."""
+    value: dict[Node, Any] = {}
+    known: dict[Node, bool] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value[node] = u
+        elif node.op == "get_attr":
+            value[node] = getattr(module, node.target).detach()
+        elif node.op == "call_function":
+            args, kwargs = (map_arg(given, value.__getitem__) for given in (node.args, node.kwargs))
+            value[node] = node.target(*args, **kwargs)
+        fixed = node.target in _SHAPES or all(known[one] for one in node.all_input_nodes)
+        known[node] = fixed and node.op not in ("placeholder", "output")
+    return value, known
+
+
+def _cheaper(node: Node) -> Node:
+    """Write what is slow on a CPU by what is equal to rounding and fast; or give the node itself."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        return node.graph.call_function(target, args, kwargs)
+
+    if node.target is aten.tanh.default:
+        inner = call(aten.sigmoid.default, call(aten.mul.Tensor, node.args[0], 2))
+        return call(aten.sub.Tensor, call(aten.mul.Tensor, inner, 2), 1)
+    if node.target is aten.binary_cross_entropy_with_logits.default and node.args[2:] == (None, None, 0):
+        logits, x = node.args[:2]
+        return call(aten.addcmul.default, call(aten.softplus.default, logits, 1, 40), x, logits, value=-1)
+    return node
+
+
+def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> Node:
+    """Give a node that has the same value for less work, or the node itself."""
+    target, args, found = node.target, node.args, value[node]
+
+    def fits(other: Any) -> bool:
+        return isinstance(other, Node) and value[other].shape == found.shape and value[other].dtype == found.dtype
+
+    def always(other: Any, number: float) -> bool:
+        given = value[other] if isinstance(other, Node) and known[other] else other
+        return not isinstance(given, Node) and bool((torch.as_tensor(given) == number).all())
+
+    if target in (aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar) and always(args[1], 1) and fits(args[0]):
+        return args[0]  # type: ignore[return-value]
+    if target in (aten.add.Tensor, aten.sub.Tensor) and always(args[1], 0) and fits(args[0]):
+        return args[0]  # type: ignore[return-value]
+    if target is aten.add.Tensor and always(args[0], 0) and fits(args[1]) and not node.kwargs:
+        return args[1]  # type: ignore[return-value]
+    if target is aten.mul.Tensor and always(args[1], -1) and fits(args[0]):
+        inner: Any = args[0]
+        if inner.target is aten.sub.Tensor and not inner.kwargs and isinstance(inner.args[1], Node):
+            return node.graph.call_function(aten.sub.Tensor, (inner.args[1], inner.args[0]))
+        return node.graph.call_function(aten.neg.default, (inner,))
+    source: Any = args[0]
+    if target in _JOINS and len(source) == 1 and value[source[0]].is_contiguous():
+        source = source[0]
+    else:
+        while isinstance(source, Node) and isinstance(value[source], tuple | list):
+            source = source.args[0]  # the pieces that a split gave, of which this may be all
+        if not isinstance(source, Node) or not _alias(value[source], found):
+            return node
+    while source.target is aten.view.default and value[source.args[0]].is_contiguous():
+        source = source.args[0]
+    if known[source]:
+        return node
+    return source if fits(source) else node.graph.call_function(aten.view.default, (source, list(found.shape)))
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
+
+
+def _alias(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are the same numbers in the same memory, in one order."""
+    same = a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+    return same and a.is_contiguous() and b.is_contiguous()

@@ -1,0 +1,307 @@
+r"""The exact posterior and evidence of any linear-Gaussian program, read off its traces.
+
+Given the data, the log density of the latent variables of such a program is a quadratic: its gradient at a point and
+along each axis gives the whole of it, and with it the posterior's mean and covariance and the evidence, whatever the
+wiring: several latent sites, inner plates, masks. Whether it is a quadratic is checked at further points: near the one
+where it was read, then around the posterior so found, out to its tails, and at draws of the program's own. A program
+that is bent at any of them is refused, and so is one with a latent site that has not the whole real line.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import (
+    MixtureOfDiagNormals,
+    MixtureOfDiagNormalsSharedCovariance,
+    MixtureSameFamily,
+    MultivariateNormal,
+)
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch
+from ppl_vae.programs.latent_vector import Layout
+from ppl_vae.programs.param_store import device_and_dtype, scope, to_double
+from ppl_vae.programs.traces import batch_of, check_batch, conditioned, structure, trace_pair
+
+_DATA = 100  # data at a time
+_PROBES = 4  # further points at which the quadratic is checked, near the one where it was read
+_RADII = (1.0, 3.0, 6.0, 9.0)  # standard deviations from the posterior's mean, to both sides, where it is checked again
+_DIRECTIONS = 3  # along which it is
+_NEAR = 1e-3  # standard deviations, within which only rounding bends
+_DRAWN = 8  # draws of the prior, or of the guide, where it is checked as well
+_CLOSED = (
+    "Expected a linear-Gaussian {}, for a closed form: Gaussian latent variables and a likelihood that is Gaussian "
+    "around an affine function of them; got one "
+)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """An unnormalised Gaussian of each datum, in double precision.
+
+    Args:
+        loc: shape (n, z).
+        precision: shape (n, z, z).
+        log_normaliser: log of the integral, in nats, shape (n,).
+    """
+
+    loc: Tensor
+    precision: Tensor
+    log_normaliser: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """Shape (n, z, z)."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.precision))
+
+
+def exact_posterior(program: Any, x: Any) -> MultivariateNormal:
+    """Give p(z|x) of a linear-Gaussian program in closed form.
+
+    Args:
+        program: any program; several latent sites stand side by side in the model's order.
+        x: data, a tensor (n, *x) or a batch dict.
+
+    Returns:
+        A multivariate normal of batch shape (n,). A program that is a module is computed in double precision, one that
+        holds no tensors in that of the data.
+
+    Raises:
+        ValueError: where the program is not linear-Gaussian: there is no closed form.
+    """
+    posterior = gaussians(program, x, "model")
+    return MultivariateNormal(posterior.loc, precision_matrix=posterior.precision)
+
+
+def exact_log_evidence(program: Any, x: Any) -> Tensor:
+    """Give log p(x) of a linear-Gaussian program in closed form, in nats, shape (n,), in double precision.
+
+    The arguments and errors are those of `exact_posterior`.
+    """
+    return gaussians(program, x, "model").log_normaliser
+
+
+def gaussians(program: Any, x: Any, role: str) -> Gaussian:
+    """Read the Gaussian of each datum off the `model` (the posterior and the evidence) or the `guide` (normalised)."""
+    twin, batch = to_double(program), check_batch(program, as_batch(x))
+    if device_and_dtype(twin)[1] is not None:
+        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    parts = [_read(twin, part, role) for part in _parts(batch)]
+    return Gaussian(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("loc", "precision", "log_normaliser"))
+    )
+
+
+def _parts(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Give the first datum, which most programs without a closed form fail at already, then the others in blocks."""
+    ends = [0, *range(1, len(next(iter(batch.values()))), _DATA), None]
+    for rows in itertools.starmap(slice, itertools.pairwise(ends)):
+        yield {key: value[rows] for key, value in batch.items()}
+
+
+def _read(program: Any, batch: dict[str, Tensor], role: str) -> Gaussian:
+    probe = _Probe(program, batch, role)
+    n, size = probe.origin.shape
+    generator = torch.Generator().manual_seed(0)
+    probes = 2 * torch.randn(_PROBES, n, size, generator=generator, dtype=torch.float64).to(probe.device)
+    axes = torch.eye(size, dtype=torch.float64, device=probe.device).unsqueeze(1).expand(size, n, size)
+    value, gradient = probe(torch.cat([torch.zeros_like(probes[:1]), axes, probes]))
+    slope = gradient[0]  # (n, z)
+    hessian = (gradient[1 : size + 1] - slope).transpose(0, 1)
+    precision = -(hessian + hessian.mT) / 2
+    steep = gradient.abs().amax(0)  # (n, z)
+    slack = 1e-4 * steep.amax(-1).clamp_min(1e-12), 1e-6 + 1e5 * probe.rounding * value.abs().amax(0)
+    read = value[0], slope, precision
+    probe.hold(_missed(read, probes, value[size + 1 :], gradient[size + 1 :]), slack)
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if bool(failed.any()):
+        raise ValueError(
+            f"Expected a {role} whose precision of {', '.join(probe.latents)} is positive definite; that of datum "
+            f"{int(failed.nonzero()[0])} of its block is not, to rounding: its covariance is nearly singular."
+        )
+    peak = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+    points = probe.rounded(torch.cat([_around(peak, factor, generator), probe.drawn]))
+    value, gradient = probe(points)
+    probe.hold(_missed(read, points[:1], value[:1], gradient[:1]), slack)
+    _check_around(probe, points, value, gradient, precision, factor, steep)
+    slope = gradient[0]  # what rounding left of it, from afar
+    shift = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+    log_det = 2 * (factor.diagonal(dim1=-2, dim2=-1) / probe.unit).log().sum(-1)
+    top = value[0] + 0.5 * (slope * shift).sum(-1)
+    return Gaussian(
+        probe.origin + probe.unit * (points[0] + shift),
+        precision / (probe.unit.unsqueeze(-1) * probe.unit.unsqueeze(-2)),
+        top + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det,
+    )
+
+
+def _missed(
+    read: tuple[Tensor, Tensor, Tensor], steps: Tensor, value: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give by how much a quadratic misses gradient and value at steps (k, n, z) from where it was read, (n,) each."""
+    height, slope, precision = read
+    bend = (precision @ steps.unsqueeze(-1)).squeeze(-1)
+    predicted = height + (steps * (slope - 0.5 * bend)).sum(-1)
+    return (gradient - slope + bend).abs().amax((0, 2)), (value - predicted).abs().amax(0)
+
+
+def _around(loc: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
+    """Give points (k, n, z): the mean, two points next to it, then those at `_RADII` along random directions.
+
+    The directions are orthogonal where the posterior is white, and of length sqrt(z), so that each is one standard
+    deviation long as seen along any axis.
+    """
+    n, size = loc.shape
+    raw = torch.randn(n, size, min(size, _DIRECTIONS), generator=generator, dtype=torch.float64)
+    white = size**0.5 * torch.linalg.qr(raw).Q.to(loc.device)
+    lengths = torch.tensor([sign * r for r in _RADII for sign in (1, -1)], dtype=torch.float64, device=loc.device)
+    rings = (white.unsqueeze(-1) * lengths).flatten(2)  # (n, z, k)
+    near = _NEAR * white[..., :1] * lengths[:2]
+    white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1)
+    return loc + torch.linalg.solve_triangular(factor.mT, white, upper=True).permute(2, 0, 1)
+
+
+def _check_around(
+    probe: "_Probe",
+    points: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    precision: Tensor,
+    factor: Tensor,
+    steep: Tensor,
+) -> None:
+    """Hold value and gradient at points (k, n, z), the first at the mean, against a quadratic, in units of its width.
+
+    What rounding may do is taken from the two points next to the mean, and from what it does to the precision: each of
+    its entries is a difference of two gradients, as large as `steep`, over a step of 1.
+    """
+    steps = (points - points[0]).permute(1, 2, 0)  # (n, z, k)
+    white = factor.mT @ steps
+    length = white.norm(dim=1).T  # (k, n), standard deviations
+    slopes = torch.linalg.solve_triangular(factor, gradient.permute(1, 2, 0), upper=False)
+    bent = (slopes - slopes[..., :1] + white).norm(dim=1).T  # (k, n)
+    missed = (value - value[0] - (slopes[..., :1] * white).sum(1).T + 0.5 * length**2).abs()
+    noise = bent[1:3].amax(0)
+    widths = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
+    inflation = (torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1) / widths**2).sum(-1)
+    entry = 10 * probe.rounding * (steep * widths).amax(-1) + 100 * noise
+    relative = (1e-6 + entry * widths.amax(-1) * inflation).clamp_max(0.1)
+    slack = relative * length + (100 * noise).clamp_max(0.1) + 1e-6
+    doubt = slack * length + 1e-6 + 100 * probe.rounding * (value.abs() + value[0].abs())
+    slack[0] = 0.1  # the mean itself is to be where it was said to be
+    bent[0] = slopes[..., 0].norm(dim=1)
+    probe.hold((bent, missed), (slack, doubt))
+
+
+class _Probe:
+    """The log density of a model or guide, with its gradient, at vectors u of its latent sites.
+
+    z = origin + unit * u: the origin is a draw of the guide; the unit, so that rounding stays small whatever the scale
+    of z, is the spread of draws of the model (of its prior) or the guide itself.
+
+    Raises:
+        ValueError: where a site has not the whole real line for its support.
+    """
+
+    def __init__(self, program: Any, batch: dict[str, Tensor], role: str) -> None:
+        found = structure(program, batch)
+        self.program, self.batch, self.role = program, batch, role
+        self.function = getattr(program, role)
+        self.latents, self.nesting = found.latents, found.nesting
+        self.device = next(iter(batch.values())).device
+        with torch.no_grad(), scope(program), fork_rng(0, device=self.device):
+            model, guide = trace_pair(program, batch, 1, self.nesting)
+        own: Any = (guide if role == "guide" else model).nodes
+        for name in self.latents:
+            if _mixed(own[name]["fn"]):  # of which a component that is far off would leave no trace
+                raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is a mixture.")
+            if (support := _short_of_real(own[name]["fn"])) is not None:
+                raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is on {support}.")
+        sites: Any = guide.nodes
+        values = {name: sites[name]["value"] for name in self.latents}
+        self.dtypes = {name: value.dtype for name, value in values.items()}
+        self.rounding = max(torch.finfo(dtype).eps for dtype in self.dtypes.values())
+        self.layout = Layout([(name, values[name], sites[name]["fn"].event_dim) for name in self.latents], self.nesting)
+        self.origin = self.layout.pack(values)[0].double()  # (n, z)
+        drawn = self._draw()
+        spread = drawn.std(0) if len(drawn) else torch.ones_like(self.origin)
+        self.unit = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)  # (n, z)
+        self.drawn = (drawn - self.origin) / self.unit  # (k, n, z)
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the log density (k, n), in nats, and its gradient (k, n, z) at vectors u (k, n, z)."""
+        u = u.detach().requires_grad_()
+        with torch.enable_grad(), scope(self.program), fork_rng(0, device=self.device):
+            with self._defined():
+                value = conditioned(self.function, self._given(u), self.batch, len(u), self.nesting)
+            gradient = torch.autograd.grad(value.sum(), u)[0] if value.requires_grad else torch.zeros_like(u)
+        return value.detach(), gradient
+
+    def rounded(self, u: Tensor) -> Tensor:
+        """Give the vectors at which the sites will stand, in their own precision."""
+        return (self.layout.pack(self._given(u)).double() - self.origin) / self.unit
+
+    def hold(self, missed: tuple[Tensor, Tensor], slack: tuple[Tensor, Tensor]) -> None:
+        """Refuse the program where gradient or value are missed by more than their slack, or by no number."""
+        if all(bool((by <= most).all()) for by, most in zip(missed, slack, strict=True)):
+            return
+        raise ValueError(f"{_CLOSED.format(self.role)}whose log density of {', '.join(self.latents)} is not quadratic.")
+
+    @contextmanager
+    def _defined(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # of a distribution's own checks
+            raise ValueError(
+                f"{_CLOSED.format(self.role)}that is not defined for all real values of {', '.join(self.latents)}."
+            ) from error
+
+    def _given(self, u: Tensor) -> dict[str, Tensor]:
+        values = self.layout.unpack(self.origin + self.unit * u)
+        return {name: value.to(self.dtypes[name]) for name, value in values.items()}
+
+    def _draw(self) -> Tensor:
+        """Draw z, (k, n, z); none from what cannot be drawn from."""
+        particles = pyro.plate("particles", _DRAWN, dim=-1 - self.nesting)
+        with torch.no_grad(), scope(self.program), fork_rng(0, "exact", device=self.device), self._defined():
+            try:
+                trace: Any = poutine.trace(particles(self.function)).get_trace(**batch_of(self.function, self.batch))
+            except NotImplementedError:
+                return self.origin[None][:0]
+        return self.layout.pack({name: trace.nodes[name]["value"] for name in self.latents}).double()
+
+
+def _mixed(distribution: Any) -> bool:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if isinstance(distribution, MixtureSameFamily):
+        return bool(distribution.mixture_distribution.logits.shape[-1] > 1)
+    if isinstance(distribution, MixtureOfDiagNormals | MixtureOfDiagNormalsSharedCovariance):
+        return bool(distribution.categorical.logits.shape[-1] > 1)
+    return False
+
+
+def _short_of_real(distribution: Any) -> str | None:
+    """Name the support of a distribution that has not the whole real line; one that does not know it is passed."""
+    try:
+        inner = distribution.support
+    except NotImplementedError:
+        return None
+    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
+        inner = inner.base_constraint
+    if inner.is_discrete:
+        return "discrete values"
+    if isinstance(inner, type(constraints.real)):
+        return None
+    if inner in (constraints.positive, constraints.nonnegative):
+        return "the positive numbers"
+    return "an interval" if isinstance(inner, constraints.interval) else f"{inner}"

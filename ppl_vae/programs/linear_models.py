@@ -1,0 +1,374 @@
+r"""The ladder from principal components to the VAE: PCA, the linear autoencoder, and factor analysis.
+
+`PCA` and `LinearAutoencoder` find a subspace and no distribution; `FactorAnalysis`, as `PPCA` before it, is a model:
+:math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \mathrm{diag}(s^2))`, whose evidence and posterior are in
+closed form, and which is a `VAE` whose guide is exact. A VAE with a network in W's place is the next rung.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Self
+
+import torch
+from pyro.distributions import MultivariateNormal
+from torch import Tensor
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch, check_finite
+from ppl_vae.families.conditional import Conditional
+from ppl_vae.families.elementwise import Normal, StandardNormal
+from ppl_vae.families.exact_normal import ExactNormal
+from ppl_vae.families.family import unconstrained
+from ppl_vae.families.linear_gaussian import LinearGaussian
+from ppl_vae.networks.linear import Linear
+from ppl_vae.programs.vae import VAE
+
+
+@dataclass(frozen=True)
+class PPCA:
+    r"""PPCA, :math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \sigma^2 I)`.
+
+    Args:
+        loc: :math:`\mu`, shape (x,).
+        weight: W, shape (x, z).
+        scale: :math:`\sigma`, the standard deviation of the noise, shape ().
+
+    References:
+        Probabilistic Principal Component Analysis (Tipping and Bishop 1999), equations 7 and 8.
+    """
+
+    loc: Tensor
+    weight: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, x: Any, latent: int) -> Self:
+        r"""Fit by maximum likelihood in closed form.
+
+        With eigenpairs :math:`\lambda_j, u_j` of the covariance (1/n), in falling order: :math:`\sigma^2` is the mean
+        of the eigenvalues left out and :math:`W = U (\Lambda - \sigma^2 I)^{1/2}`. The eigenproblem solved is the
+        smaller one of x by x and n by n.
+
+        Args:
+            x: data, shape (n, x); integers count as double precision.
+            latent: the number of latents, at least 0 and below the rank of the centred data.
+
+        Raises:
+            ValueError: for data that are no finite matrix, or a latent size at or above their rank, where the noise
+                would vanish and the likelihood grow without bound.
+
+        Example:
+            >>> import torch
+            >>> from ppl_vae import PPCA
+            >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+            >>> PPCA.fit(x, 1).scale
+            tensor(0.7071)
+        """
+        batch = as_batch(x)
+        check_finite(batch)
+        data = batch["x"]
+        if data.dim() != 2:
+            raise ValueError(f"Expected data of shape (n, x); got {tuple(data.shape)}.")
+        n, features = data.shape
+        wide = data.double()
+        loc = wide.mean(0)
+        centred = wide - loc
+        by_feature = n >= features
+        values, vectors = torch.linalg.eigh((centred.T @ centred if by_feature else centred @ centred.T) / n)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        tolerance = values[0] * max(n, features) * torch.finfo(torch.float64).eps
+        rank = int((values > tolerance).sum())
+        if not isinstance(latent, Integral) or not 0 <= latent < max(rank, 1) or rank == 0:
+            raise ValueError(
+                f"Expected `latent` to be at least 0 and below the rank of the centred data, {rank}; got "
+                f"{latent!r}. At the rank no variance "
+                "is left for the noise, and the likelihood is unbounded."
+            )
+        total = centred.square().sum() / n
+        variance = (total - values[:latent].sum()) / (features - latent)
+        axes = vectors[:, :latent]
+        if not by_feature:
+            axes = centred.T @ axes / (n * values[:latent]).sqrt()
+        weight = axes * (values[:latent] - variance).clamp_min(0).sqrt()
+        return cls(loc.to(data.dtype), weight.to(data.dtype), variance.sqrt().to(data.dtype))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Give log p(x) in nats, shape (n,)."""
+        return self._pair().log_evidence(x)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        r"""Give p(z|x) of batch shape (n,).
+
+        :math:`p(z \mid x) = N(M^{-1} W^\top (x - \mu),\; \sigma^2 M^{-1})` with :math:`M = W^\top W + \sigma^2 I`.
+        """
+        return self._pair().posterior(x)
+
+    def to_vae(self) -> VAE:
+        """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
+        return exact_vae(self.loc, self.weight, self.scale)
+
+    def _pair(self) -> LinearGaussian:
+        features, latent = self.weight.shape
+        return LinearGaussian(
+            loc=self.weight.new_zeros(latent),
+            scale_tril=torch.eye(latent, dtype=self.weight.dtype, device=self.weight.device),
+            weight=self.weight,
+            bias=self.loc,
+            scale=self.scale.expand(features),
+        )
+
+
+def exact_vae(loc: Tensor, weight: Tensor, scale: Tensor) -> VAE:
+    """Give a linear-Gaussian model as a `VAE` whose guide is the exact posterior, in the precision of its weight.
+
+    Args:
+        loc: the bias of x, shape (x,).
+        weight: shape (x, z).
+        scale: standard deviation of the noise, shape () where all features share it, else (x,).
+    """
+    features, latent = weight.shape
+    if not latent:
+        raise ValueError("Expected at least one latent, for a VAE; got none.")
+    prior = Conditional(StandardNormal(latent))
+    family = Normal(features, scale="feature" if scale.dim() else "shared")
+    network = Linear()
+    likelihood = Conditional(family, network, context=latent)
+    vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(weight)
+    with torch.no_grad():
+        network.weight.copy_(weight)
+        network.bias.copy_(loc)
+        family.raw_scale.copy_(unconstrained(scale.double()))
+    return vae
+
+
+def _data(x: Any, latent: int, most: str) -> Tensor:
+    """Check data of shape (n, x) and the number of latents; `most` is what it may not exceed."""
+    batch = as_batch(x)
+    check_finite(batch)
+    data = batch["x"]
+    if data.dim() != 2 or len(data) < 2:
+        raise ValueError(f"Expected data of shape (n, x), n at least 2; got {tuple(data.shape)}.")
+    limit = min(len(data) - 1, data.shape[1]) if most == "rank" else data.shape[1] - 1
+    if not isinstance(latent, Integral) or not 1 <= latent <= limit:
+        words = "the smaller of n - 1 and the number of features" if most == "rank" else "the number of features less 1"
+        raise ValueError(f"Expected `latent` to be from 1 to {words}, {limit}; got {latent!r}.")
+    return data
+
+
+@dataclass(frozen=True)
+class PCA:
+    r"""Principal components: the affine subspace that the data are nearest to.
+
+    Args:
+        loc: mean of the data, shape (x,).
+        components: orthonormal directions, shape (x, z), by falling variance; the sign of each is such that its
+            largest entry is positive.
+        variances: of the data (1/n) along each, shape (z,).
+        total: variance of the data in all directions, shape ().
+
+    References:
+        Pattern Recognition and Machine Learning (Bishop 2006), section 12.1.
+    """
+
+    loc: Tensor
+    components: Tensor
+    variances: Tensor
+    total: Tensor
+
+    @classmethod
+    def fit(cls, x: Any, latent: int) -> Self:
+        """Find the components by a singular value decomposition of the centred data.
+
+        Args:
+            x: data, shape (n, x).
+            latent: the number of components.
+
+        Raises:
+            ValueError: for data that do not fit, or a number out of range.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([[-0.5, -0.4], [-0.4, -0.1], [0.1, 0.0], [0.3, 0.3], [0.5, 0.2]])
+            >>> PCA.fit(x, 1).encode(x).flatten()
+            tensor([-0.6345, -0.3945,  0.0858,  0.4115,  0.5317])
+        """
+        data = _data(x, latent, "rank")
+        wide = data.double()
+        loc = wide.mean(0)
+        _, values, rows = torch.linalg.svd(wide - loc, full_matrices=False)
+        components = rows[:latent].T
+        largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+        variances = values.square() / len(wide)
+        parts = loc, components * largest.sign(), variances[:latent], variances.sum()
+        return cls(*(part.to(data.dtype) for part in parts))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Give the coordinates of data (*batch, x) along the components, shape (*batch, z)."""
+        return (x - self.loc) @ self.components
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Give the points (*batch, x) of the subspace at coordinates (*batch, z)."""
+        return z @ self.components.T + self.loc
+
+    @property
+    def explained(self) -> Tensor:
+        """Give the share of the variance that lies in the subspace, shape ()."""
+        return self.variances.sum() / self.total
+
+
+@dataclass(frozen=True)
+class LinearAutoencoder:
+    r"""An encoder and a decoder that are affine, fitted by their squared reconstruction error alone.
+
+    Its decoder spans the principal components' subspace, in no particular basis (Neural Networks and Principal
+    Component Analysis, Baldi and Hornik 1989): codes have neither an order nor a scale, and nothing says where between
+    them other data lie.
+
+    Args:
+        loc: of the data, shape (x,).
+        encoder: shape (x, z).
+        decoder: shape (x, z).
+        errors: mean over data of the squared error, after each iteration.
+    """
+
+    loc: Tensor
+    encoder: Tensor
+    decoder: Tensor
+    errors: Tensor
+
+    @classmethod
+    def fit(cls, x: Any, latent: int, *, iterations: int = 1000, tolerance: float = 1e-12, seed: int = 0) -> Self:
+        r"""Fit by turns: the best decoder for the encoder's codes, the best encoder for that decoder.
+
+        Each half is a least-squares problem with a closed form; the error never rises.
+
+        Args:
+            x: data, shape (n, x).
+            latent: the size of a code.
+            iterations: at the most.
+            tolerance: of the relative fall of the error, at which to stop.
+            seed: of the start; the global random state is left alone.
+
+        Raises:
+            ValueError: for data that do not fit, or a size out of range.
+        """
+        data = _data(x, latent, "rank")
+        wide = data.double()
+        loc = wide.mean(0)
+        centred = wide - loc
+        with fork_rng(seed, "autoencoder", device=data.device):
+            decoder = torch.randn(wide.shape[1], int(latent), dtype=torch.float64, device=data.device)
+        errors: list[Tensor] = []
+        for _ in range(iterations):
+            encoder = torch.linalg.pinv(decoder).T
+            codes = centred @ encoder
+            decoder = (torch.linalg.pinv(codes) @ centred).T
+            errors.append((centred - codes @ decoder.T).square().sum(-1).mean())
+            if len(errors) > 1 and bool(errors[-2] - errors[-1] <= tolerance * errors[-1]):
+                break
+        return cls(*(part.to(data.dtype) for part in (loc, encoder, decoder, torch.stack(errors))))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Give the codes (*batch, z) of data (*batch, x)."""
+        return (x - self.loc) @ self.encoder
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Give the reconstructions (*batch, x) of codes (*batch, z)."""
+        return z @ self.decoder.T + self.loc
+
+
+@dataclass(frozen=True)
+class FactorAnalysis:
+    r"""Factor analysis, :math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \mathrm{diag}(s^2))`.
+
+    PPCA with a noise scale for each feature: unlike PPCA it does not care in which unit a feature is measured.
+
+    Args:
+        loc: :math:`\mu`, shape (x,).
+        weight: W, shape (x, z), determined up to a rotation of z.
+        scale: s, standard deviations of the noise, shape (x,).
+        iterations: of the fit.
+
+    References:
+        EM Algorithms for ML Factor Analysis (Rubin and Thayer 1982); Pattern Recognition and Machine Learning
+        (Bishop 2006), section 12.2.4.
+    """
+
+    loc: Tensor
+    weight: Tensor
+    scale: Tensor
+    iterations: int = 0
+
+    @classmethod
+    def fit(cls, x: Any, latent: int, *, tolerance: float = 1e-10, iterations: int = 20_000) -> Self:
+        r"""Fit by maximum likelihood, by turns: the best W for given s, the noise that is left for given W.
+
+        For given s the best W has a closed form: with eigenpairs :math:`\lambda_j, u_j` of the covariance of x / s,
+        :math:`W = \mathrm{diag}(s)\, U (\Lambda - I)_+^{1/2}`. Given W, :math:`s^2` is what the covariance's diagonal
+        leaves beside :math:`W W^\top`. This climbs the same likelihood as expectation maximisation, in far fewer steps
+        (Bayesian Reasoning and Machine Learning, Barber 2012, algorithm 21.1).
+
+        Args:
+            x: data, shape (n, x); integers count as double precision.
+            latent: the number of latents, at least 1 and below the number of features.
+            tolerance: of the rise of the mean log evidence in an iteration, in nats, at which to stop.
+            iterations: at the most.
+
+        Raises:
+            ValueError: for data that do not fit, constant features, or a number of latents out of range.
+            RuntimeError: where the likelihood has not settled after all iterations.
+        """
+        data = _data(x, latent, "features")
+        wide = data.double()
+        loc, constant = wide.mean(0), wide.amin(0) == wide.amax(0)
+        if bool(constant.any()):
+            which = constant.nonzero().flatten().tolist()
+            raise ValueError(
+                f"Expected features that vary, each having a noise scale of its own; got {len(which)} constant ones "
+                f"(columns {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''}), where the density "
+                "grows without bound as the scale falls. Leave them out."
+            )
+        covariance = (wide - loc).T @ (wide - loc) / len(wide)
+        variances = covariance.diagonal().clone()
+        floor = 1e-12 * variances
+        noise, before = variances.clone(), -math.inf
+        for iteration in range(1, iterations + 1):
+            scale = noise.sqrt()
+            values, vectors = torch.linalg.eigh(covariance / scale / scale.unsqueeze(-1))
+            values, vectors = values.flip(0), vectors.flip(1)[:, :latent]
+            weight = scale.unsqueeze(-1) * vectors * (values[:latent] - 1).clamp_min(0).sqrt()
+            inside = (
+                values[:latent].clamp_min(1).log().sum() + values[:latent].clamp_max(1).sum() + values[latent:].sum()
+            )
+            evidence = float(-0.5 * (len(noise) * math.log(2 * math.pi) + noise.log().sum() + inside))
+            noise = (variances - weight.square().sum(-1)).maximum(floor)
+            if evidence - before < tolerance:
+                return cls(loc.to(data.dtype), weight.to(data.dtype), scale.to(data.dtype), iteration)
+            before = evidence
+        raise RuntimeError(
+            f"Expected the likelihood to settle to {tolerance:g} nats within {iterations} iterations; it still rises. "
+            "Allow more iterations or fewer latents."
+        )
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Give log p(x) in nats, shape (n,)."""
+        return self._pair().log_evidence(x)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        """Give p(z|x) of batch shape (n,)."""
+        return self._pair().posterior(x)
+
+    def to_vae(self) -> VAE:
+        """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
+        return exact_vae(self.loc, self.weight, self.scale)
+
+    def _pair(self) -> LinearGaussian:
+        latent = self.weight.shape[1]
+        return LinearGaussian(
+            loc=self.weight.new_zeros(latent),
+            scale_tril=torch.eye(latent, dtype=self.weight.dtype, device=self.weight.device),
+            weight=self.weight,
+            bias=self.loc,
+            scale=self.scale,
+        )

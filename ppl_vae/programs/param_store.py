@@ -1,0 +1,52 @@
+"""Parameters that a program keeps by `pyro.param`: a store of its own for each program."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def scope(program: Any) -> Iterator[None]:
+    """Run a program with a parameter store of its own, on top of the global one, and leave that as it was."""
+    store = pyro.get_param_store()
+    own = vars(program).setdefault("_ppl_vae_params", {"params": {}, "constraints": {}})
+    outer: Any = store.get_state()
+    copies = {
+        name: value if "$$$" in name else value.detach().clone().requires_grad_()
+        for name, value in outer["params"].items()
+    }
+    merged: Any = {
+        "params": {**copies, **own["params"]},
+        "constraints": {**outer["constraints"], **own["constraints"]},
+    }
+    with store.scope(merged):
+        yield
+    for name, value in merged["params"].items():
+        new = name not in copies or value is not copies[name]
+        if "$$$" not in name and (new or not torch.equal(value, outer["params"][name])):
+            own["params"][name], own["constraints"][name] = value, merged["constraints"][name]
+
+
+def to_double(program: Any) -> Any:
+    """Copy a program in double precision, what it learned through `pyro.param` too; one without tensors stays."""
+    if not isinstance(program, nn.Module) or device_and_dtype(program)[1] is None:
+        return program
+    twin = copy.deepcopy(program).double()
+    own = vars(twin).get("_ppl_vae_params", {"params": {}})
+    own["params"] = {name: value.detach().double().requires_grad_() for name, value in own["params"].items()}
+    return twin
+
+
+def device_and_dtype(program: Any, x: Tensor | None = None) -> tuple[torch.device, torch.dtype | None]:
+    """Give the device of a program and its floating type, `None` where it holds no tensors."""
+    tensors = itertools.chain(program.parameters(), program.buffers()) if isinstance(program, nn.Module) else iter(())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if first is not None:
+        return first.device, first.dtype
+    return (torch.device("cpu") if x is None else x.device), None

@@ -1,0 +1,120 @@
+r"""Programs: Pyro pairs of `model` and `guide`, and what can be read off their traces.
+
+A program is any object with `model(**batch)` and `guide(**batch)`, in plain Pyro, with an outermost plate `"data"` at
+dim -1, whatever its latent sites and inner plates. `VAE` is the program that three conditionals build; `Program`
+wraps two functions or a stranger's modules. Nothing below the contract knows which of them it has.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+
+class PyroPair(Protocol):
+    """The contract of a program: a model and a guide that take the same batch by keyword."""
+
+    def model(self, **batch: Any) -> Any:
+        """Sample the latent sites and the data, these observed where the batch has them."""
+
+    def guide(self, **batch: Any) -> Any:
+        """Sample the latent sites from the approximate posterior."""
+
+
+_names: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+_count = itertools.count()
+
+
+def unique_name(module: nn.Module) -> str:
+    """Give a module a name that no other instance gets, deep copies and later instances included.
+
+    `pyro.module` keeps parameters by name in one store for the whole process: of two modules of one name, the second
+    would never be trained, without a word.
+    """
+    if module not in _names:
+        _names[module] = f"{type(module).__name__.lower()}_{next(_count)}"
+    return _names[module]
+
+
+class Program(nn.Module):
+    """Anyone's model and guide as a program.
+
+    Args:
+        model: a function or module that takes the batch by keyword.
+        guide: likewise; one that also takes a model's keywords may ignore them.
+
+    Raises:
+        TypeError: where either cannot be called.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.5**0.5))
+        >>> from ppl_vae import Program, log_weights
+        >>> log_weights(Program(model, guide), torch.tensor([[0.0], [1.0]]), 3).std(0).max().item() < 1e-6
+        True
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        super().__init__()
+        for name, part in (("model", model), ("guide", guide)):
+            if not callable(part):
+                raise TypeError(f"Expected `{name}` to be a function or module of the batch; got {part!r}.")
+        self.model = model
+        self.guide = guide
+        owners = {id(part.__self__): part.__self__ for part in (model, guide) if inspect.ismethod(part)}
+        self.owners = nn.ModuleList(owner for owner in owners.values() if isinstance(owner, nn.Module))
+
+
+def load_program(reference: str) -> type:
+    """Load a program's class from `"file.py:Class"`; the class may be left out where the file defines one program.
+
+    The file runs under one private module name made of its path, so that a class has one identity however often it is
+    loaded.
+
+    Raises:
+        ValueError: for a missing file, one that fails to run, or one without such a class.
+    """
+    path_text, _, wanted = reference.partition(":")
+    path = Path(path_text).expanduser().resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"Expected a program as file.py:Class; got {reference!r}, and {path} is not a Python file.")
+    name = f"_ppl_vae_program_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
+    found = {
+        key: value
+        for key, value in vars(sys.modules[name]).items()
+        if inspect.isclass(value)
+        and value.__module__ == name
+        and callable(getattr(value, "model", None))
+        and callable(getattr(value, "guide", None))
+    }
+    wanted = wanted or (next(iter(found)) if len(found) == 1 else "")
+    if wanted not in found:
+        raise ValueError(
+            f"Expected {path} to define the class {wanted or 'after the colon'} with `model` and `guide`; it has "
+            f"{', '.join(found) or 'none'}."
+        )
+    return found[wanted]  # type: ignore[no-any-return]

@@ -1,0 +1,99 @@
+"""Data drawn from a model, with the latent variables that they came from."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.programs.latent_vector import packed
+from ppl_vae.programs.traces import Structure
+
+
+def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[dict[str, Tensor], Tensor]:
+    """Draw latent variables and data from a model.
+
+    Where in the batch a site's values belong is found by observing the entries' own numbers.
+
+    Args:
+        program: any program.
+        batch: placeholders, as `prepare` gives them.
+        found: the program's structure.
+
+    Returns:
+        The batch with all that is observed drawn anew, and the latent variables, shape (n, z), in double precision.
+
+    Raises:
+        ValueError: for a model that cannot be drawn from: it has factors, does not observe its data as they are, or
+            observes an entry twice.
+    """
+    real = {key: value for key, value in batch.items() if value.is_floating_point()}
+    if not real:
+        raise ValueError("Expected a batch with real numbers among its entries, where simulated data go; got none.")
+    shapes, sizes = {key: value.shape for key, value in real.items()}, [value.numel() for value in real.values()]
+    flat = torch.cat([value.flatten() for value in real.values()]).nan_to_num()
+
+    def filled(entries: Tensor) -> dict[str, Tensor]:
+        parts = zip(shapes.items(), entries.split(sizes), strict=True)
+        return {**batch, **{key: part.reshape(shape) for (key, shape), part in parts}}
+
+    numbers = torch.arange(len(flat), device=flat.device).to(flat.dtype)
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(program.model).get_trace(**filled(numbers))
+    where = {
+        name: _entries(name, trace.nodes[name], len(flat))
+        for name in found.observed
+        if not trace.nodes[name]["infer"].get("_deterministic")
+    }
+    seen = torch.cat([index.flatten() for index in where.values()])
+    if len(seen.unique()) != len(seen):
+        raise ValueError("Expected each entry of the data to be observed once; some are observed at several sites.")
+    particles = pyro.plate("particles", 1, dim=-1 - found.nesting)
+    drawn = poutine.trace(particles(poutine.uncondition(program.model))).get_trace(**filled(flat))
+    for name, index in where.items():
+        node: Any = drawn.nodes[name]
+        flat[index.flatten()] = node["value"].reshape(index.shape).flatten().to(flat)
+    return filled(flat), packed(drawn, found)[0]
+
+
+def _entries(name: str, node: Any, count: int) -> Tensor:
+    """Read off an observed site which entries of the data it observes."""
+    if isinstance(node["fn"], pyro.distributions.Unit):
+        raise ValueError(
+            f"Expected a model that data can be drawn from; site '{name}' is a factor, which no data come from."
+        )
+    if not node["value"].is_floating_point():
+        raise ValueError(
+            f"Expected data of a floating type, to find where simulated ones go; site '{name}' observes "
+            f"{node['value'].dtype}. Convert the entry with .float()."
+        )
+    index = node["value"].round().long()
+    if not bool(((index >= 0) & (index < count)).all()) or not torch.equal(index.to(node["value"]), node["value"]):
+        raise ValueError(
+            f"Expected a model that observes its data as they are; site '{name}' observes something made of them. "
+            "Transform the data beforehand."
+        )
+    return index
+
+
+def drawn_twice(
+    program: Any, batch: dict[str, Tensor], found: Structure, *key: int | str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Simulate, and again from what came out with the same randomness, to see that nothing depends on placeholders.
+
+    Raises:
+        ValueError: where latent variables or data depend on observed values, or as in `simulate`.
+    """
+    device = next(iter(batch.values())).device
+    with fork_rng(*key, device=device):
+        drawn, truth = simulate(program, batch, found)
+    with fork_rng(*key, device=device):
+        again, same = simulate(program, drawn, found)
+    if not torch.equal(truth, same) or any(not torch.equal(drawn[name], again[name]) for name in drawn):
+        raise ValueError(
+            "Expected a model whose latent variables and data do not depend on the values observed; they changed with "
+            "the placeholders."
+        )
+    return drawn, truth

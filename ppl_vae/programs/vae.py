@@ -1,0 +1,187 @@
+"""The program of three conditionals: prior, likelihood and approximate posterior."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch
+from ppl_vae.families.conditional import Conditional
+from ppl_vae.families.family import moments
+from ppl_vae.networks.network import Amortized
+from ppl_vae.networks.table import Table
+from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.program import unique_name
+from ppl_vae.programs.traces import batch_of, check_batch
+
+
+class VAE(nn.Module):
+    r"""The program of three conditionals, with sites `"z"` and `"x"`.
+
+    The model is :math:`p(z)\, p(x \mid z)`, the guide :math:`q(z \mid x)`.
+
+    Args:
+        prior: p(z), without context.
+        likelihood: p(x|z).
+        posterior: q(z|x), the approximate posterior; its family must be reparameterised.
+
+    Raises:
+        TypeError: where a part is no `Conditional`.
+        ValueError: where sizes do not fit, or a family cannot play its role.
+
+    Example:
+        >>> from ppl_vae import VAE, Conditional
+        >>> from ppl_vae.families import Bernoulli, Normal, StandardNormal
+        >>> from ppl_vae.networks import MLP
+        >>> vae = VAE(
+        ...     prior=Conditional(StandardNormal(2)),
+        ...     likelihood=Conditional(Bernoulli(64), MLP(hidden=[32])),
+        ...     posterior=Conditional(Normal(2), MLP(hidden=[32])),
+        ... )
+        >>> vae.sample(3).shape
+        torch.Size([3, 64])
+    """
+
+    def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional) -> None:
+        super().__init__()
+        for role, part in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
+            if not isinstance(part, Conditional):
+                raise TypeError(f"Expected `{role}` to be a Conditional; got {part!r}.")
+        z, x = prior.family.event_shape, likelihood.family.event_shape
+        if posterior.family.event_shape != z:
+            raise ValueError(
+                f"Expected prior and posterior of one latent shape; got {tuple(z)} and "
+                f"{tuple(posterior.family.event_shape)}."
+            )
+        if not posterior.family.reparameterised or posterior.family.support is not prior.family.support:
+            raise ValueError(
+                f"Expected a reparameterised posterior on the support of the prior {type(prior.family).__name__}; "
+                f"got {type(posterior.family).__name__}{tuple(z)}."
+            )
+        if prior.context:
+            raise ValueError(
+                f"Expected a prior without context; got one of shapes {[tuple(s) for s in prior.context]}."
+            )
+        self.prior = prior.bind()
+        self.likelihood = likelihood.bind(tuple(z))
+        self.posterior = posterior.bind(tuple(x))
+
+    def model(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """Draw z from the prior and x from the likelihood, or score x where it is observed.
+
+        Args:
+            x: data, shape (n, *x).
+            mask: boolean, as `x`; entries where it is false are missing.
+            index: the number of each datum in its data set, shape (n,), which a `Table` needs.
+        """
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
+
+    def guide(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """Draw z from the approximate posterior; the arguments are those of `model`."""
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", self.approximate(x, mask, index))
+
+    def approximate(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Any:
+        """Give the distribution q(z|x) with batch shape (n,)."""
+        if not isinstance(self.posterior.network, Table):
+            return self.posterior(x, observed=mask)
+        if index is None:
+            raise ValueError(
+                "Expected `index`, the number of each datum in its data set, for a posterior on a Table; got none."
+            )
+        return self.posterior(index)
+
+    def initialise(self, x: Any, mask: Any = None) -> "VAE":
+        """Fit the starting point to data, which decides whether training works at all.
+
+        The likelihood's output begins at the data's mean (for a Bernoulli the logit of the clipped mean), a
+        `Normal`'s scale at the data's standard deviation; the guide's input is centred on the mean and divided by one
+        number, the data's root mean square deviation, both kept as buffers.
+
+        Args:
+            x: data, shape (n, *x).
+            mask: boolean, as `x`; entries where it is false are missing.
+
+        Returns:
+            The VAE itself.
+
+        Raises:
+            ValueError: for data that do not fit, or a constant feature under a scale of its own.
+        """
+        batch = check_batch(self, as_batch(x) if mask is None else as_batch({"x": x, "mask": mask}))
+        data, seen = batch["x"], batch.get("mask")
+        start = self.likelihood.family.fit_start(data, seen)
+        if hasattr(self.likelihood.network, "restart"):
+            self.likelihood.network.restart(start)  # type: ignore[operator]
+        if isinstance(self.posterior.network, Amortized):
+            loc, scale = moments(data, seen)
+            spread = scale.square().mean().sqrt()
+            self.posterior.network.centre(loc.flatten(), torch.where(spread > 0, spread, 1.0))
+        return self
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int = 0) -> Tensor:
+        """Draw n data from the model, shape (n, *x)."""
+        device, _ = device_and_dtype(self)
+        with fork_rng(seed, device=device):
+            return self.likelihood(self.prior().expand([n]).sample()).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Any, *, seed: int = 0) -> Tensor:
+        """Give the mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
+        batch = check_batch(self, as_batch(x))
+        device, _ = device_and_dtype(self)
+        with fork_rng(seed, device=device):
+            return self.likelihood(self.approximate(**batch_of(self.guide, batch)).sample()).mean  # type: ignore[no-any-return]
+
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse data that do not fit: their shape, or values outside the likelihood's support."""
+        x, mask = batch["x"], batch.get("mask")
+        family = self.likelihood.family
+        if x.shape[1:] != family.event_shape:
+            raise ValueError(
+                f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."
+            )
+        check_support("x", family.support, x, mask, type(family).__name__)
+        if isinstance(self.posterior.network, Table) and not bool(
+            ((batch["index"] >= 0) & (batch["index"] < self.posterior.network.rows)).all()
+        ):
+            raise ValueError(
+                f"Expected data whose index is below the table's {self.posterior.network.rows} rows; got "
+                f"{int(batch['index'].max())}. "
+                "A Table knows the data it was fitted to, no others: use a Linear or MLP network for new data."
+            )
+
+
+def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, family: str) -> None:
+    """Refuse data outside a likelihood's support, naming the first such value and what to do."""
+    inside = support.check(x)
+    if mask is not None and mask.shape == inside.shape:
+        inside = inside | ~mask
+    if bool(inside.all()):
+        return
+    first = (~inside).nonzero()[0].tolist()
+    remedy = "Choose a likelihood whose support holds the data."
+    if family == "Bernoulli":
+        remedy = (
+            'Binarise the data (binarization = "dynamic", "static" or "threshold"), or choose a likelihood for real '
+            "numbers, such as Normal."
+        )
+    place_ = f"row {first[0]}" + (f", column {', '.join(map(str, first[1:]))}" if first[1:] else "")
+    raise ValueError(
+        f"Expected data in the support of {family}, {_name(support)}, at site '{site}'; got "
+        f"{x[tuple(first)].flatten()[0].item():g} at {place_} "
+        f"and {int((~inside).sum())} such values in all. {remedy}"
+    )
+
+
+def _name(support: Any) -> str:
+    inner = getattr(support, "base_constraint", support)
+    return {"Boolean": "{0, 1}", "Real": "the real numbers"}.get(type(inner).__name__.strip("_"), str(support))

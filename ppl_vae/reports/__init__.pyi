@@ -1,0 +1,12 @@
+from .data_plots import reconstructions as reconstructions
+from .data_plots import samples as samples
+from .data_plots import training_curve as training_curve
+from .diagnostic_plots import bound_over_samples as bound_over_samples
+from .diagnostic_plots import gap_parts as gap_parts
+from .diagnostic_plots import rank_histograms as rank_histograms
+from .diagnostic_plots import tail_shapes as tail_shapes
+from .latent_plots import latent_grid as latent_grid
+from .latent_plots import latent_scatter as latent_scatter
+from .latent_plots import traversals as traversals
+from .posterior_plots import ellipses as ellipses
+from .posterior_plots import regions as regions

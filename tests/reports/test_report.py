@@ -1,0 +1,315 @@
+"""Reports: every spec leaves a full one, in words that say what the figures are and what to distrust."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from ppl_vae import PPCA, Program, compare_posteriors, load_run, load_spec, log_evidence
+from ppl_vae.data import datasets, loading
+from ppl_vae.reports import figures, findings, measures
+from ppl_vae.runs import run
+from ppl_vae.runs.run import evaluate_run, fit_spec
+
+MODELS = Path(__file__).parents[2] / "models"
+SPECS = sorted(MODELS.glob("*.toml"))
+KEYS = {"spec", "seed", "versions", "device", "data", "train", "test", "exact", "baseline"}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Let every data set have 100 data to learn from and 40 held out."""
+    read = loading.read_table
+
+    def shortened(*given):
+        table = read(*given)
+        n = table.n_train or len(table.x) - 40
+        rows = np.r_[0:100, n : n + 40]
+        y = None if table.y is None else table.y[rows]
+        return table._replace(x=table.x[rows], y=y, n_train=table.n_train and 100)
+
+    monkeypatch.setattr(loading, "read_table", shortened)
+
+
+def present(path):
+    """Skip with the reason where a spec's data are not on this machine."""
+    spec = load_spec(path)
+    root = datasets.root_folder(spec.data.root)[0]
+    needed = root / "MNIST" / "raw" if spec.data.name == "mnist" else Path(spec.data.name)
+    if spec.data.name != "digits" and not needed.exists():
+        pytest.skip(f"no data at {needed}; set PPL_VAE_DATA (now {os.environ.get('PPL_VAE_DATA')})")
+
+
+def check_whole(folder):
+    """Hold a run directory against the contract, and give its report in numbers and words."""
+    found = json.loads((folder / "report.json").read_text())
+    text = (folder / "report.md").read_text()
+    assert KEYS <= found.keys()
+    assert {"name", "protocol", "features", "n_train", "n_test"} <= found["data"].keys()
+    assert {"epochs", "steps", "seconds", "elbo"} <= found["train"].keys()
+    test = found["test"]
+    assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units", "rates"} <= test.keys()
+    assert test["elbo"].keys() == {"mean", "se", "mc_se"}
+    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "jackknife"}
+    assert test["ess"].keys() == {"median", "min"}
+    assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
+    assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
+    assert test["rate"] + test["distortion"] == pytest.approx(-test["elbo"]["mean"])
+    assert len(test["collapsed"]) == test["latents"] - test["active_units"]
+    if test["rates"] is not None and test["n"] <= measures.SHOWN:  # the marginals' fall short by the total correlation
+        assert sum(test["rates"]) <= 1.02 * test["rate"] + 0.1
+        assert f"z{np.argmax(test['rates'])} {max(test['rates']):.2f}" in text
+    bounded = test["log_evidence"]["kind"] == "lower bound"
+    assert bounded == (">= " in text)
+    assert bounded == (test["log_evidence"]["jackknife"] is None)
+    assert bounded == ("jackknife; no bound" not in text)
+    assert bounded == all(remedy in text for remedy in ("--samples K", "a richer guide", "--reference ais"))
+    line = next(line for line in text.splitlines() if line.startswith("| log evidence |"))
+    assert bounded == ("±" not in line)
+    for heading in ("Numbers", "What to distrust", "The program", "Reproduce", "Pictures"):
+        assert f"\n## {heading}\n" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {6}
+    assert not re.search(r"\bnan\b|\bNone\b|\binf\b", text)
+    pictures = re.findall(r"!\[.+\]\((figures/.+\.png)\)", text)
+    assert {folder / picture for picture in pictures} == set((folder / "figures").iterdir())
+    assert all((folder / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    return found, text, {Path(picture).stem for picture in pictures}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_every_spec_leaves_a_full_report(path, few, tmp_path):
+    present(path)
+    settings = {"svi.epochs": 1, "evaluation.samples": 30}
+    made = fit_spec(path, settings, out=tmp_path / path.stem)
+    found, text, pictures = check_whole(made.path)
+    assert (found["data"]["n_train"], found["test"]["n"]) in ((100, 40), (112, 28))  # a file is split
+    assert text.startswith(f"# {path.stem}\n")
+    vae = made.spec.model.program is None
+    assert {"training", "reconstructions", "samples"} | ({"traversals"} if vae else set()) <= pictures
+    assert ("manifold" in pictures) == (vae and made.spec.model.latent == 2)
+    assert ("posteriors" in pictures) == (vae and found["exact"] is not None)
+    assert (found["baseline"] is None) == (found["data"]["measure"] == "probability mass")
+    assert load_run(made.path, trust_code=True).report == found
+    assert evaluate_run(made.path, trust_code=True).report == found
+
+
+def test_two_epochs_of_mnist_go_well_beyond_plain_settings(tmp_path, monkeypatch):
+    """Plain settings (tanh 200-200 at 1e-3, no start at the data's mean) give a test ELBO of -138."""
+    present(MODELS / "mnist.toml")
+    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    made = fit_spec(MODELS / "mnist.toml", {"svi.epochs": 2, "evaluation.samples": 5}, out=tmp_path / "mnist")
+    assert made.report["test"]["n"] == 10_000
+    assert made.report["test"]["elbo"]["mean"] > -130
+    assert made.report["test"]["elbo"]["mean"] < -70  # what no VAE of this size reaches
+
+
+def table(folder, rows=60, columns=5):
+    x = np.random.default_rng(0).normal(size=(rows, 2)) @ np.random.default_rng(1).normal(size=(2, columns))
+    x += 0.1 * np.random.default_rng(2).normal(size=x.shape)
+    file = folder / "own.csv"
+    np.savetxt(file, x + 0.3, delimiter=",", header=",".join("abcde"[:columns]), comments="")
+    return file
+
+
+@pytest.mark.parametrize("latent", [1, 2])
+def test_a_table_of_ones_own(latent, tmp_path):
+    settings = {"data.name": str(table(tmp_path)), "data.scaling": "standardize", "model.latent": latent}
+    settings |= {"svi.epochs": 2, "evaluation.samples": 30}
+    made = fit_spec(MODELS / "digits.toml", settings, out=tmp_path / "run")
+    found, text, pictures = check_whole(made.path)
+    assert "own.csv, 48 to learn from, 12 held out, 5 features (scaling standardize)" in text
+    assert ("latents" in pictures) == (latent == 2)
+    assert "manifold" not in pictures
+    volume = found["data"]["protocol"]["log_volume"]
+    stored = (found["test"]["log_evidence"]["mean"] - volume) / -5 / math.log(2)
+    assert found["test"]["bits_per_dim"] == pytest.approx(stored)
+    data = made.spec.load_data()
+    ppca = PPCA.fit(data.train["x"].double(), latent).log_evidence(data.test["x"].double()).mean()
+    assert found["baseline"]["ppca"]["log_evidence"] == pytest.approx(float(ppca))
+
+
+@pytest.mark.parametrize("family", ["Normal", "MixtureNormal"])
+def test_the_error_of_the_distance_to_the_exact_posterior(family, few, tmp_path):
+    posterior = {"family": family, "network": {"family": "Linear"}}
+    settings = {"svi.epochs": 1, "evaluation.samples": 30, "model.latent": 2, "posterior": posterior}
+    made = fit_spec(MODELS / "ppca.toml", {**settings, "svi.elbo": "Trace_ELBO"}, out=tmp_path / "run")
+    compared = compare_posteriors(made.program, made.spec.load_data().test)
+    exact, sampled = made.report["exact"], family == "MixtureNormal"
+    assert exact["gap_method"] == ("sampled" if sampled else "closed-form")
+    assert exact["gap_mc_se"] == pytest.approx(float(compared.error.square().sum().sqrt()) / 40)
+    assert (exact["gap_mc_se"] > 0) == sampled
+    lines = (made.path / "report.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| KL of guide to exact posterior |")]
+    *_, figure, error, kind, _ = (cell.strip() for cell in line.split("|"))
+    assert figure == f"{exact['posterior_kl']:.4f}"
+    assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed-form"))
+
+
+def test_the_jackknife_is_printed_and_named_no_bound(few, tmp_path):
+    settings = {"svi.epochs": 200, "evaluation.samples": 400, "model.latent": 1}
+    made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run")
+    evidence = log_evidence(made.program, made.spec.load_data().test, 400)
+    value = made.report["test"]["log_evidence"]
+    assert value["kind"] == "estimate"
+    assert value["jackknife"] == pytest.approx(float(evidence.jackknife.mean()))
+    text = (made.path / "report.md").read_text()
+    assert f"| freed of its first-order bias (jackknife; no bound) |  | {value['jackknife']:.3f} |" in text
+    assert f"| its bias to first order (delta method) |  | {value['bias'] + 0.0:.4f} |" in text
+
+
+def test_pictures_of_any_program_are_those_of_the_same_vae(few, tmp_path, monkeypatch):
+    """A VAE's own reconstructions, from its traces alone; and sequences whose sites are steps are drawn, too."""
+    seen = {}
+    monkeypatch.setattr(figures, "reconstructions", lambda x, means, shape: seen.update(m=means) or Figure())
+    monkeypatch.setattr(figures, "samples", lambda x, shape: seen.update(x=x) or Figure())
+    history = {"elbo": [0.0], "validation": []}
+    spec = load_spec(MODELS / "ppca.toml", {"model.latent": 2})
+    data = spec.load_data()
+    vae = spec.build(data)
+    drawn = figures.figures(
+        Program(vae.model, vae.guide), dataclasses.replace(data, test=data.train), history, tmp_path
+    )
+    assert {"training.png", "reconstructions.png", "samples.png"} == drawn.keys()
+    torch.testing.assert_close(seen["m"], vae.reconstruct(data.train["x"][:10]))
+    assert seen["x"].shape == (64, 64)
+    spec = load_spec(MODELS / "state_space.py")
+    data = spec.load_data()
+    drawn = figures.figures(spec.build(data), data, history, tmp_path)
+    assert {"training.png", "samples.png"} == drawn.keys()
+    assert seen["x"].shape == (40, 64)
+    assert not torch.equal(seen["x"], data.test["x"])
+
+
+def test_one_sample_and_one_datum_give_null_and_no_nan(tmp_path):
+    settings = {"data.name": str(table(tmp_path, 6)), "model.latent": 1, "data.test_fraction": 0.1}
+    settings |= {"svi.epochs": 1, "evaluation.samples": 1}
+    made = fit_spec(MODELS / "digits.toml", settings, out=tmp_path / "run")
+    found, text, _ = check_whole(made.path)
+    assert found["test"]["n"] == 1
+    assert found["test"]["elbo"]["se"] is None
+    assert found["test"]["log_evidence"]["mc_se"] is None
+    assert found["test"]["pareto_k"] == dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
+    assert "Too few samples a datum" in text
+    assert "One epoch was trained" in text
+
+
+def example(**changes):
+    """A report with nothing to distrust, changed at dotted keys."""
+    found = {
+        "data": {"part": "test"},
+        "train": {"elbo": -100.0, "elbo_se": 0.1},
+        "test": {
+            "samples": 1000,
+            "latents": 4,
+            "active_units": 4,
+            "collapsed": [],
+            "rates": [2.0, 1.0, 1.5, 0.5],
+            "elbo": {"mean": -100.2, "se": 0.2, "mc_se": 0.01},
+            "log_evidence": {"mean": -99.9, "se": 0.2, "mc_se": 0.02, "bias": -0.001, "kind": "estimate"},
+            "pareto_k": {"median": 0.1, "max": 0.4, "above_0.5": 0.0, "above_0.7": 0.0},
+        },
+        "exact": None,
+    }
+    found = copy.deepcopy(found)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        here = found
+        for parent in parents:
+            here = here[parent]
+        here[last] = value
+    return found
+
+
+FLAT = [-100.0] * 20
+GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
+WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "history", "words"),
+    [
+        ({}, FLAT, None),
+        ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
+        (
+            {"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.0},
+            FLAT,
+            "too near 0.5 for so few samples.*--samples K",
+        ),
+        ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
+        ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
+        ({"test__collapsed": [2]}, FLAT, "1 of 4 latents is collapsed.* mean of z2 hardly varies"),
+        ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
+        ({"test__elbo__mean": -100.9}, FLAT, None),
+        ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
+        ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
+        ({"exact": {"gap": 0.01}}, FLAT, None),
+        (
+            {"reference": {"method": "ais", "n": 9, "n_settled": 6, "converged": False}},
+            FLAT,
+            "by ais failed.* on 3 of 9",
+        ),
+        (
+            {"reference": {"method": "nuts", "n": 5, "n_settled": 4, "converged": False}},
+            FLAT,
+            "by nuts failed its own checks.* on 1 of 5",
+        ),
+        ({"reference": {"method": "quadrature", "n": 9, "n_settled": 9, "converged": True}}, FLAT, None),
+        ({"calibration": WRONG}, FLAT, r"guide is miscalibrated.*p = 1e-09\), best by the coverage.*where it may be"),
+        ({"calibration": WRONG, "exact": {"gap": 0.02}}, FLAT, "nearly exact.* is 0.020 nats.*only off them"),
+        (
+            {"calibration": WRONG, "gap": GAP},
+            FLAT,
+            "held-out data, too.* is at least 0.300 nats; a richer family",
+        ),
+        ({"calibration": WRONG, "gap": {**GAP, "amortization": 0.25}}, FLAT, "0.300 nats; a larger network"),
+        ({"calibration": WRONG, "gap": {**GAP, "total": 0.03}}, FLAT, "`--reference auto` tells"),
+        (
+            {"calibration": WRONG, "reference": {"method": "nuts", "n": 5, "n_settled": 5, "converged": True}},
+            FLAT,
+            "`--reference auto` tells",
+        ),
+        ({"calibration": {"verdict": "no fault found", "p_value": 0.3}}, FLAT, None),
+        ({"data__part": "train"}, FLAT, "All figures are of the training data"),
+        ({"test__log_evidence__mean": None}, FLAT, "not finite"),
+    ],
+)
+def test_what_to_distrust_follows_from_the_figures(changes, history, words):
+    doubts = findings.list_findings(example(**changes), history)
+    if words is None:
+        assert doubts == []
+    else:
+        assert len(doubts) == 1
+        assert re.search(words, doubts[0])
+
+
+def test_json_has_no_nan():
+    assert measures.finite({"f": [math.nan, [math.inf]]}) == {"f": [None, [None]]}
+    assert measures.finite({"a": [1.0], "b": {"c": math.nan, "d": -math.inf, "e": 2}}) == {
+        "a": [1.0],
+        "b": {"c": None, "d": None, "e": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(0.0, "0.000"), (0.0004, "0.0004"), (0.0006, "0.001"), (1e-9, "1e-09"), (2.0, "2.000")]
+)
+def test_no_error_is_rounded_to_none(error, text):
+    assert findings.margin(error) == text
+
+
+def test_bits_per_dimension():
+    assert measures.bits_per_dim(-64 * math.log(2), 64) == pytest.approx(1.0)

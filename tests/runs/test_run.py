@@ -1,0 +1,548 @@
+"""Run directories: atomic, self-contained, the same numbers to the bit, and refused by name where they are damaged."""
+
+import copy
+import dataclasses
+import errno
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch.distributions import MultivariateNormal
+
+from ppl_vae import load_run, load_spec, log_evidence, log_weights
+from ppl_vae.runs import run
+from ppl_vae.runs import storage
+from ppl_vae.runs.compare import compare_runs
+from ppl_vae.programs.linear_models import PPCA
+from ppl_vae.runs.run import evaluate_run
+from ppl_vae.runs.run import fit_spec
+from ppl_vae.runs.spec import Spec
+
+MODELS = Path(__file__).parents[2] / "models"
+SHORT = {"svi.epochs": 3, "evaluation.samples": 30}
+PROGRAM = '''
+import pathlib, pyro, torch
+import pyro.distributions as dist
+from pyro.distributions import constraints
+
+pathlib.Path(MARK).touch()
+
+class Odd:
+    """No module; its guide learns by pyro.param."""
+
+    def __init__(self, features, latent):
+        self.latent = latent
+        self.weight = torch.linspace(0.0, 1.0, latent * features).reshape(latent, features)
+
+    def model(self, x):
+        scale = pyro.param("scale", torch.tensor(5.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.weight.to(z), scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        slope = pyro.param("slope", torch.zeros(self.latent))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1, keepdim=True) * slope, 1.0).to_event(1))
+'''
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run(monkeypatch):
+    """Single precision, as the command line has it, and no pictures, which test_report.py draws."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of ppca.toml; copied by those who damage it."""
+    return fit_spec(MODELS / "ppca.toml", SHORT, out=tmp_path_factory.mktemp("runs") / "ppca")
+
+
+@pytest.fixture
+def twin(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def odd(folder):
+    """Write a program file, and give it with the mark that it leaves when it is executed."""
+    file, mark = folder / "odd.py", folder / "mark"
+    file.write_text(PROGRAM.replace("MARK", repr(str(mark))))
+    return file, mark
+
+
+def tensors(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def timeless(report):
+    return {**report, "train": {key: value for key, value in report["train"].items() if key != "seconds"}}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_report_json_says_what_can_be_recomputed(finished):
+    report, x = finished.report, finished.spec.load_data()
+    assert json.loads((finished.path / "report.json").read_text()) == report
+    weights = log_weights(finished.program, x.test, 30, seed=0)
+    test = report["test"]
+    assert (test["n"], test["samples"]) == (297, 30)
+    assert test["elbo"]["mean"] == pytest.approx(float(weights.mean(0).mean()), abs=1e-9)
+    evidence = weights.logsumexp(0) - math.log(30)
+    assert test["log_evidence"]["mean"] == pytest.approx(float(evidence.mean()), abs=1e-9)
+    assert test["log_evidence"]["se"] == pytest.approx(float(evidence.std()) / 297**0.5, abs=1e-9)
+    assert test["rate"] + test["distortion"] == pytest.approx(-test["elbo"]["mean"], abs=1e-9)
+    assert test["bits_per_dim"] == pytest.approx(-float(evidence.mean()) / 64 / math.log(2))
+    train = log_weights(finished.program, {"x": x.train["x"][:1000]}, 10, seed=0)
+    assert report["train"]["elbo"] == pytest.approx(float(train.mean()), abs=1e-9)
+    assert (report["train"]["epochs"], report["train"]["steps"]) == (3, 45)
+    vae = copy.deepcopy(finished.program).double()
+    weight = next(p for p in vae.likelihood.parameters() if p.shape == (64, 10))
+    vae.requires_grad_(False)
+    origin = vae.likelihood(torch.zeros(1, 10, dtype=torch.float64))
+    covariance = weight @ weight.T + origin.variance[0, 0] * torch.eye(64, dtype=torch.float64)
+    exact = MultivariateNormal(origin.mean[0], covariance).log_prob(x.test["x"].double()).mean()
+    assert report["exact"]["log_evidence"] == pytest.approx(float(exact), rel=1e-6)
+    assert report["exact"]["gap"] == pytest.approx(report["exact"]["posterior_kl"], abs=1e-6)
+    assert report["exact"]["gap"] == pytest.approx(float(exact) - test["elbo"]["mean"], abs=0.5)
+    baseline = PPCA.fit(x.train["x"].double(), 10).log_evidence(x.test["x"].double()).mean()
+    assert report["baseline"]["ppca"]["log_evidence"] == pytest.approx(float(baseline), abs=1e-9)
+
+
+def test_a_run_loads_from_anywhere_and_gives_the_same_numbers_to_the_bit(finished, twin, monkeypatch):
+    def absent(*given, **more):
+        raise AssertionError("read the data")
+
+    torch.set_default_dtype(torch.float64)  # the run's own precision counts
+    with monkeypatch.context() as patch:
+        patch.setattr(Spec, "load_data", absent)
+        loaded = load_run(twin)
+    assert loaded.spec == finished.spec
+    assert loaded.report == finished.report
+    assert same(loaded.program.state_dict(), tensors(finished.path))
+    x = finished.spec.load_data().test
+    again = log_evidence(loaded.program, x, 30, seed=0).summary()
+    known = finished.report["test"]["log_evidence"]
+    assert {**again["log_evidence"], "jackknife": known["jackknife"]} == known
+    assert again["elbo"] == finished.report["test"]["elbo"]
+    assert evaluate_run(twin).report == finished.report
+    assert evaluate_run(twin, samples=50).report["test"]["samples"] == 50
+    assert "--samples 50" in (twin / "report.md").read_text()
+
+
+def test_the_spec_of_a_run_reproduces_it(finished, tmp_path):
+    again = fit_spec(finished.path / "spec.toml", out=tmp_path / "again")
+    assert again.spec == finished.spec
+    assert same(tensors(again.path), tensors(finished.path))
+    assert timeless(again.report) == timeless(finished.report)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"svi.schedule": "constant", "svi.particles": 2},
+        {"svi.schedule": "one-cycle", "svi.keep": "best", "data.validation_fraction": 0.2},
+        {"svi.schedule": "cosine", "svi.clip": 1.0, "data.dequantization": "uniform"},
+    ],
+    ids=lambda settings: settings["svi.schedule"],
+)
+@pytest.mark.parametrize("when", ["training", "evaluation"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers_to_the_bit(settings, when, tmp_path, monkeypatch):
+    settings = {**SHORT, **settings}
+    whole = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "whole")
+    part = tmp_path / "part"
+
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    def stopping(*given, on_epoch, **more):
+        def stop(epoch, state):
+            on_epoch(epoch, state)
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+        return fit(*given, on_epoch=stop, **more)
+
+    fit = run.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(run, *(("fit", stopping) if when == "training" else ("evaluate", stopped)))
+        with pytest.raises(KeyboardInterrupt, match=f"Go on with: ppl-vae fit {part}"):
+            fit_spec(MODELS / "ppca.toml", settings, out=part)
+    kept = {path.name for path in part.iterdir()}
+    assert kept == {"spec.toml", "metrics.jsonl", "model.safetensors", "state.safetensors"}
+    assert len((part / "metrics.jsonl").read_text().splitlines()) == (2 if when == "training" else 3)
+    with pytest.raises(ValueError, match="was interrupted. Go on with: ppl-vae fit"):
+        load_run(part)
+    with pytest.raises(ValueError, match="Expected neither --set nor --out"):
+        fit_spec(part, {"svi.epochs": 9})
+    resumed = fit_spec(part)
+    assert resumed.path == part
+    assert same(tensors(part), tensors(whole.path))
+    assert timeless(resumed.report) == timeless(whole.report)
+    assert not (part / "state.safetensors").exists()
+    with pytest.raises(ValueError, match="is a finished run"):
+        fit_spec(part)
+
+
+def test_an_interrupt_in_the_first_epoch_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt, match="nothing was kept"):
+        fit_spec(MODELS / "ppca.toml", SHORT, out=tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_in_the_evaluation_does_not_lose_the_training(tmp_path, monkeypatch):
+    def broken(*given, **more):
+        raise RuntimeError("a fault of ours")
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", broken)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            fit_spec(MODELS / "ppca.toml", SHORT, out=tmp_path / "run", say=said.append)
+    assert "Go on with: ppl-vae fit" in said[-1]
+    assert fit_spec(tmp_path / "run").report["train"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+    ids=["OSError", "SafetensorError"],
+)
+def test_a_full_disk_leaves_nothing_new_and_the_old_whole(error, finished, twin, tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise error
+
+    before = contents(twin)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for source, out in ((MODELS / "ppca.toml", tmp_path / "new"), (MODELS / "ppca.toml", twin)):
+        with pytest.raises(OSError, match="No space") as caught:
+            fit_spec(source, SHORT, out=out, force=True)
+        assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        evaluate_run(twin)
+    assert contents(twin) == before
+    assert [path.name for path in tmp_path.iterdir()] == [twin.name]
+
+
+def test_a_failed_rename_puts_the_old_directory_back(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.path, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    rename = Path.rename
+
+    def failing(self, target):
+        if "partial" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), storage.replacing(tmp_path / "run") as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_is_overwritten_by_force_only(twin, tmp_path, monkeypatch):
+    before = contents(twin)
+    with pytest.raises(ValueError, match="holds a finished run. Choose another, or give --force"):
+        fit_spec(MODELS / "ppca.toml", SHORT, out=twin)
+    assert contents(twin) == before
+    assert (
+        fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}, out=twin, force=True).report["train"]["epochs"] == 1
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("ppca", "ppca-2"):
+        assert fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}).path == Path("runs") / name
+
+
+def project(folder):
+    """A person's project, with a spec of the name that a run's spec has."""
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (folder / "thesis.tex").touch()
+    shutil.copy(MODELS / "ppca.toml", folder / "spec.toml")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_project_with_a_spec_is_no_run_to_replace(force, tmp_path, monkeypatch):
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"also holds \.git, spec\.toml, thesis\.tex\. Nothing there was changed"):
+        fit_spec("spec.toml", SHORT, out=".", force=force)
+    assert contents(tmp_path) == before
+    for name in (".git", "thesis.tex"):
+        shutil.rmtree(name, ignore_errors=True)
+        Path(name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"also holds spec\.toml\."):  # a person's own, and no run
+        fit_spec("spec.toml", SHORT, out=".", force=force)
+
+
+def strangers(folder):
+    """What a person may have put into a run, by the name that the refusal gives."""
+    return {
+        "notes.txt": lambda: (folder / "notes.txt").write_text("mine"),
+        "notes": lambda: (folder / "notes").mkdir(),
+        "figures/mine.png": lambda: (folder / "figures" / "mine.png").touch(),
+        "report.json": lambda: (
+            (folder / "report.json").rename(folder.parent / "r")
+            and (folder / "report.json").symlink_to(folder.parent / "r")
+        ),
+        "other.py": lambda: (folder / "other.py").touch(),
+        ".git": lambda: (folder / ".git").mkdir(),
+    }
+
+
+@pytest.mark.parametrize("name", strangers(Path()))
+def test_a_run_that_holds_anything_else_is_not_replaced(name, twin):
+    (twin / "figures").mkdir(exist_ok=True)
+    strangers(twin)[name]()
+    before = contents(twin)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"):
+        fit_spec(MODELS / "ppca.toml", SHORT, out=twin, force=True)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"):
+        evaluate_run(twin)
+    with pytest.raises(ValueError, match=f"also holds {re.escape(name)}"), storage.replacing(twin):
+        raise AssertionError
+    assert contents(twin) == before
+
+
+def test_what_is_put_into_a_run_while_it_is_replaced_stays(twin):
+    with pytest.raises(ValueError, match=r"also holds late\.txt"), storage.replacing(twin):
+        (twin / "late.txt").write_text("mine")
+    assert (twin / "late.txt").read_text() == "mine"
+    assert [path.name for path in twin.parent.iterdir()] == [twin.name]
+
+
+FILES = ["spec.toml", "metrics.jsonl", "model.safetensors", "report.json", "evidence.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "half", "empty", "noise"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_run_is_refused_by_the_name_of_the_file(name, damage, finished, twin):
+    file = twin / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        whole = file.read_bytes()
+        file.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "noise": bytes(range(256)) * 4}[damage])
+    before = contents(twin)
+    with pytest.raises(ValueError, match=name.replace(".", "\\.")):
+        compare_runs([finished.path, twin]) if name == "evidence.safetensors" else evaluate_run(twin)
+    assert contents(twin) == before
+
+
+def test_a_spec_cut_between_tables_is_refused(twin):
+    text = (twin / "spec.toml").read_text()
+    (twin / "spec.toml").write_text(text[: text.index("[svi]")])
+    with pytest.raises(ValueError, match="to say what was fitted; it was changed or cut"):
+        load_run(twin)
+
+
+@pytest.mark.parametrize(("found", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
+def test_other_formats_are_refused(found, match, twin):
+    metadata = {} if found is None else {"format_version": found}
+    safetensors.torch.save_file(tensors(twin), twin / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match=match):
+        load_run(twin)
+
+
+def test_foreign_places_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path, match in ((tmp_path, "holds none"), (tmp_path / "file", "is a file"), (tmp_path / "no", "is missing")):
+        with pytest.raises(ValueError, match=match):
+            load_run(path)
+
+
+def test_data_that_changed_are_refused_and_moved_data_found(tmp_path):
+    x = torch.randn(40, 3, dtype=torch.float64)
+    file = tmp_path / "table.csv"
+
+    def write(rows):
+        file.write_text("a,b,c\n" + "".join(",".join(map(str, row)) + "\n" for row in rows.tolist()))
+
+    write(x)
+    settings = {**SHORT, "data.name": str(file), "model.latent": 2}
+    made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run")
+    assert made.report["data"]["features"] == 3
+    write(x + 1)
+    with pytest.raises(ValueError, match="was fitted to; table.csv has changed since"):
+        evaluate_run(made.path)
+    write(x)
+    (tmp_path / "moved").mkdir()
+    file.rename(tmp_path / "moved" / "table.csv")
+    assert same(load_run(made.path).program.state_dict(), tensors(made.path))
+    with pytest.raises(ValueError, match=r"spec\.toml.*got no such file"):
+        evaluate_run(made.path)
+    spec = made.path / "spec.toml"
+    spec.write_text(spec.read_text().replace(str(file), str(tmp_path / "moved" / "table.csv")))
+    assert evaluate_run(made.path).report["test"] == made.report["test"]
+
+
+def test_the_program_of_an_interrupted_run_runs_only_on_trust(tmp_path, monkeypatch):
+    file, mark = odd(tmp_path)
+
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt, match="Go on with: ppl-vae fit .* --trust-code"):
+            fit_spec(f"{file}:Odd", {**SHORT, "model.latent": 2}, out=tmp_path / "theirs")
+    shutil.move(tmp_path / "theirs", tmp_path / "downloaded")
+    mark.unlink()
+    before = contents(tmp_path / "downloaded")
+    for source in ("downloaded", "downloaded/spec.toml"):
+        with pytest.raises(ValueError, match="give --trust-code"):
+            fit_spec(tmp_path / source, out=None if source == "downloaded" else tmp_path / "new")
+    assert not mark.exists()
+    assert contents(tmp_path / "downloaded") == before
+    assert fit_spec(tmp_path / "downloaded", trust_code=True).report["train"]["epochs"] == 3
+    assert mark.exists()
+
+
+def test_a_programs_own_copy_is_used_and_asks_for_trust(tmp_path):
+    file, mark = odd(tmp_path)
+    made = fit_spec(f"{file}:Odd", {**SHORT, "model.latent": 2}, out=tmp_path / "run")
+    assert made.spec.model.program == f"{tmp_path / 'run' / 'odd.py'}:Odd"
+    file.unlink()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    mark.unlink()
+    with pytest.raises(ValueError, match="give --trust-code"):
+        load_run(tmp_path / "moved")
+    assert not mark.exists()
+    again = evaluate_run(tmp_path / "moved", trust_code=True)
+    assert mark.exists()
+    assert again.report["test"] == made.report["test"]
+    assert {"scale", "slope"} == vars(again.program)["_ppl_vae_params"]["params"].keys()
+    mark.unlink()
+    own = tmp_path / "moved" / "odd.py"
+    own.write_text(own.read_text() + "\n# changed\n")
+    with pytest.raises(ValueError, match=r"odd\.py.*it is changed"):
+        load_run(tmp_path / "moved", trust_code=True)
+    own.unlink()
+    with pytest.raises(ValueError, match=r"odd\.py.*it is missing"):
+        load_run(tmp_path / "moved", trust_code=True)
+    assert not mark.exists()
+
+
+def test_a_program_is_a_spec_on_the_digits():
+    spec = load_spec(MODELS / "vae.py", {"svi.epochs": 2})
+    assert (spec.data.name, spec.model.latent, spec.svi.epochs) == ("digits", 10, 2)
+    assert load_spec(f"{MODELS / 'vae.py'}:VAE", {"model.latent": 3, "model.hidden": 7}).model.hidden == 7
+    assert load_spec(MODELS / "state_space.py").model.latent is None
+    with pytest.raises(ValueError, match=r"Expected a program at .*got no such file. Did you mean .*vae\.py"):
+        load_spec(MODELS / "vea.py")
+
+
+def test_a_table_is_judged_on_its_own_data_and_says_so(finished, tmp_path):
+    settings = {**SHORT, "posterior.network": {"family": "Table"}, "posterior.scale": "network"}
+    made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "table")
+    assert made.report["data"]["part"] == "train"
+    assert made.report["test"]["n"] == 1500
+    x = made.spec.load_data().train
+    known = log_weights(made.program, x, 30, seed=0).mean()
+    assert made.report["test"]["elbo"]["mean"] == pytest.approx(float(known), abs=1e-9)
+    assert "All figures are of the training data" in (made.path / "report.md").read_text()
+    with pytest.raises(ValueError, match="the part that was evaluated is test .* and train"):
+        compare_runs([finished.path, made.path])
+
+
+def test_differences_are_paired(finished, twin, tmp_path):
+    other = fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}, out=tmp_path / "other")
+    found = compare_runs([finished.path, other.path, twin])
+    x = finished.spec.load_data().test
+    a, b = (log_evidence(one.program, x, 30).log_evidence for one in (finished, other))
+    first = found["differences"][0]
+    assert set(first) == {"a", "b", "mean", "se"}
+    assert (first["a"], first["b"]) == (str(finished.path), str(other.path))
+    assert first["mean"] == pytest.approx(float((a - b).mean()), abs=0.05)
+    assert first["se"] < float(torch.stack([a.std(), b.std()]).norm()) / 297**0.5
+    assert [one["mean"] for one in found["differences"]][1] == 0
+    assert found["differences"][2]["mean"] == pytest.approx(-first["mean"])
+    assert [one["path"] for one in found["runs"]] == [str(finished.path), str(other.path), str(twin)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"data.seed": 1}, "data.seed is 0 .* and 1"),
+        ({"data.scaling": "unit"}, 'data.scaling is "none" .* and "unit"'),
+        ({"data.dequantization": "uniform"}, "data.dequantization"),
+        ({"data.validation_fraction": 0.2}, "the split's n_train is 1500 .* and 1200"),
+        (
+            {"data.binarization": "static", "likelihood": {"family": "Bernoulli", "network": {"family": "Linear"}}},
+            "the likelihood's figure is a density .* and a probability mass",
+        ),
+    ],
+    ids=str,
+)
+def test_figures_of_another_measure_do_not_compare(settings, match, finished, twin):
+    report = json.loads((twin / "report.json").read_text())
+    spec = load_spec(MODELS / "ppca.toml", settings)
+    data = spec.load_data()
+    report["data"]["protocol"] = data.protocol
+    report["data"]["measure"] = run.measure(spec.build(data), data.test)
+    (twin / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=match):
+        compare_runs([finished.path, twin])
+
+
+def test_fewer_than_two_runs_do_not_compare(finished):
+    with pytest.raises(ValueError, match="two or more runs"):
+        compare_runs([finished.path])
+
+
+def test_a_constraint_that_no_file_can_name_is_refused(tmp_path):
+    file, _ = odd(tmp_path)
+    file.write_text(file.read_text().replace("constraints.positive", "constraints.greater_than(0.5)"))
+    with pytest.raises(ValueError, match=r"Expected a constraint that a file can name for pyro.param\('scale'\)"):
+        fit_spec(file, SHORT, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_round_trips_without_pickles(tmp_path):
+    state = {"a": [torch.arange(3), {"b": math.inf, 1: None}], "c": (True, 0.1)}
+    storage.write_state(state, tmp_path / "state")
+    found = storage.read_state(tmp_path / "state")
+    assert torch.equal(found["a"][0], state["a"][0])
+    assert (found["a"][1], found["c"]) == (state["a"][1], [True, 0.1])
+    storage.write_tensors({"a": torch.zeros(1)}, tmp_path / "other")
+    for name in ("other", "none"):
+        with pytest.raises(ValueError, match=name):
+            storage.read_state(tmp_path / name)
+
+
+def test_a_tied_parameter_is_saved(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    learned, metadata = storage.weights(module)
+    storage.write_tensors(learned, tmp_path / "w", **metadata)
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    other[1].weight = other[0].weight
+    storage.read_weights(other, tmp_path / "w")
+    assert torch.equal(other[1].weight, module[0].weight)
+    with pytest.raises(ValueError, match="to hold this program's weights"):
+        storage.read_weights(torch.nn.Linear(3, 3), tmp_path / "w")
+
+
+def test_runs_are_frozen(finished):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        finished.path = Path()
