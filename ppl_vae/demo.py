@@ -144,7 +144,7 @@ def _draw(program: Any, data: Data) -> Any:
     labels = data.test["y"]
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:8]]
     few = {key: value[first] for key, value in data.test.items()}
-    q, p = gaussians(program, few, "guide"), gaussians(program, few, "model")
+    q, p = gaussians(program, few, role="guide"), gaussians(program, few, role="model")
     return ellipses((q.loc, q.covariance), (p.loc, p.covariance), labels=few["y"], x=few["x"], shape=data.shape)
 
 
