@@ -18,6 +18,7 @@ from .programs.closed_form import exact_posterior as exact_posterior
 from .programs.linear_models import PPCA as PPCA
 from .programs.program import Program as Program
 from .programs.program import unique_name as unique_name
+from .programs.target import Target as Target
 from .programs.vae import VAE as VAE
 from .runs.run import load_run as load_run
 from .runs.spec import Spec as Spec

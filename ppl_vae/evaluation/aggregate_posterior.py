@@ -16,7 +16,8 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
-from ppl_vae.programs.latent_vector import Layout, layout_of, packed, site_values
+from ppl_vae.programs._old_draws import layout_of, packed, site_values
+from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.traces import check_batch, conditioned, log_density, structure, trace_pair
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.evaluation.evidence import weight_blocks
+from ppl_vae.programs.target import Target
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BoundCurve:
 
 @torch.no_grad()
 def bound_curve(
-    program: Any, x: Any, samples: int, *, counts: Sequence[int] | None = None, seed: int = 0
+    program: Any, x: Any = None, samples: int = 1000, *, counts: Sequence[int] | None = None, seed: int = 0
 ) -> BoundCurve:
     r"""Estimate the bound :math:`\mathcal L_K` for several K from one set of draws, those of `log_evidence`.
 
@@ -62,9 +63,9 @@ def bound_curve(
     if not chosen or chosen != sorted(set(chosen)) or chosen[-1] > samples:
         raise ValueError(f"Expected `counts` to rise, from at least 1 to at most {samples}, the samples; got {chosen}.")
     parts = []
-    for _, blocks in weight_blocks(program, x, samples, seed):
+    for draws in weight_blocks(Target.of(program, x), samples, seed):
         groups = [_Groups(count) for count in chosen]
-        for weights, _ in blocks:
+        for weights, _ in draws:
             for group in groups:
                 group.add(weights)
         parts.append([group.bound() for group in groups])

@@ -19,9 +19,11 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
-from ppl_vae.programs.latent_vector import Layout, guide_draws, site_values
+from ppl_vae.programs._old_draws import guide_draws, site_values
+from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import scope
-from ppl_vae.programs.simulation import drawn_twice
+from ppl_vae.programs.simulation import simulate_twice
+from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import check_batch, conditioned, structure
 from ppl_vae.programs.vae import VAE
 
@@ -121,8 +123,7 @@ def calibrate(
     batches, truths = [], []
     for number, part in enumerate(rows.split(_DATA)):
         given = {key: value[part] for key, value in batch.items()}
-        with scope(program):
-            drawn, truth = drawn_twice(program, given, found, seed, "simulate", number)
+        drawn, truth = simulate_twice(Target(program, given), seed, "simulate", number)
         batches.append(drawn)
         truths.append(truth)
     truth = torch.cat(truths)

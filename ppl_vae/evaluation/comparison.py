@@ -11,8 +11,8 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
+from ppl_vae.programs._old_draws import packed
 from ppl_vae.programs.closed_form import Gaussian, gaussians
-from ppl_vae.programs.latent_vector import packed
 from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.traces import Structure, check_batch, log_density, structure, trace_pair
 
@@ -77,7 +77,7 @@ def compare_posteriors(program: Any, x: Any, *, reference: Any = None, draws: in
     found = structure(program, batch, seed=seed)
     exact = None if reference is not None else _exact(program, x)
     try:
-        q = gaussians(program, x, "guide")
+        q = gaussians(program, x, role="guide")
     except (ValueError, NotImplementedError):  # of a guide that scores its own draws alone
         q = None
     if exact is None or q is None:
@@ -116,7 +116,7 @@ def _comparison(p: Sequence[Tensor], q: Sequence[Tensor], kl: Tensor, gap: Tenso
 def _exact(program: Any, x: Any) -> Gaussian:
     """Give the exact posterior, or name the remedy where there is none in closed form."""
     try:
-        return gaussians(program, x, "model")
+        return gaussians(program, x, role="model")
     except ValueError as error:
         raise ValueError(
             f"{error} For other models give a reference: compare_posteriors(program, x, "

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
 from ppl_vae.evaluation.pareto import pareto_k, tail_length
-from ppl_vae.programs.param_store import device_and_dtype, scope
-from ppl_vae.programs.traces import check_batch, log_density, structure, trace_pair
+from ppl_vae.programs.target import BLOCK, Target
 
-_DATA = 100  # data in a block
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 _LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
@@ -111,91 +107,77 @@ class Evidence:
 
 
 @torch.no_grad()
-def log_weights(program: Any, x: Any, samples: int, *, seed: int = 0) -> Tensor:
-    r"""Give the log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, from the two traces.
+def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Tensor:
+    r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, from the traces of model and guide.
 
     Site by site, unscaled and with masks, summed over all dimensions but particles and data. Draws come in fixed
     blocks keyed by (seed, block).
 
     Args:
-        program: any program.
-        x: data, a tensor (n, *x) or a batch dict.
-        samples: draws a datum, k.
+        program: any program, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+        samples: draws per datum, k.
         seed: of the draws; the global random state is left alone.
 
     Returns:
         Nats, shape (k, n), in double precision, without gradients.
 
     Raises:
-        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+        ValueError: If `samples` is below 1, the data do not fit, or the program breaks the contract.
     """
-    samples = check_int("samples", samples)
-    parts = [[weights for weights, _ in blocks] for _, blocks in weight_blocks(program, x, samples, seed)]
-    return torch.cat([torch.cat(part) for part in parts], 1)
+    blocks = weight_blocks(Target.of(program, x), check_int("samples", samples), seed)
+    return torch.cat([torch.cat([weights for weights, _ in draws]) for draws in blocks], 1)
 
 
 @torch.no_grad()
-def log_evidence(program: Any, x: Any, samples: int, *, seed: int = 0) -> Evidence:
+def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Evidence:
     r"""Estimate log p(x) of each datum by importance sampling from the guide, with its error.
 
-    Streams over fixed blocks of data and samples; beyond a block it keeps the largest weights of each datum, whose
+    Streams over fixed blocks of data and samples. Beyond a block it keeps the largest weights of each datum, whose
     number grows with the square root of the samples.
 
     Args:
-        program: any program.
-        x: data, a tensor (n, *x) or a batch dict.
-        samples: draws a datum, k.
+        program: any program, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+        samples: draws per datum, k.
         seed: of the draws; the global random state is left alone.
 
     Returns:
-        The evidence, from the same weights that `log_weights` gives.
+        The evidence, from the same weights that `log_weights` returns.
 
     Raises:
-        ValueError: for fewer than one sample, data that do not fit, or a program that breaks the contract.
+        ValueError: If `samples` is below 1, the data do not fit, or the program breaks the contract.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
     """
-    samples = check_int("samples", samples)
+    target, samples = Target.of(program, x), check_int("samples", samples)
+    rounding = 64 * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts = []
-    for rounding, blocks in weight_blocks(program, x, samples, seed):
+    for draws in weight_blocks(target, samples, seed):
         sums = _Sums(samples, rounding)
-        for weights, likelihood in blocks:
+        for weights, likelihood in draws:
             sums.add(weights, likelihood)
         parts.append(sums.evidence())
-    joined = {
-        f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Evidence) if f.name != "samples"
-    }
-    return Evidence(**joined, samples=samples)
+    names = [field.name for field in fields(Evidence) if field.name != "samples"]
+    return Evidence(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, samples=samples)
 
 
-def weight_blocks(
-    program: Any, x: Any, samples: int, seed: int
-) -> Iterator[tuple[float, Iterator[tuple[Tensor, Tensor]]]]:
-    """Yield, for each block of data, its rounding and an iterator over blocks of log weights and log likelihoods."""
-    batch = check_batch(program, as_batch(x))
-    found = structure(program, batch, seed=seed)
-    first = next(iter(batch.values()))
-    n, features = len(first), max(first[0].numel(), 1)
-    draws = max(1, min(_DATA, _ENTRIES // (_DATA * features)))
-    rounding = 64 * torch.finfo(device_and_dtype(program)[1] or torch.get_default_dtype()).eps
-    for number, start in enumerate(range(0, n, _DATA)):
-        part = {key: value[start : start + _DATA] for key, value in batch.items()}
-        yield rounding, _weigh(program, part, samples, draws, found.nesting, (seed, number))
+def weight_blocks(target: Target, samples: int, seed: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Log weights and log likelihoods, (k, n) each, in blocks of data and, within these, of draws."""
+    first = next(iter(target.batch.values()))
+    size = max(1, min(BLOCK, _ENTRIES // (BLOCK * max(first[0].numel(), 1))))
+    for number, block in enumerate(target.blocks()):
+        yield _weigh(block, samples, size, (seed, number))
 
 
-def _weigh(
-    program: Any, batch: dict[str, Tensor], samples: int, draws: int, nesting: int, key: tuple[int, int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    first = next(iter(batch.values()))
-    for block, start in enumerate(range(0, samples, draws)):
-        k = min(draws, samples - start)
-        with scope(program), fork_rng(*key, block, device=first.device):
-            model, guide = trace_pair(program, batch, k, nesting)
-            likelihood = log_density(model, k, len(first), model.observation_nodes)
-            prior = log_density(model, k, len(first), model.stochastic_nodes)
-            weights = prior + likelihood - log_density(guide, k, len(first))
-        yield weights, likelihood
+def _weigh(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    for number, start in enumerate(range(0, samples, size)):
+        k = min(size, samples - start)
+        model, guide = target.traces(k, *key, number)
+        likelihood = target.log_density(model, k, model.observation_nodes)
+        prior = target.log_density(model, k, model.stochastic_nodes)
+        yield prior + likelihood - target.log_density(guide, k), likelihood
 
 
 class _Sums:

@@ -30,8 +30,9 @@ from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.evaluation.evidence import weight_blocks
-from ppl_vae.programs.latent_vector import guide_draws, layout_of
+from ppl_vae.programs._old_draws import guide_draws, layout_of
 from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import check_batch, structure, trace_pair
 
 _DATA = 100  # data at a time
@@ -239,8 +240,8 @@ def rate_distortion(
         with torch.enable_grad():
             program = refit(setting)
         parts = []
-        for _, blocks in weight_blocks(program, x, draws, seed):
-            weights, likelihood = (torch.cat(each) for each in zip(*blocks, strict=True))
+        for block in weight_blocks(Target.of(program, x), draws, seed):
+            weights, likelihood = (torch.cat(each) for each in zip(*block, strict=True))
             both = torch.stack([likelihood - weights, -likelihood])
             parts.append(torch.stack([both.mean(1), both.var(1) / draws]))
         mean, variance = torch.cat(parts, -1)

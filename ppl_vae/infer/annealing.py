@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.data.batches import as_batch
 from ppl_vae.infer.hmc import HMC, RATE, Path, State, Transition, quiet
-from ppl_vae.programs.latent_vector import Batch, Joint
-from ppl_vae.programs.simulation import drawn_twice
-from ppl_vae.programs.traces import check_batch, structure
+from ppl_vae.programs.joint import Joint
+from ppl_vae.programs.simulation import simulate_twice
+from ppl_vae.programs.target import Target
+from ppl_vae.programs.traces import Batch
 
 _WARM = 20  # moves at the base before the preliminary run climbs
 
@@ -162,49 +162,66 @@ class Sandwich:
         return self.upper - self.lower
 
 
-def annealed_importance(
-    program: Any,
-    x: Any,
-    *,
-    chains: int = 16,
-    temperatures: int = 500,
-    leapfrog: int = 10,
-    schedule: Literal["linear", "sigmoid"] = "sigmoid",
-    start: Literal["prior", "guide"] = "prior",
-    tuning: int | None = None,
-    entries: int = 2**21,
-    seed: int = 0,
-) -> Annealing:
-    """Estimate log p(x) of each datum by annealed importance sampling.
-
-    A preliminary run with chains of its own adapts the step size of each datum and temperature until 65 % of the moves
-    are accepted; then it is frozen, so that the estimate is valid.
+@dataclass(frozen=True)
+class AnnealingSettings:
+    """How chains are annealed.
 
     Args:
-        program: any program whose latent sites are continuous.
-        x: data, a tensor (n, *x) or a batch dict.
-        chains: a datum.
+        chains: per datum.
         temperatures: moves from the base to the joint.
         leapfrog: steps, each one gradient, in a move.
-        schedule: of the temperatures, `"linear"` or `"sigmoid"`.
+        schedule: of the inverse temperatures, `"linear"` or `"sigmoid"`.
         start: the base, `"prior"` or `"guide"`; the guide must be able to score any z.
         tuning: temperatures of the preliminary run; a quarter as many by default.
         entries: numbers that the data of one block of chains may hold, which bounds the memory.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    chains: int = 16
+    temperatures: int = 500
+    leapfrog: int = 10
+    schedule: Literal["linear", "sigmoid"] = "sigmoid"
+    start: Literal["prior", "guide"] = "prior"
+    tuning: int | None = None
+    entries: int = 2**21
+
+    def __post_init__(self) -> None:
+        for name in ("chains", "temperatures", "leapfrog", "entries"):
+            check_int(name, getattr(self, name))
+        if self.tuning is not None:
+            check_int("tuning", self.tuning)
+        inverse_temperatures(1, self.schedule)
+
+
+def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Annealing:
+    """Estimate log p(x) of each datum by annealed importance sampling.
+
+    A preliminary run with chains of its own adapts the step size of each datum and temperature until 65 % of the moves
+    are accepted. The step sizes are then frozen, so that the estimate is valid.
+
+    Args:
+        program: any program with continuous latent sites, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         seed: of the draws; the global random state is left alone.
+        **settings: those of `AnnealingSettings`: `chains` (16), `temperatures` (500), `leapfrog` (10), `schedule`
+            ("sigmoid"), `start` ("prior"), `tuning`, `entries`.
 
     Returns:
         The chains' weights and ends.
 
     Raises:
-        ValueError: for data that do not fit, settings out of range, or latent sites that have no gradient.
+        ValueError: If the data do not fit, a setting is out of range, or a latent site has no gradient.
     """
-    chains, temperatures, leapfrog = _checked(chains, temperatures, leapfrog, schedule, tuning, entries)
+    how = AnnealingSettings(**settings)
     parts = []
-    for joint, blocks, key in _blocks(program, x, chains, entries, seed):
+    for joint, blocks, key in _blocks(Target.of(program, x), how, seed):
         with quiet(joint, *key):
-            path = Path(joint, start)
-            move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)
-            pieces = [_climb(path, k, move, inverse_temperatures(temperatures, schedule)) for k in blocks]
+            path = Path(joint, how.start)
+            move = _tuned(path, min(max(how.chains, 4), 16, blocks[0]), how)
+            betas = inverse_temperatures(how.temperatures, how.schedule)
+            pieces = [_climb(path, k, move, betas) for k in blocks]
         rate = torch.stack([piece.acceptance for piece in pieces]).mean(0)
         joined = [torch.cat([getattr(piece, name) for piece in pieces]) for name in ("log_weights", "latents")]
         parts.append((*joined, rate))
@@ -212,56 +229,39 @@ def annealed_importance(
     return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates))
 
 
-def bidirectional(
-    program: Any,
-    x: Any,
-    *,
-    chains: int = 16,
-    temperatures: int = 500,
-    leapfrog: int = 10,
-    schedule: Literal["linear", "sigmoid"] = "sigmoid",
-    start: Literal["prior", "guide"] = "prior",
-    tuning: int | None = None,
-    entries: int = 2**21,
-    seed: int = 0,
-) -> Sandwich:
-    """Draw data from the model and hold log p(x) of each between two bounds.
+def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
+    """Draw data from the model and bound log p(x) of each from both sides.
 
     The chains up begin at the base, those down at the very z that the datum was drawn with, which is an exact draw of
-    its posterior. The gap bounds the error of either, and says what annealing is worth on real data like these.
+    its posterior. The gap bounds the error of either on average, and shows what annealing is worth on data like these.
 
     Args:
-        program: any program whose latent sites are continuous and whose observed sites are entries of the batch.
-        x: data (n, *x) or a batch dict, whose shapes, masks and labels the simulated data take.
-        chains: a datum, each way.
-        temperatures: this and the other settings are those of `annealed_importance`.
-        leapfrog: likewise.
-        schedule: likewise.
-        start: likewise.
-        tuning: likewise.
-        entries: likewise.
-        seed: of the data and the draws.
+        program: any program with continuous latent sites whose observed sites are entries of the batch, or a `Target`.
+        x: data (n, *x) or a batch dict, whose shapes, masks and labels the simulated data take; none beside a `Target`.
+        seed: of the data and the draws; the global random state is left alone.
+        **settings: those of `annealed_importance`; `chains` counts each way.
 
     Returns:
         Both bounds and the simulated data.
 
     Raises:
-        ValueError: as `annealed_importance`, or where the observed sites are not entries of the batch.
+        ValueError: As `annealed_importance`, or if the observed sites are not entries of the batch.
     """
-    chains, temperatures, leapfrog = _checked(chains, temperatures, leapfrog, schedule, tuning, entries)
+    how = AnnealingSettings(**settings)
     parts, batches = [], []
-    for joint, blocks, key in _blocks(program, x, chains, entries, seed):
-        with quiet(joint, *key, "bidirectional"):
+    for given, blocks, key in _blocks(Target.of(program, x), how, seed):
+        with quiet(given, *key, "bidirectional"):
             with torch.no_grad():
-                batch, z = drawn_twice(program, joint.batch, joint.found, *key, "simulate")
-            path = Path(Joint(program, batch, joint.found), start)
+                batch, z = simulate_twice(given.target, *key, "simulate")
+            joint = Joint(given.target.with_batch(batch))
+            path = Path(joint, how.start)
             truth = joint.place(z.unsqueeze(0))
-            move = _tuned(path, min(max(chains, 4), 16, blocks[0]), temperatures, leapfrog, schedule, tuning)
-            betas = inverse_temperatures(temperatures, schedule)
+            move = _tuned(path, min(max(how.chains, 4), 16, blocks[0]), how)
+            betas = inverse_temperatures(how.temperatures, how.schedule)
             up = torch.cat([_climb(path, k, move, betas).log_weights for k in blocks])
             ends = [path.at(truth.expand(k, -1, -1)) for k in blocks]
             down = torch.cat([anneal(end, betas, move, reverse=True)[0] for end in ends])
-        count = math.log(chains)
+        count = math.log(how.chains)
         parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
         batches.append(batch)
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -269,42 +269,23 @@ def bidirectional(
     return Sandwich(lower, upper, lower_error, upper_error, joined)
 
 
-def _checked(
-    chains: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None, entries: int
-) -> tuple[int, int, int]:
-    """Check the settings that both ways have in common."""
-    check_int("entries", entries)
-    if tuning is not None:
-        check_int("tuning", tuning)
-    inverse_temperatures(1, schedule)
-    return check_int("chains", chains), check_int("temperatures", temperatures), check_int("leapfrog", leapfrog)
+def _blocks(target: Target, how: AnnealingSettings, seed: int) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
+    """Blocks of data and of their chains that fit in memory together, with a key for the draws of each."""
+    features = target.features + Joint(target.rows(slice(0, 1))).size
+    side = max(1, min(how.chains, how.entries // features))
+    rows = max(1, how.entries // (features * side))
+    sizes = [min(side, how.chains - begun) for begun in range(0, how.chains, side)]
+    for number, block in enumerate(target.blocks(rows)):
+        yield Joint(block), sizes, (seed, number)
 
 
-def _blocks(
-    program: Any, x: Any, chains: int, entries: int, seed: int
-) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
-    """Yield, for each block of data, its joint, the sizes of its blocks of chains, and a key for its draws."""
-    batch = check_batch(program, as_batch(x))
-    found = structure(program, batch)
-    n = len(next(iter(batch.values())))
-    features = sum(value[0].numel() for value in batch.values()) + Joint(program, rows_of(batch, 0, 1), found).size
-    side = max(1, min(chains, entries // features))
-    rows = max(1, entries // (features * side))
-    sizes = [min(side, chains - begun) for begun in range(0, chains, side)]
-    for number, begun in enumerate(range(0, n, rows)):
-        yield Joint(program, rows_of(batch, begun, begun + rows), found), sizes, (seed, number)
-
-
-def rows_of(batch: Batch, begin: int, end: int) -> Batch:
-    return {key: value[begin:end] for key, value in batch.items()}
-
-
-def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, tuning: int | None) -> HMC:
+def _tuned(path: Path, k: int, how: AnnealingSettings) -> HMC:
     """Adapt the step sizes in a run with k chains of its own, and freeze them."""
-    coarse = inverse_temperatures(max(temperatures // 4, min(temperatures, 25)) if tuning is None else tuning, schedule)
+    tuning = max(how.temperatures // 4, min(how.temperatures, 25)) if how.tuning is None else how.tuning
+    coarse = inverse_temperatures(tuning, how.schedule)
     scale = torch.cat([path.joint.draw(path.start, k) for _ in range(math.ceil(64 / k))]).std(0).clamp_min(1e-6)
     steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)
-    move, state = HMC(path, scale, steps, leapfrog), path.draw(k)
+    move, state = HMC(path, scale, steps, how.leapfrog), path.draw(k)
 
     def adapt(state: State, beta: float, number: int) -> State:
         state = move(state, beta, number)
@@ -315,7 +296,7 @@ def _tuned(path: Path, k: int, temperatures: int, leapfrog: int, schedule: Any, 
     for _ in range(_WARM):
         state = adapt(state, 0.0, 0)
     anneal(state, coarse, adapt)
-    place = torch.tensor(inverse_temperatures(temperatures, "linear"), device=scale.device) * (len(coarse) - 1)
+    place = torch.tensor(inverse_temperatures(how.temperatures, "linear"), device=scale.device) * (len(coarse) - 1)
     below = place.long().clamp(max=max(len(coarse) - 2, 0))
     part = (place - below).unsqueeze(-1)
     move.steps = steps[below] * (1 - part) + steps[below + 1] * part

@@ -11,9 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae._seeds import fork_rng
-from ppl_vae.programs.latent_vector import Joint
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.joint import Joint
 
 _SIDE, _MOST = 81, 321  # points along an axis, at first and at the most
 _WIDE = 5.0  # of the first grid, in standard deviations
@@ -84,7 +82,7 @@ def _plane(joint: Joint, score: Callable[[Tensor], Tensor], loc: Tensor, covaria
     if joint.size != 2:
         raise ValueError(f"Expected two latent variables, for a plane; got {joint.size}.")
     grid = _Grid(joint, score, loc, covariance)
-    with scope(joint.program), fork_rng(0, "plane", device=joint.device), pyro.validation_enabled(False):
+    with joint.target.running(0, "plane"), pyro.validation_enabled(False):
         for _ in range(30):
             log = grid.evaluate()
             mass = log.flatten(1).softmax(1).reshape(log.shape)
@@ -140,7 +138,7 @@ class _Grid:
 
     def evaluate(self) -> Tensor:
         """Give the log density of u at all points, (n, rows, columns)."""
-        features = sum(value[0].numel() for value in self.joint.batch.values()) + 2
+        features = self.joint.target.features + 2
         size = max(1, _ENTRIES // (features * self.joint.n))
         log = torch.cat([self.score(block.to(self.joint.dtype)) for block in self.points().split(size)])
         return log.double().nan_to_num(-torch.inf, neginf=-torch.inf).T.unflatten(1, self.sides)

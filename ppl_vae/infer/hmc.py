@@ -10,10 +10,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae._seeds import fork_rng
 from ppl_vae.programs.capture import Captured
-from ppl_vae.programs.latent_vector import Joint
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.joint import Joint
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _finite(u: Tensor, other: Tensor) -> Tensor:
 @contextmanager
 def quiet(joint: Joint, *key: int | str) -> Iterator[None]:
     """Check the program once, then run it without validation: a wild proposal is refused, not an error."""
-    with scope(joint.program), fork_rng(*key, "annealing", device=joint.device):
+    with joint.target.running(*key, "annealing"):
         Path(joint).draw(1)
         with pyro.validation_enabled(False):
             yield

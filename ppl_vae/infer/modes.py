@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 
 _STARTS = 24  # of the search, a datum
 _PRIOR, _GUIDE = 256, 64  # draws among which they are chosen

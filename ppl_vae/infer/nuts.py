@@ -9,7 +9,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from ppl_vae.infer.hmc import Path, quiet
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 
 
 class _Potential(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ppl_vae.infer.modes import laplace
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 
 _FAR = 30.0  # t at which the lattice ends at the latest
 _FIRST = (33, 17, 13)  # points a side of the first lattice, by the number of latent variables
@@ -294,7 +294,7 @@ def _around(joint: Joint, tolerance: float, entries: int) -> _Lattice:
     whitened = torch.linalg.solve_triangular(factor, whitened.mT, upper=False)
     bent = (1 + inside.square()) ** -0.5  # slope of asinh
     width = bent.unsqueeze(-1) * whitened * bent.unsqueeze(-2)
-    features = sum(value[0].numel() for value in joint.batch.values()) + joint.size
+    features = joint.target.features + joint.size
     block = max(1, (min(entries, _CACHED) if joint.device.type == "cpu" else entries) // (features * joint.n))
     parts = share[..., 0].T, inside.asinh().transpose(0, 1), width.transpose(0, 1)
     lattice = _Lattice(joint, tolerance, block, centre, factor, centre, centre, torch.zeros_like(centre[:, 0]), *parts)

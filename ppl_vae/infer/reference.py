@@ -7,25 +7,25 @@ sampling for any number; NUTS for a handful of data, which gives draws and momen
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.data.batches import as_batch
-from ppl_vae.infer.annealing import annealed_importance, rows_of
+from ppl_vae.infer.annealing import AnnealingSettings, annealed_importance
 from ppl_vae.infer.hmc import quiet
 from ppl_vae.infer.modes import points_of
 from ppl_vae.infer.nuts import sample
 from ppl_vae.infer.quadrature import integrate
 from ppl_vae.programs.closed_form import gaussians
-from ppl_vae.programs.latent_vector import Joint
-from ppl_vae.programs.param_store import device_and_dtype, to_double
-from ppl_vae.programs.traces import check_batch, structure
+from ppl_vae.programs.joint import Joint
+from ppl_vae.programs.target import Target
 
 _MOST = 3  # latent variables under quadrature
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Reference:
 
 def reference_posterior(
     program: Any,
-    x: Any,
+    x: Any = None,
     method: Literal["auto", "closed-form", "quadrature", "ais", "nuts"] = "auto",
     *,
     seed: int = 0,
@@ -103,12 +103,12 @@ def reference_posterior(
     }
     if method not in ("auto", *methods):
         raise ValueError(f"Expected `method` to be one of auto, {', '.join(methods)}; got {method!r}.")
-    asked = methods.values() if method == "auto" else [methods[method]]
-    known = sorted({name for one in asked for name in _settings(one)})
+    asked = list(methods) if method == "auto" else [method]
+    known = sorted({name for one in asked for name in _settings(methods[one])})
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"Expected settings of {method!r} among {', '.join(known) or 'none'}; got {unknown[0]!r}.")
-    batch = check_batch(program, as_batch(x))
-    joint = Joint(program, rows_of(batch, 0, 1))
+    target = Target.of(program, x)
+    joint = Joint(target.rows(slice(0, 1)))
     others = "'ais', 'nuts'" + (", 'quadrature'" if joint.size <= _MOST else "")
     if method == "quadrature" and joint.size > _MOST:
         raise ValueError(
@@ -117,76 +117,65 @@ def reference_posterior(
         )
     if method in ("auto", "closed-form"):
         try:
-            return _closed_form(joint, batch)
+            return _closed_form(target, joint.shapes)
         except ValueError as error:
             if method == "closed-form":
                 raise ValueError(f"{error} This program allows {others}.") from error
-    if method == "auto":
-        method = _next(joint)
+        method = _without_closed_form(joint)
         settings = {name: value for name, value in settings.items() if name in _settings(methods[method])}
-    return methods[method](joint, batch, seed=seed, **settings)
+    return methods[method](target, joint.shapes, seed=seed, **settings)
 
 
-def strongest(program: Any, x: Any) -> Literal["closed-form", "quadrature", "ais"]:
-    """Say which method `"auto"` takes, by the first datum and without running it."""
-    batch = rows_of(check_batch(program, as_batch(x)), 0, 1)
-    joint = Joint(program, batch)
+def strongest(program: Any, x: Any = None) -> Literal["closed-form", "quadrature", "ais"]:
+    """The method that `"auto"` takes, by the first datum and without running it."""
+    first = Target.of(program, x).rows(slice(0, 1))
+    joint = Joint(first)
     try:
-        _closed_form(joint, batch)
+        _closed_form(first, joint.shapes)
     except ValueError:
-        return _next(joint)
+        return _without_closed_form(joint)
     return "closed-form"
 
 
-def _next(joint: Joint) -> Literal["quadrature", "ais"]:
+def _without_closed_form(joint: Joint) -> Literal["quadrature", "ais"]:
     return "quadrature" if joint.size <= _MOST else "ais"
 
 
-def _settings(function: Callable[..., Any]) -> list[str]:
-    function = annealed_importance if function is _ais else function
-    return [
-        one.name
-        for one in inspect.signature(function).parameters.values()
-        if one.kind is one.KEYWORD_ONLY and one.name != "seed"
-    ]
+def _settings(method: Callable[..., Any]) -> list[str]:
+    if method is _ais:
+        return [setting.name for setting in fields(AnnealingSettings)]
+    parameters = inspect.signature(method).parameters.values()
+    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "seed"]
 
 
-def _closed_form(joint: Joint, batch: dict[str, Tensor]) -> Reference:
-    found = gaussians(joint.program, batch, "model")
-    zero = torch.zeros_like(found.log_normaliser)
-    return Reference(found.log_normaliser, zero, found.loc, found.covariance, "closed-form", None, joint.shapes)
+def _closed_form(target: Target, shapes: Shapes) -> Reference:
+    exact = gaussians(target, role="model")
+    zero = torch.zeros_like(exact.log_normaliser)
+    return Reference(exact.log_normaliser, zero, exact.loc, exact.covariance, "closed-form", None, shapes)
 
 
-def _ais(joint: Joint, batch: dict[str, Tensor], *, seed: int, **settings: Any) -> Reference:
-    found = annealed_importance(joint.program, batch, seed=seed, **settings)
+def _ais(target: Target, shapes: Shapes, *, seed: int, **settings: Any) -> Reference:
+    annealing = annealed_importance(target, seed=seed, **settings)
+    chains, n = annealing.shares.shape
     generator = torch.Generator().manual_seed(seed)
-    places = (torch.rand(1, found.shares.shape[1], generator=generator) + torch.arange(len(found.shares))[:, None]).to(
-        found.shares
-    )
-    chosen = torch.searchsorted(found.shares.cumsum(0).T.contiguous(), places.T.contiguous() / len(places))
-    chosen = chosen.clamp(max=len(places) - 1).T.unsqueeze(-1).expand(found.latents.shape)
+    levels = (torch.rand(1, n, generator=generator) + torch.arange(chains)[:, None]).to(annealing.shares) / chains
+    chosen = torch.searchsorted(annealing.shares.cumsum(0).T.contiguous(), levels.T.contiguous())
+    chosen = chosen.clamp(max=chains - 1).T.unsqueeze(-1).expand(annealing.latents.shape)
     return Reference(
-        found.log_evidence,
-        found.error,
-        *found.moments(),
+        annealing.log_evidence,
+        annealing.error,
+        *annealing.moments(),
         "ais",
-        found.latents.gather(0, chosen),
-        joint.shapes,
-        bool(found.settled.all()),
-        {"acceptance": found.acceptance, "ess": found.ess, "settled": found.settled},
+        annealing.latents.gather(0, chosen),
+        shapes,
+        bool(annealing.settled.all()),
+        {"acceptance": annealing.acceptance, "ess": annealing.ess, "settled": annealing.settled},
     )
-
-
-def twin(joint: Joint, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    program = to_double(joint.program)
-    if device_and_dtype(program)[1] is not None:
-        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-    return program, batch
 
 
 def _quadrature(
-    joint: Joint,
-    batch: dict[str, Tensor],
+    target: Target,
+    shapes: Shapes,
     *,
     points: int = 2**20,
     tolerance: float = 1e-8,
@@ -195,54 +184,33 @@ def _quadrature(
 ) -> Reference:
     """Sum over a lattice around the posterior, enlarged until it holds the mass and refined until the sum stands."""
     check_int("entries", entries)
-    if check_int("points", points) < 6**joint.size:
-        raise ValueError(
-            f"Expected `points` to be at least {6**joint.size}, 6 along each of {joint.size} axes; got {points}."
-        )
+    size = sum(math.prod(shape) for shape in shapes.values())
+    if check_int("points", points) < 6**size:
+        raise ValueError(f"Expected `points` to be at least {6**size}, 6 along each of {size} axes; got {points}.")
     if not tolerance > 0:
         raise ValueError(f"Expected `tolerance` to be positive; got {tolerance}.")
-    program, batch = twin(joint, batch)
-    found = structure(program, batch)
-    n = len(next(iter(batch.values())))
-    features = sum(value[0].numel() for value in batch.values()) + joint.size
-    size = max(1, entries // (points_of(joint.size) * features))
+    rows = max(1, entries // (points_of(size) * (target.features + size)))
     parts = []
-    for number, begin in enumerate(range(0, n, size)):
-        block = Joint(program, rows_of(batch, begin, begin + size), found)
-        with quiet(block, seed, number):
-            parts.append(integrate(block, points, tolerance, entries))
+    for number, block in enumerate(target.to_double().blocks(rows)):
+        joint = Joint(block)
+        with quiet(joint, seed, number):
+            parts.append(integrate(joint, points, tolerance, entries))
     log_evidence, error, loc, covariance, settled = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Reference(
-        log_evidence,
-        error,
-        loc,
-        covariance,
-        "quadrature",
-        None,
-        joint.shapes,
-        bool(settled.all()),
-        {"settled": settled},
-    )
+    diagnostics, converged = {"settled": settled}, bool(settled.all())
+    return Reference(log_evidence, error, loc, covariance, "quadrature", None, shapes, converged, diagnostics)
 
 
 def _nuts(
-    joint: Joint,
-    batch: dict[str, Tensor],
-    *,
-    draws: int = 1000,
-    warmup: int = 500,
-    chains: int = 4,
-    seed: int = 0,
+    target: Target, shapes: Shapes, *, draws: int = 1000, warmup: int = 500, chains: int = 4, seed: int = 0
 ) -> Reference:
     """Sample the latent variables by NUTS, in double precision."""
     draws, warmup, chains = check_int("draws", draws, 4), check_int("warmup", warmup), check_int("chains", chains)
     if chains < 2:
         raise ValueError("Expected `chains` to be at least 2 under method='nuts', whose R-hat compares them; got 1.")
-    joint = Joint(*twin(joint, batch))
-    values, diagnostics = sample(joint, draws=draws, warmup=warmup, chains=chains, seed=seed)
-    loc = values.mean(0)
-    covariance = torch.einsum("kny,knz->nyz", values - loc, values - loc) / (len(values) - 1)
-    unknown = torch.full((joint.n,), math.nan, dtype=torch.float64, device=loc.device)
+    z, diagnostics = sample(Joint(target.to_double()), draws=draws, warmup=warmup, chains=chains, seed=seed)
+    loc = z.mean(0)
+    covariance = torch.einsum("kny,knz->nyz", z - loc, z - loc) / (len(z) - 1)
+    unknown = torch.full_like(loc[:, 0], math.nan)
     settled = (diagnostics["r_hat"] < 1.01) & (diagnostics["ess"] > 400) & (diagnostics["divergences"] == 0)
     diagnostics["settled"] = settled
-    return Reference(unknown, unknown, loc, covariance, "nuts", values, joint.shapes, bool(settled.all()), diagnostics)
+    return Reference(unknown, unknown, loc, covariance, "nuts", z, shapes, bool(settled.all()), diagnostics)

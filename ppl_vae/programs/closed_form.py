@@ -11,12 +11,10 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import (
     MixtureOfDiagNormals,
     MixtureOfDiagNormalsSharedCovariance,
@@ -26,13 +24,8 @@ from pyro.distributions import (
 from torch import Tensor
 from torch.distributions import constraints
 
-from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
-from ppl_vae.programs.latent_vector import Layout
-from ppl_vae.programs.param_store import device_and_dtype, scope, to_double
-from ppl_vae.programs.traces import batch_of, check_batch, conditioned, structure, trace_pair
+from ppl_vae.programs.target import BLOCK, Role, Target
 
-_DATA = 100  # data at a time
 _PROBES = 4  # further points at which the quadratic is checked, near the one where it was read
 _RADII = (1.0, 3.0, 6.0, 9.0)  # standard deviations from the posterior's mean, to both sides, where it is checked again
 _DIRECTIONS = 3  # along which it is
@@ -64,52 +57,50 @@ class Gaussian:
         return torch.cholesky_inverse(torch.linalg.cholesky(self.precision))
 
 
-def exact_posterior(program: Any, x: Any) -> MultivariateNormal:
-    """Give p(z|x) of a linear-Gaussian program in closed form.
+def exact_posterior(program: Any, x: Any = None) -> MultivariateNormal:
+    """Posterior p(z|x) of a linear-Gaussian program in closed form.
 
     Args:
-        program: any program; several latent sites stand side by side in the model's order.
-        x: data, a tensor (n, *x) or a batch dict.
+        program: any program, or a `Target`; several latent sites stand side by side in the model's order.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
 
     Returns:
         A multivariate normal of batch shape (n,). A program that is a module is computed in double precision, one that
         holds no tensors in that of the data.
 
     Raises:
-        ValueError: where the program is not linear-Gaussian: there is no closed form.
+        ValueError: If the program is not linear-Gaussian, so that there is no closed form.
     """
-    posterior = gaussians(program, x, "model")
+    posterior = gaussians(program, x, role="model")
     return MultivariateNormal(posterior.loc, precision_matrix=posterior.precision)
 
 
-def exact_log_evidence(program: Any, x: Any) -> Tensor:
-    """Give log p(x) of a linear-Gaussian program in closed form, in nats, shape (n,), in double precision.
+def exact_log_evidence(program: Any, x: Any = None) -> Tensor:
+    """Log evidence log p(x) of a linear-Gaussian program in closed form, (n,) in nats, in double precision.
 
-    The arguments and errors are those of `exact_posterior`.
+    Arguments and errors are those of `exact_posterior`.
     """
-    return gaussians(program, x, "model").log_normaliser
+    return gaussians(program, x, role="model").log_normaliser
 
 
-def gaussians(program: Any, x: Any, role: str) -> Gaussian:
-    """Read the Gaussian of each datum off the `model` (the posterior and the evidence) or the `guide` (normalised)."""
-    twin, batch = to_double(program), check_batch(program, as_batch(x))
-    if device_and_dtype(twin)[1] is not None:
-        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-    parts = [_read(twin, part, role) for part in _parts(batch)]
-    return Gaussian(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("loc", "precision", "log_normaliser"))
-    )
+def gaussians(program: Any, x: Any = None, *, role: Role) -> Gaussian:
+    """Gaussian of each datum, read off the model (the posterior and the evidence) or the guide (normalised).
+
+    A target keeps it until a parameter of its program changes.
+    """
+    target = Target.of(program, x)
+    return target.cached(("closed form", role), lambda: _gaussians(target.to_double(), role))
 
 
-def _parts(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Give the first datum, which most programs without a closed form fail at already, then the others in blocks."""
-    ends = [0, *range(1, len(next(iter(batch.values()))), _DATA), None]
-    for rows in itertools.starmap(slice, itertools.pairwise(ends)):
-        yield {key: value[rows] for key, value in batch.items()}
+def _gaussians(target: Target, role: Role) -> Gaussian:
+    """Read the first datum, at which most programs without a closed form fail already, then the others in blocks."""
+    ends = [0, *range(1, target.n, BLOCK), None]
+    parts = [_read(target.rows(slice(*pair)), role) for pair in itertools.pairwise(ends)]
+    return Gaussian(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Gaussian)))
 
 
-def _read(program: Any, batch: dict[str, Tensor], role: str) -> Gaussian:
-    probe = _Probe(program, batch, role)
+def _read(target: Target, role: Role) -> Gaussian:
+    probe = _Probe(target, role)
     n, size = probe.origin.shape
     generator = torch.Generator().manual_seed(0)
     probes = 2 * torch.randn(_PROBES, n, size, generator=generator, dtype=torch.float64).to(probe.device)
@@ -212,14 +203,11 @@ class _Probe:
         ValueError: where a site has not the whole real line for its support.
     """
 
-    def __init__(self, program: Any, batch: dict[str, Tensor], role: str) -> None:
-        found = structure(program, batch)
-        self.program, self.batch, self.role = program, batch, role
-        self.function = getattr(program, role)
-        self.latents, self.nesting = found.latents, found.nesting
-        self.device = next(iter(batch.values())).device
-        with torch.no_grad(), scope(program), fork_rng(0, device=self.device):
-            model, guide = trace_pair(program, batch, 1, self.nesting)
+    def __init__(self, target: Target, role: Role) -> None:
+        self.target, self.role = target, role
+        self.latents, self.device = target.structure.latents, target.device
+        with torch.no_grad():
+            model, guide = target.traces(1, 0)
         own: Any = (guide if role == "guide" else model).nodes
         for name in self.latents:
             if _mixed(own[name]["fn"]):  # of which a component that is far off would leave no trace
@@ -227,28 +215,25 @@ class _Probe:
             if (support := _short_of_real(own[name]["fn"])) is not None:
                 raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is on {support}.")
         sites: Any = guide.nodes
-        values = {name: sites[name]["value"] for name in self.latents}
-        self.dtypes = {name: value.dtype for name, value in values.items()}
+        self.dtypes = {name: sites[name]["value"].dtype for name in self.latents}
         self.rounding = max(torch.finfo(dtype).eps for dtype in self.dtypes.values())
-        self.layout = Layout([(name, values[name], sites[name]["fn"].event_dim) for name in self.latents], self.nesting)
-        self.origin = self.layout.pack(values)[0].double()  # (n, z)
+        self.origin = target.flatten(guide)[0]  # (n, z)
         drawn = self._draw()
         spread = drawn.std(0) if len(drawn) else torch.ones_like(self.origin)
         self.unit = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)  # (n, z)
         self.drawn = (drawn - self.origin) / self.unit  # (k, n, z)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the log density (k, n), in nats, and its gradient (k, n, z) at vectors u (k, n, z)."""
+        """Log density (k, n), in nats, and its gradient (k, n, z) at vectors u (k, n, z)."""
         u = u.detach().requires_grad_()
-        with torch.enable_grad(), scope(self.program), fork_rng(0, device=self.device):
-            with self._defined():
-                value = conditioned(self.function, self._given(u), self.batch, len(u), self.nesting)
+        with torch.enable_grad(), self.target.running(0), self._defined():
+            value = self.target.score_sites(self.role, self._given(u))
             gradient = torch.autograd.grad(value.sum(), u)[0] if value.requires_grad else torch.zeros_like(u)
         return value.detach(), gradient
 
     def rounded(self, u: Tensor) -> Tensor:
         """Give the vectors at which the sites will stand, in their own precision."""
-        return (self.layout.pack(self._given(u)).double() - self.origin) / self.unit
+        return (self.target.layout.pack(self._given(u)).double() - self.origin) / self.unit
 
     def hold(self, missed: tuple[Tensor, Tensor], slack: tuple[Tensor, Tensor]) -> None:
         """Refuse the program where gradient or value are missed by more than their slack, or by no number."""
@@ -266,18 +251,16 @@ class _Probe:
             ) from error
 
     def _given(self, u: Tensor) -> dict[str, Tensor]:
-        values = self.layout.unpack(self.origin + self.unit * u)
+        values = self.target.layout.unpack(self.origin + self.unit * u)
         return {name: value.to(self.dtypes[name]) for name, value in values.items()}
 
     def _draw(self) -> Tensor:
         """Draw z, (k, n, z); none from what cannot be drawn from."""
-        particles = pyro.plate("particles", _DRAWN, dim=-1 - self.nesting)
-        with torch.no_grad(), scope(self.program), fork_rng(0, "exact", device=self.device), self._defined():
+        with torch.no_grad(), self.target.running(0, "exact"), self._defined():
             try:
-                trace: Any = poutine.trace(particles(self.function)).get_trace(**batch_of(self.function, self.batch))
+                return self.target.flatten(self.target.trace(self.role, _DRAWN))
             except NotImplementedError:
                 return self.origin[None][:0]
-        return self.layout.pack({name: trace.nodes[name]["value"] for name in self.latents}).double()
 
 
 def _mixed(distribution: Any) -> bool:

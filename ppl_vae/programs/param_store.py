@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 
+def own_params(program: Any) -> dict[str, dict[str, Any]]:
+    """What a program learned through `pyro.param`: its `params`, unconstrained, and their `constraints`, by name."""
+    own: dict[str, dict[str, Any]] = vars(program).setdefault("_ppl_vae_params", {"params": {}, "constraints": {}})
+    return own
+
+
 @contextmanager
 def scope(program: Any) -> Iterator[None]:
     """Run a program with a parameter store of its own, on top of the global one, and leave that as it was."""
-    store = pyro.get_param_store()
-    own = vars(program).setdefault("_ppl_vae_params", {"params": {}, "constraints": {}})
+    store, own = pyro.get_param_store(), own_params(program)
     outer: Any = store.get_state()
     copies = {
         name: value if "$$$" in name else value.detach().clone().requires_grad_()
@@ -34,17 +39,17 @@ def scope(program: Any) -> Iterator[None]:
 
 
 def to_double(program: Any) -> Any:
-    """Copy a program in double precision, what it learned through `pyro.param` too; one without tensors stays."""
+    """A copy of a program in double precision, `pyro.param`s too; the program itself if it holds no tensors."""
     if not isinstance(program, nn.Module) or device_and_dtype(program)[1] is None:
         return program
     twin = copy.deepcopy(program).double()
-    own = vars(twin).get("_ppl_vae_params", {"params": {}})
+    own = own_params(twin)
     own["params"] = {name: value.detach().double().requires_grad_() for name, value in own["params"].items()}
     return twin
 
 
 def device_and_dtype(program: Any, x: Tensor | None = None) -> tuple[torch.device, torch.dtype | None]:
-    """Give the device of a program and its floating type, `None` where it holds no tensors."""
+    """The device of a program and its floating type, None if it holds no tensors."""
     tensors = itertools.chain(program.parameters(), program.buffers()) if isinstance(program, nn.Module) else iter(())
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if first is not None:

@@ -7,28 +7,28 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_vae._seeds import fork_rng
-from ppl_vae.programs.latent_vector import packed
-from ppl_vae.programs.traces import Structure
+from ppl_vae.programs.target import Target
+from ppl_vae.programs.traces import Batch
 
 
-def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[dict[str, Tensor], Tensor]:
-    """Draw latent variables and data from a model.
+def simulate(program: Any, x: Any = None) -> tuple[Batch, Tensor]:
+    """Draw latent variables and data from a model, from the current random state.
 
     Where in the batch a site's values belong is found by observing the entries' own numbers.
 
     Args:
-        program: any program.
-        batch: placeholders, as `prepare` gives them.
-        found: the program's structure.
+        program: any program, or a `Target`.
+        x: placeholders for the data, a tensor (n, *x) or a batch dict; none beside a `Target`.
 
     Returns:
-        The batch with all that is observed drawn anew, and the latent variables, shape (n, z), in double precision.
+        The batch with all that is observed drawn anew, and the latent variables, (n, z) in double precision.
 
     Raises:
-        ValueError: for a model that cannot be drawn from: it has factors, does not observe its data as they are, or
-            observes an entry twice.
+        ValueError: If data cannot be drawn from the model: it has factors, transforms its data before it observes
+            them, or observes an entry twice.
     """
+    target = Target.of(program, x)
+    batch = target.batch
     real = {key: value for key, value in batch.items() if value.is_floating_point()}
     if not real:
         raise ValueError("Expected a batch with real numbers among its entries, where simulated data go; got none.")
@@ -41,21 +41,21 @@ def simulate(program: Any, batch: dict[str, Tensor], found: Structure) -> tuple[
 
     numbers = torch.arange(len(flat), device=flat.device).to(flat.dtype)
     with pyro.validation_enabled(False):
-        trace = poutine.trace(program.model).get_trace(**filled(numbers))
+        trace = poutine.trace(target.program.model).get_trace(**filled(numbers))
     where = {
         name: _entries(name, trace.nodes[name], len(flat))
-        for name in found.observed
+        for name in target.structure.observed
         if not trace.nodes[name]["infer"].get("_deterministic")
     }
     seen = torch.cat([index.flatten() for index in where.values()])
     if len(seen.unique()) != len(seen):
         raise ValueError("Expected each entry of the data to be observed once; some are observed at several sites.")
-    particles = pyro.plate("particles", 1, dim=-1 - found.nesting)
-    drawn = poutine.trace(particles(poutine.uncondition(program.model))).get_trace(**filled(flat))
+    there = target.with_batch(filled(flat))
+    drawn = there.trace("model", 1, poutine.uncondition)
     for name, index in where.items():
         node: Any = drawn.nodes[name]
         flat[index.flatten()] = node["value"].reshape(index.shape).flatten().to(flat)
-    return filled(flat), packed(drawn, found)[0]
+    return filled(flat), there.flatten(drawn)[0]
 
 
 def _entries(name: str, node: Any, count: int) -> Tensor:
@@ -78,22 +78,19 @@ def _entries(name: str, node: Any, count: int) -> Tensor:
     return index
 
 
-def drawn_twice(
-    program: Any, batch: dict[str, Tensor], found: Structure, *key: int | str
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Simulate, and again from what came out with the same randomness, to see that nothing depends on placeholders.
+def simulate_twice(target: Target, *key: int | str) -> tuple[Batch, Tensor]:
+    """Simulate, then again from the result with the same randomness, to see that nothing depends on placeholders.
 
     Raises:
-        ValueError: where latent variables or data depend on observed values, or as in `simulate`.
+        ValueError: If latent variables or data depend on observed values, or as in `simulate`.
     """
-    device = next(iter(batch.values())).device
-    with fork_rng(*key, device=device):
-        drawn, truth = simulate(program, batch, found)
-    with fork_rng(*key, device=device):
-        again, same = simulate(program, drawn, found)
-    if not torch.equal(truth, same) or any(not torch.equal(drawn[name], again[name]) for name in drawn):
+    with target.running(*key):
+        batch, z = simulate(target)
+    with target.running(*key):
+        again, same = simulate(target.with_batch(batch))
+    if not torch.equal(z, same) or any(not torch.equal(batch[name], again[name]) for name in batch):
         raise ValueError(
             "Expected a model whose latent variables and data do not depend on the values observed; they changed with "
             "the placeholders."
         )
-    return drawn, truth
+    return batch, z

@@ -20,7 +20,7 @@ from ppl_vae.infer import annealing
 from ppl_vae.infer.annealing import Annealing, anneal, annealed_importance, bidirectional, inverse_temperatures
 from ppl_vae.infer.hmc import HMC, Path
 from ppl_vae.networks import MLP
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.traces import check_batch
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from ppl_vae.families import MixtureNormal, Normal, StandardNormal
 from ppl_vae.infer import density_grid
 from ppl_vae.infer.density_grid import DensityGrid, guide_grid, posterior_grid
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.traces import check_batch
 
 SHARES = (0.5, 0.95)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import Program
 from ppl_vae.infer.reference import reference_posterior
-from ppl_vae.programs.latent_vector import Joint
+from ppl_vae.programs.joint import Joint
 
 
 def curved(scale: float) -> Program:

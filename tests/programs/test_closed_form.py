@@ -314,7 +314,7 @@ def test_sites_without_the_whole_real_line_are_refused_by_name(name: str) -> Non
         with pytest.raises(ValueError, match=f"Expected a linear-Gaussian model.*whose site 'z' is on {support}"):
             function(program, at)
     with pytest.raises(ValueError, match="Expected a linear-Gaussian guide.*whose site 'z' is on "):
-        gaussians(program, at, "guide")
+        gaussians(program, at, role="guide")
 
 
 def test_a_guide_on_less_than_the_real_line_does_not_hide_the_closed_form() -> None:
@@ -333,7 +333,7 @@ def test_two_far_pieces_that_are_each_quadratic_are_refused(place: float) -> Non
         exact_log_evidence(program, torch.tensor([[50.0]]))
     guided = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z, 10.0), mixture)
     with pytest.raises(ValueError, match="linear-Gaussian guide.*is a mixture"):
-        gaussians(guided, torch.tensor([[place]]), "guide")
+        gaussians(guided, torch.tensor([[place]]), role="guide")
 
 
 def test_a_step_that_gradients_do_not_show_is_refused() -> None:

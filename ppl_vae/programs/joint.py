@@ -1,0 +1,135 @@
+"""The log joint density of a program, as a function of one real vector per datum."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to, constraints, identity_transform
+
+from ppl_vae.programs.target import Role, Target
+
+
+class Joint:
+    r"""The log joint density of a program, and its guide's, as functions of one real vector per datum.
+
+    The latent sites stand side by side in the model's order. A site on the positive numbers enters by its logarithm, a
+    site on an interval by its logit, with the volume that this brings.
+
+    Args:
+        program: any program with continuous latent sites, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+
+    Attributes:
+        target: the program and its data.
+        n: the number of data.
+        size: the number of latent variables per datum, z.
+        shapes: of each latent site of a datum, without the data plate.
+        auxiliary: names of the guide's auxiliary sites.
+
+    Raises:
+        ValueError: If a latent site is discrete or its support has no simple change of variables.
+    """
+
+    def __init__(self, program: Any, x: Any = None) -> None:
+        self.target = target = Target.of(program, x)
+        self.n, self.device = target.n, target.device
+        structure = target.structure
+        with torch.no_grad():
+            model, guide = target.traces(1, 0)
+        nodes: Any = guide.nodes
+        self.auxiliary = [name for name in guide.stochastic_nodes if nodes[name]["infer"].get("is_auxiliary")]
+        self.transforms, self.shapes = {}, {}
+        for name in structure.latents:
+            node: Any = model.nodes[name]
+            value: Any = nodes[name]["value"]
+            self.transforms[name] = biject_to(_support(name, node["fn"].support))
+            plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
+            event = value.shape[value.dim() - node["fn"].event_dim :]
+            batched = value.shape[: value.dim() - len(event)]
+            self.shapes[name] = (*(batched[dim] for dim in plates if -1 > dim > -1 - structure.nesting), *event)
+        target.flatten(guide)
+        self.layout = target.layout
+        self.dtype = torch.promote_types(nodes[structure.latents[0]]["value"].dtype, torch.float32)
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+
+    def rows(self, chosen: Tensor | slice) -> "Joint":
+        """The joint of some of the data: a slice, or a boolean mask of shape (n,)."""
+        return Joint(self.target.rows(chosen))
+
+    def log_probs(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        trace = self._trace("model", values)
+        prior = self.target.log_density(trace, len(u), self.target.structure.latents)
+        return prior + volume, self.target.log_density(trace, len(u), self.target.structure.observed)
+
+    def log_guide(self, u: Tensor) -> Tensor:
+        """Log q(z|x), (k, n) in nats, at vectors u (k, n, z)."""
+        values, volume = self._values(u)
+        try:
+            return self.target.log_density(self._trace("guide", values), len(u)) + volume
+        except NotImplementedError as error:
+            raise ValueError("Expected a guide that can score any z for start='guide'; got one that cannot.") from error
+
+    @torch.no_grad()
+    def draw(self, start: Literal["prior", "guide"], k: int) -> Tensor:
+        """Draw k vectors per datum, (k, n, z), from the prior or the guide and the current random state."""
+        return self.vector(self.target.trace("model" if start == "prior" else "guide", k))
+
+    def vector(self, trace: Trace) -> Tensor:
+        """The vectors (k, n, z) of a trace that has particles."""
+        nodes: Any = trace.nodes
+        return self._pack({name: nodes[name]["value"] for name in self.shapes})
+
+    def place(self, z: Tensor) -> Tensor:
+        """The vectors u, (k, n, z), at which the latent variables are z, (k, n, z)."""
+        return self._pack({name: value.to(self.dtype) for name, value in self.layout.unpack(z).items()})
+
+    def latents(self, u: Tensor) -> Tensor:
+        """The latent variables, (k, n, z) in double precision, at vectors u."""
+        values = self.layout.unpack(u)
+        return self.layout.pack({name: self.transforms[name](value) for name, value in values.items()}).double()
+
+    def _pack(self, values: dict[str, Tensor]) -> Tensor:
+        return self.layout.pack({name: self.transforms[name].inv(value) for name, value in values.items()})
+
+    def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
+        values, volume = self.layout.unpack(u), 0.0
+        for name, raw in values.items():
+            transform = self.transforms[name]
+            if transform != identity_transform:
+                values[name] = transform(raw)
+                log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
+                inner = log_det.reshape(*log_det.shape[: 1 + self.target.structure.nesting], -1).sum(-1)
+                volume = volume + inner.reshape(len(u), -1, self.n).sum(1)
+        return values, volume
+
+    def _trace(self, role: Role, values: dict[str, Tensor]) -> Trace:
+        samples = len(next(iter(values.values())))
+        return self.target.trace(role, samples, lambda function: poutine.condition(function, data=values))
+
+
+def _support(name: str, support: Any) -> Any:
+    """Elementwise constraint of a latent site's support, or a refusal that names the site."""
+    inner = support
+    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
+        inner = inner.base_constraint
+    if inner.is_discrete:
+        raise ValueError(
+            f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete. What takes any "
+            "site is log_evidence(program, x, samples)."
+        )
+    if inner in (constraints.real, constraints.real_vector):
+        return constraints.real
+    if inner in (constraints.positive, constraints.nonnegative):
+        return constraints.positive
+    if isinstance(inner, constraints.interval):
+        low, high = torch.as_tensor(inner.lower_bound), torch.as_tensor(inner.upper_bound)
+        if bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all()):
+            return constraints.interval(low.flatten()[0], high.flatten()[0])
+    raise ValueError(
+        f"Expected latent sites on the real or the positive numbers, or on one interval; got '{name}' on {support}."
+    )

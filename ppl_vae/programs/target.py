@@ -1,0 +1,203 @@
+"""`Target`: a program and its data, checked once, with all that evaluation and inference ask of the two."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Self, TypeVar
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import as_batch
+from ppl_vae.programs.latent_vector import Layout
+from ppl_vae.programs.param_store import device_and_dtype, own_params, scope, to_double
+from ppl_vae.programs.traces import Batch, Structure, batch_of, check_batch, log_density, structure, trace_pair
+
+BLOCK = 100  # data in a block
+
+Role = Literal["model", "guide"]
+T = TypeVar("T")
+
+
+class Target:
+    """A program and the data that its posterior is about, checked once.
+
+    Every verb takes a program and data, `log_evidence(program, x, samples)`, or a target that holds both,
+    `log_evidence(target, samples=samples)`. With a target nothing is checked or traced twice, and results that several
+    verbs share, such as the closed form, are computed once. They are computed anew when a parameter or buffer of the
+    program has changed; tensors that a plain function closes over cannot be watched: make a new target then.
+
+    Args:
+        program: any program.
+        x: data, a tensor (n, *x) or a batch dict.
+
+    Attributes:
+        program: the program.
+        batch: the data by name, on the program's device and in its precision.
+        n: the number of data.
+        device: where the data are.
+        dtype: the program's floating type, or None if it holds no tensors.
+
+    Raises:
+        ValueError: If the data are not finite, or the model does not take them.
+
+    Example:
+        >>> import torch
+        >>> from ppl_vae import PPCA, Target, exact_log_evidence, log_evidence
+        >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> target = Target(PPCA.fit(x, 1).to_vae(), x)
+        >>> torch.allclose(log_evidence(target, samples=10).log_evidence, exact_log_evidence(target), atol=1e-5)
+        True
+    """
+
+    def __init__(self, program: Any, x: Any) -> None:
+        self._set(program, check_batch(program, as_batch(x)))
+
+    def _set(self, program: Any, batch: Batch, structure: Structure | None = None) -> None:
+        first = next(iter(batch.values()))
+        self.program, self.batch = program, batch
+        self.n, self.device, self.dtype = len(first), first.device, device_and_dtype(program)[1]
+        self._structure = structure
+        self._layout: Layout | None = None
+        self._cache: dict[Any, tuple[Any, Any]] = {}
+
+    @classmethod
+    def of(cls, program: Any, x: Any = None) -> "Target":
+        """Make a target of a program and data, or pass one on.
+
+        Raises:
+            TypeError: If a program comes without data, or a target with data.
+        """
+        if isinstance(program, cls):
+            if x is not None:
+                raise TypeError("Expected a target alone, which holds its data; got data beside it.")
+            return program
+        if x is None:
+            raise TypeError(f"Expected data `x` beside a {type(program).__name__}; got none.")
+        return cls(program, x)
+
+    def with_batch(self, batch: Batch) -> "Target":
+        """The same program on other data of the same kind, which are not checked again."""
+        other = object.__new__(type(self))
+        other._set(self.program, batch, self._structure)
+        return other
+
+    @property
+    def structure(self) -> Structure:
+        """What the traces of the program show; read once."""
+        if self._structure is None:
+            self._structure = structure(self.program, self.batch)
+        return self._structure
+
+    @property
+    def features(self) -> int:
+        """How many numbers the batch holds per datum, at least 1."""
+        return max(sum(value[0].numel() for value in self.batch.values()), 1)
+
+    def rows(self, which: slice | Tensor) -> "Target":
+        """The target of some of the data: a slice, indices, or a boolean mask of shape (n,)."""
+        self.structure  # noqa: B018  so that the parts share it
+        return self.with_batch({key: value[which] for key, value in self.batch.items()})
+
+    def blocks(self, size: int = BLOCK) -> Iterator["Target"]:
+        """Targets of consecutive data, at most `size` each."""
+        for start in range(0, self.n, size):
+            yield self if self.n <= size else self.rows(slice(start, start + size))
+
+    @contextmanager
+    def running(self, *key: int | str) -> Iterator[None]:
+        """Run the program on a parameter store of its own, with draws from the streams of a key."""
+        with scope(self.program), fork_rng(*key, device=self.device):
+            yield
+
+    def traces(self, samples: int, *key: int | str) -> tuple[Trace, Trace]:
+        """Trace the model and the guide that it replays, with `samples` particles drawn by a key."""
+        with self.running(*key):
+            return trace_pair(self.program, self.batch, samples, self.structure.nesting)
+
+    def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
+        """Trace the model or the guide alone, under a handler, with particles from the current random state."""
+        function = getattr(self.program, role)
+        particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
+        return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
+
+    def log_density(self, trace: Trace, samples: int, names: Any = None) -> Tensor:
+        """Sum the log densities of a trace's sites over all but particles and data, (samples, n) in nats."""
+        return log_density(trace, samples, self.n, names)
+
+    def log_weights(self, model: Trace, guide: Trace, samples: int) -> Tensor:
+        """Log importance weights, log p(x, z) - log q(z|x), of a pair of traces, (samples, n) in nats."""
+        return self.log_density(model, samples) - self.log_density(guide, samples)
+
+    @property
+    def layout(self) -> Layout:
+        """How the latent sites lie side by side, in the model's order."""
+        if self._layout is None:
+            with torch.no_grad(), self.running(0):
+                self.flatten(self.trace("guide", 1))
+        return self._layout  # type: ignore[return-value]
+
+    def flatten(self, trace: Trace) -> Tensor:
+        """The latent sites of a trace side by side in the model's order, (k, n, z) in double precision."""
+        nodes: Any = trace.nodes
+        sites = [(name, nodes[name]["value"], nodes[name]["fn"].event_dim) for name in self.structure.latents]
+        if self._layout is None:
+            self._layout = Layout(sites, self.structure.nesting)
+        return self._layout.pack({name: value for name, value, _ in sites}).double()
+
+    def draws(self, samples: int) -> Tensor:
+        """Draw latent variables from the guide, (samples, n, z), from the current random state."""
+        return self.flatten(self.trace("guide", samples))
+
+    def score(self, role: Role, z: Tensor) -> Tensor:
+        """Log density of the model or the guide, (k, n) in nats, at latent vectors (k, n, z)."""
+        dtype = self.dtype or torch.get_default_dtype()
+        discrete, values = self.layout.discrete, self.layout.unpack(z)
+        return self.score_sites(role, {name: value.to(discrete.get(name, dtype)) for name, value in values.items()})
+
+    def score_sites(self, role: Role, values: dict[str, Tensor]) -> Tensor:
+        """Log density of the model or the guide, (k, n) in nats, at values of the latent sites with k particles."""
+        samples = len(next(iter(values.values())))
+        trace = self.trace(role, samples, lambda function: poutine.condition(function, data=values))
+        return self.log_density(trace, samples)
+
+    def to_double(self) -> Self:
+        """The same target in double precision, or itself if the program holds no tensors."""
+        if self.dtype is None:
+            return self
+
+        def make() -> Any:
+            batch = {key: value.double() if value.is_floating_point() else value for key, value in self.batch.items()}
+            twin = self.with_batch(batch)
+            twin._set(to_double(self.program), batch, self._structure)
+            return twin
+
+        return self.cached("double", make)  # type: ignore[no-any-return]
+
+    def cached(self, key: Any, compute: Callable[[], T]) -> T:
+        """The result of `compute`, or its ValueError, kept under a key until a parameter of the program changes."""
+        now = _versions(self.program)
+        if key not in self._cache or self._cache[key][0] != now:
+            try:
+                result: Any = compute()
+            except ValueError as error:
+                result = error
+            self._cache[key] = now, result
+        result = self._cache[key][1]
+        if isinstance(result, ValueError):
+            raise result
+        return result  # type: ignore[no-any-return]
+
+    def refresh(self) -> None:
+        """Forget what was computed, and follow the program to its device."""
+        self._set(self.program, check_batch(self.program, self.batch, check=False), self._structure)
+
+
+def _versions(program: Any) -> list[tuple[int, int]]:
+    """Which tensors a program learns or keeps, and how often each was changed in place."""
+    tensors = [*program.parameters(), *program.buffers()] if isinstance(program, nn.Module) else []
+    tensors += [*own_params(program)["params"].values(), *pyro.get_param_store().get_state()["params"].values()]
+    return [(id(tensor), tensor._version) for tensor in tensors]
