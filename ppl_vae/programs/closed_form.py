@@ -1,10 +1,10 @@
 r"""The exact posterior and evidence of any linear-Gaussian program, read off its traces.
 
-Given the data, the log density of the latent variables of such a program is a quadratic: its gradient at a point and
-along each axis gives the whole of it, and with it the posterior's mean and covariance and the evidence, whatever the
-wiring: several latent sites, inner plates, masks. Whether it is a quadratic is checked at further points: near the one
-where it was read, then around the posterior so found, out to its tails, and at draws of the program's own. A program
-that is bent at any of them is refused, and so is one with a latent site that has not the whole real line.
+Given the data, the log density of such a program's latent variables is a quadratic. Its gradient at one point and along
+each axis determines it, and with it the posterior's mean and covariance and the evidence, whatever the wiring: several
+latent sites, inner plates, masks. Whether it is a quadratic is then checked at further points: close by, around the
+posterior out to its tails, and at draws of the program itself. A program that fails at any of them is refused, as is
+one with a latent site that does not cover the real line.
 """
 
 import itertools
@@ -26,11 +26,11 @@ from torch.distributions import constraints
 
 from ppl_vae.programs.target import BLOCK, Role, Target
 
-_PROBES = 4  # further points at which the quadratic is checked, near the one where it was read
-_RADII = (1.0, 3.0, 6.0, 9.0)  # standard deviations from the posterior's mean, to both sides, where it is checked again
-_DIRECTIONS = 3  # along which it is
-_NEAR = 1e-3  # standard deviations, within which only rounding bends
-_DRAWN = 8  # draws of the prior, or of the guide, where it is checked as well
+_PROBES = 4  # points near the first at which the quadratic is checked
+_RADII = (1.0, 3.0, 6.0, 9.0)  # standard deviations to either side of the posterior's mean, where it is checked again
+_DIRECTIONS = 3  # of these points
+_NEAR = 1e-3  # standard deviations, within which only rounding shows
+_DRAWN = 8  # draws of the prior, or of the guide, at which it is checked too
 _CLOSED = (
     "Expected a linear-Gaussian {}, for a closed form: Gaussian latent variables and a likelihood that is Gaussian "
     "around an affine function of them; got one "
@@ -138,7 +138,7 @@ def _read(target: Target, role: Role) -> Gaussian:
 def _missed(
     read: tuple[Tensor, Tensor, Tensor], steps: Tensor, value: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give by how much a quadratic misses gradient and value at steps (k, n, z) from where it was read, (n,) each."""
+    """Largest errors (n,) of a quadratic in gradient and value, at steps (k, n, z) from where it was read."""
     height, slope, precision = read
     bend = (precision @ steps.unsqueeze(-1)).squeeze(-1)
     predicted = height + (steps * (slope - 0.5 * bend)).sum(-1)
@@ -146,7 +146,7 @@ def _missed(
 
 
 def _around(loc: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
-    """Give points (k, n, z): the mean, two points next to it, then those at `_RADII` along random directions.
+    """Points (k, n, z): the mean, two points next to it, then those at `_RADII` along random directions.
 
     The directions are orthogonal where the posterior is white, and of length sqrt(z), so that each is one standard
     deviation long as seen along any axis.
@@ -200,7 +200,7 @@ class _Probe:
     of z, is the spread of draws of the model (of its prior) or the guide itself.
 
     Raises:
-        ValueError: where a site has not the whole real line for its support.
+        ValueError: If the support of a site is not the whole real line.
     """
 
     def __init__(self, target: Target, role: Role) -> None:
@@ -232,7 +232,7 @@ class _Probe:
         return value.detach(), gradient
 
     def rounded(self, u: Tensor) -> Tensor:
-        """Give the vectors at which the sites will stand, in their own precision."""
+        """The vectors u as the sites will hold them, in their own precision."""
         return (self.target.layout.pack(self._given(u)).double() - self.origin) / self.unit
 
     def hold(self, missed: tuple[Tensor, Tensor], slack: tuple[Tensor, Tensor]) -> None:

@@ -1,11 +1,12 @@
-r"""The ladder from principal components to the VAE: PCA, the linear autoencoder, and factor analysis.
+r"""Linear models, from principal components to the VAE: PCA, a linear autoencoder, PPCA and factor analysis.
 
-`PCA` and `LinearAutoencoder` find a subspace and no distribution; `FactorAnalysis`, as `PPCA` before it, is a model:
-:math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \mathrm{diag}(s^2))`, whose evidence and posterior are in
-closed form, and which is a `VAE` whose guide is exact. A VAE with a network in W's place is the next rung.
+`PCA` and `LinearAutoencoder` fit a subspace, without a distribution. `PPCA` and `FactorAnalysis` are models,
+:math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \mathrm{diag}(s^2))`, with evidence and posterior in closed
+form; each is also a `VAE` with an exact guide. A VAE with a network in place of W is the next step.
 """
 
 import math
+from abc import ABC
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self
@@ -26,7 +27,49 @@ from ppl_vae.programs.vae import VAE
 
 
 @dataclass(frozen=True)
-class PPCA:
+class _Model(ABC):
+    """A linear-Gaussian model with a standard normal prior."""
+
+    loc: Tensor
+    weight: Tensor
+    scale: Tensor
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Log p(x) in nats, shape (n,)."""
+        return self._pair().log_evidence(x)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        r"""Posterior p(z|x), of batch shape (n,).
+
+        With noise :math:`\sigma^2 I`, :math:`p(z \mid x) = N(M^{-1} W^\top (x - \mu),\; \sigma^2 M^{-1})` and
+        :math:`M = W^\top W + \sigma^2 I`.
+        """
+        return self._pair().posterior(x)
+
+    def to_vae(self) -> VAE:
+        """The same model as a `VAE` with the exact posterior for its guide, in the precision of `weight`."""
+        features, latent = self.weight.shape
+        if not latent:
+            raise ValueError("Expected at least one latent, for a VAE; got none.")
+        prior = Conditional(StandardNormal(latent))
+        family = Normal(features, scale="feature" if self.scale.dim() else "shared")
+        network = Linear()
+        likelihood = Conditional(family, network, context=latent)
+        vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(self.weight)
+        with torch.no_grad():
+            network.weight.copy_(self.weight)
+            network.bias.copy_(self.loc)
+            family.raw_scale.copy_(unconstrained(self.scale.double()))
+        return vae
+
+    def _pair(self) -> LinearGaussian:
+        features, latent = self.weight.shape
+        identity = torch.eye(latent, dtype=self.weight.dtype, device=self.weight.device)
+        return LinearGaussian(identity.new_zeros(latent), identity, self.weight, self.loc, self.scale.expand(features))
+
+
+@dataclass(frozen=True)
+class PPCA(_Model):
     r"""PPCA, :math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \sigma^2 I)`.
 
     Args:
@@ -37,10 +80,6 @@ class PPCA:
     References:
         Probabilistic Principal Component Analysis (Tipping and Bishop 1999), equations 7 and 8.
     """
-
-    loc: Tensor
-    weight: Tensor
-    scale: Tensor
 
     @classmethod
     def fit(cls, x: Any, latent: int) -> Self:
@@ -55,8 +94,8 @@ class PPCA:
             latent: the number of latents, at least 0 and below the rank of the centred data.
 
         Raises:
-            ValueError: for data that are no finite matrix, or a latent size at or above their rank, where the noise
-                would vanish and the likelihood grow without bound.
+            ValueError: If the data are not a finite matrix, or `latent` is at or above their rank: the noise would
+                vanish and the likelihood grow without bound.
 
         Example:
             >>> import torch
@@ -81,9 +120,8 @@ class PPCA:
         rank = int((values > tolerance).sum())
         if not isinstance(latent, Integral) or not 0 <= latent < max(rank, 1) or rank == 0:
             raise ValueError(
-                f"Expected `latent` to be at least 0 and below the rank of the centred data, {rank}; got "
-                f"{latent!r}. At the rank no variance "
-                "is left for the noise, and the likelihood is unbounded."
+                f"Expected `latent` to be at least 0 and below the rank of the centred data, {rank}; got {latent!r}. "
+                "At the rank no variance is left for the noise, and the likelihood is unbounded."
             )
         total = centred.square().sum() / n
         variance = (total - values[:latent].sum()) / (features - latent)
@@ -92,54 +130,6 @@ class PPCA:
             axes = centred.T @ axes / (n * values[:latent]).sqrt()
         weight = axes * (values[:latent] - variance).clamp_min(0).sqrt()
         return cls(loc.to(data.dtype), weight.to(data.dtype), variance.sqrt().to(data.dtype))
-
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Give log p(x) in nats, shape (n,)."""
-        return self._pair().log_evidence(x)
-
-    def posterior(self, x: Tensor) -> MultivariateNormal:
-        r"""Give p(z|x) of batch shape (n,).
-
-        :math:`p(z \mid x) = N(M^{-1} W^\top (x - \mu),\; \sigma^2 M^{-1})` with :math:`M = W^\top W + \sigma^2 I`.
-        """
-        return self._pair().posterior(x)
-
-    def to_vae(self) -> VAE:
-        """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
-        return exact_vae(self.loc, self.weight, self.scale)
-
-    def _pair(self) -> LinearGaussian:
-        features, latent = self.weight.shape
-        return LinearGaussian(
-            loc=self.weight.new_zeros(latent),
-            scale_tril=torch.eye(latent, dtype=self.weight.dtype, device=self.weight.device),
-            weight=self.weight,
-            bias=self.loc,
-            scale=self.scale.expand(features),
-        )
-
-
-def exact_vae(loc: Tensor, weight: Tensor, scale: Tensor) -> VAE:
-    """Give a linear-Gaussian model as a `VAE` whose guide is the exact posterior, in the precision of its weight.
-
-    Args:
-        loc: the bias of x, shape (x,).
-        weight: shape (x, z).
-        scale: standard deviation of the noise, shape () where all features share it, else (x,).
-    """
-    features, latent = weight.shape
-    if not latent:
-        raise ValueError("Expected at least one latent, for a VAE; got none.")
-    prior = Conditional(StandardNormal(latent))
-    family = Normal(features, scale="feature" if scale.dim() else "shared")
-    network = Linear()
-    likelihood = Conditional(family, network, context=latent)
-    vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))).to(weight)
-    with torch.no_grad():
-        network.weight.copy_(weight)
-        network.bias.copy_(loc)
-        family.raw_scale.copy_(unconstrained(scale.double()))
-    return vae
 
 
 def _data(x: Any, latent: int, most: str) -> Tensor:
@@ -185,7 +175,7 @@ class PCA:
             latent: the number of components.
 
         Raises:
-            ValueError: for data that do not fit, or a number out of range.
+            ValueError: If the data do not fit, or `latent` is out of range.
 
         Example:
             >>> import torch
@@ -204,32 +194,32 @@ class PCA:
         return cls(*(part.to(data.dtype) for part in parts))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Give the coordinates of data (*batch, x) along the components, shape (*batch, z)."""
+        """Coordinates (*batch, z) of data (*batch, x) along the components."""
         return (x - self.loc) @ self.components
 
     def decode(self, z: Tensor) -> Tensor:
-        """Give the points (*batch, x) of the subspace at coordinates (*batch, z)."""
+        """Points (*batch, x) of the subspace at coordinates (*batch, z)."""
         return z @ self.components.T + self.loc
 
     @property
     def explained(self) -> Tensor:
-        """Give the share of the variance that lies in the subspace, shape ()."""
+        """Share of the variance that lies in the subspace, shape ()."""
         return self.variances.sum() / self.total
 
 
 @dataclass(frozen=True)
 class LinearAutoencoder:
-    r"""An encoder and a decoder that are affine, fitted by their squared reconstruction error alone.
+    r"""An affine encoder and decoder, fitted by their squared reconstruction error alone.
 
-    Its decoder spans the principal components' subspace, in no particular basis (Neural Networks and Principal
-    Component Analysis, Baldi and Hornik 1989): codes have neither an order nor a scale, and nothing says where between
-    them other data lie.
+    The decoder spans the principal components' subspace, in no particular basis (Neural Networks and Principal
+    Component Analysis, Baldi and Hornik 1989). Codes have neither an order nor a scale, and nothing tells where new
+    data would lie among them.
 
     Args:
         loc: of the data, shape (x,).
         encoder: shape (x, z).
         decoder: shape (x, z).
-        errors: mean over data of the squared error, after each iteration.
+        errors: mean squared error over data, after each iteration.
     """
 
     loc: Tensor
@@ -239,19 +229,19 @@ class LinearAutoencoder:
 
     @classmethod
     def fit(cls, x: Any, latent: int, *, iterations: int = 1000, tolerance: float = 1e-12, seed: int = 0) -> Self:
-        r"""Fit by turns: the best decoder for the encoder's codes, the best encoder for that decoder.
+        r"""Fit in turns: the best decoder for the encoder's codes, then the best encoder for that decoder.
 
         Each half is a least-squares problem with a closed form; the error never rises.
 
         Args:
             x: data, shape (n, x).
             latent: the size of a code.
-            iterations: at the most.
-            tolerance: of the relative fall of the error, at which to stop.
+            iterations: at most.
+            tolerance: relative fall of the error at which to stop.
             seed: of the start; the global random state is left alone.
 
         Raises:
-            ValueError: for data that do not fit, or a size out of range.
+            ValueError: If the data do not fit, or `latent` is out of range.
         """
         data = _data(x, latent, "rank")
         wide = data.double()
@@ -270,19 +260,19 @@ class LinearAutoencoder:
         return cls(*(part.to(data.dtype) for part in (loc, encoder, decoder, torch.stack(errors))))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Give the codes (*batch, z) of data (*batch, x)."""
+        """Codes (*batch, z) of data (*batch, x)."""
         return (x - self.loc) @ self.encoder
 
     def decode(self, z: Tensor) -> Tensor:
-        """Give the reconstructions (*batch, x) of codes (*batch, z)."""
+        """Reconstructions (*batch, x) of codes (*batch, z)."""
         return z @ self.decoder.T + self.loc
 
 
 @dataclass(frozen=True)
-class FactorAnalysis:
+class FactorAnalysis(_Model):
     r"""Factor analysis, :math:`z \sim N(0, I)`, :math:`x \mid z \sim N(W z + \mu, \mathrm{diag}(s^2))`.
 
-    PPCA with a noise scale for each feature: unlike PPCA it does not care in which unit a feature is measured.
+    PPCA with a noise scale for each feature, so that the units of the features do not matter.
 
     Args:
         loc: :math:`\mu`, shape (x,).
@@ -295,29 +285,26 @@ class FactorAnalysis:
         (Bishop 2006), section 12.2.4.
     """
 
-    loc: Tensor
-    weight: Tensor
-    scale: Tensor
     iterations: int = 0
 
     @classmethod
     def fit(cls, x: Any, latent: int, *, tolerance: float = 1e-10, iterations: int = 20_000) -> Self:
-        r"""Fit by maximum likelihood, by turns: the best W for given s, the noise that is left for given W.
+        r"""Fit by maximum likelihood, in turns: the best W given s, then the noise that W leaves.
 
-        For given s the best W has a closed form: with eigenpairs :math:`\lambda_j, u_j` of the covariance of x / s,
-        :math:`W = \mathrm{diag}(s)\, U (\Lambda - I)_+^{1/2}`. Given W, :math:`s^2` is what the covariance's diagonal
-        leaves beside :math:`W W^\top`. This climbs the same likelihood as expectation maximisation, in far fewer steps
+        Given s, the best W has a closed form: with eigenpairs :math:`\lambda_j, u_j` of the covariance of x / s,
+        :math:`W = \mathrm{diag}(s)\, U (\Lambda - I)_+^{1/2}`. Given W, :math:`s^2` is what :math:`W W^\top` leaves of
+        the covariance's diagonal. This climbs the same likelihood as expectation maximisation, in far fewer steps
         (Bayesian Reasoning and Machine Learning, Barber 2012, algorithm 21.1).
 
         Args:
             x: data, shape (n, x); integers count as double precision.
             latent: the number of latents, at least 1 and below the number of features.
-            tolerance: of the rise of the mean log evidence in an iteration, in nats, at which to stop.
-            iterations: at the most.
+            tolerance: rise of the mean log evidence in an iteration, in nats, at which to stop.
+            iterations: at most.
 
         Raises:
-            ValueError: for data that do not fit, constant features, or a number of latents out of range.
-            RuntimeError: where the likelihood has not settled after all iterations.
+            ValueError: If the data do not fit, a feature is constant, or `latent` is out of range.
+            RuntimeError: If the likelihood still rises after the last iteration.
         """
         data = _data(x, latent, "features")
         wide = data.double()
@@ -326,8 +313,8 @@ class FactorAnalysis:
             which = constant.nonzero().flatten().tolist()
             raise ValueError(
                 f"Expected features that vary, each having a noise scale of its own; got {len(which)} constant ones "
-                f"(columns {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''}), where the density "
-                "grows without bound as the scale falls. Leave them out."
+                f"(columns {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''}), whose density is "
+                "unbounded. Leave them out."
             )
         covariance = (wide - loc).T @ (wide - loc) / len(wide)
         variances = covariance.diagonal().clone()
@@ -349,26 +336,4 @@ class FactorAnalysis:
         raise RuntimeError(
             f"Expected the likelihood to settle to {tolerance:g} nats within {iterations} iterations; it still rises. "
             "Allow more iterations or fewer latents."
-        )
-
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Give log p(x) in nats, shape (n,)."""
-        return self._pair().log_evidence(x)
-
-    def posterior(self, x: Tensor) -> MultivariateNormal:
-        """Give p(z|x) of batch shape (n,)."""
-        return self._pair().posterior(x)
-
-    def to_vae(self) -> VAE:
-        """Give the same model as a `VAE` whose guide is the exact posterior, in the same precision."""
-        return exact_vae(self.loc, self.weight, self.scale)
-
-    def _pair(self) -> LinearGaussian:
-        latent = self.weight.shape[1]
-        return LinearGaussian(
-            loc=self.weight.new_zeros(latent),
-            scale_tril=torch.eye(latent, dtype=self.weight.dtype, device=self.weight.device),
-            weight=self.weight,
-            bias=self.loc,
-            scale=self.scale,
         )

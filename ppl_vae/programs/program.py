@@ -33,10 +33,10 @@ _count = itertools.count()
 
 
 def unique_name(module: nn.Module) -> str:
-    """Give a module a name that no other instance gets, deep copies and later instances included.
+    """Name of a module that no other instance has, deep copies and later instances included.
 
-    `pyro.module` keeps parameters by name in one store for the whole process: of two modules of one name, the second
-    would never be trained, without a word.
+    `pyro.module` keeps parameters by name in one store for the whole process. Of two modules with one name, the second
+    would silently never be trained.
     """
     if module not in _names:
         _names[module] = f"{type(module).__name__.lower()}_{next(_count)}"
@@ -51,7 +51,7 @@ class Program(nn.Module):
         guide: likewise; one that also takes a model's keywords may ignore them.
 
     Raises:
-        TypeError: where either cannot be called.
+        TypeError: If either cannot be called.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -85,7 +85,7 @@ def load_program(reference: str) -> type:
     loaded.
 
     Raises:
-        ValueError: for a missing file, one that fails to run, or one without such a class.
+        ValueError: If the file is missing, fails to run, or has no such class.
     """
     path_text, _, wanted = reference.partition(":")
     path = Path(path_text).expanduser().resolve()
@@ -103,7 +103,7 @@ def load_program(reference: str) -> type:
         except Exception as error:
             del sys.modules[name]
             raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
-    found = {
+    programs = {
         key: value
         for key, value in vars(sys.modules[name]).items()
         if inspect.isclass(value)
@@ -111,10 +111,10 @@ def load_program(reference: str) -> type:
         and callable(getattr(value, "model", None))
         and callable(getattr(value, "guide", None))
     }
-    wanted = wanted or (next(iter(found)) if len(found) == 1 else "")
-    if wanted not in found:
+    wanted = wanted or (next(iter(programs)) if len(programs) == 1 else "")
+    if wanted not in programs:
         raise ValueError(
             f"Expected {path} to define the class {wanted or 'after the colon'} with `model` and `guide`; it has "
-            f"{', '.join(found) or 'none'}."
+            f"{', '.join(programs) or 'none'}."
         )
-    return found[wanted]  # type: ignore[no-any-return]
+    return programs[wanted]  # type: ignore[no-any-return]

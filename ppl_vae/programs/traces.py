@@ -22,15 +22,15 @@ Batch = dict[str, Tensor]
 def check_batch(program: Any, batch: Mapping[str, Tensor], *, check: bool = True) -> Batch:
     """Check a batch and bring it to the program's device and floating type.
 
-    Where the model asks for `index` and the batch has none, the data are numbered.
+    If the model asks for `index` and the batch has none, the data are numbered from 0.
 
     Args:
         program: any program.
         batch: data by name.
-        check: whether the values are looked at; data that are drawn anew from a source that was need not be.
+        check: whether to look at the values; data drawn anew from a source that was checked need no second look.
 
     Raises:
-        ValueError: for values that are not finite, a batch that the model does not take, or data that do not fit.
+        ValueError: If a value is not finite, the model does not take the batch, or the data do not fit.
     """
     if check:
         check_finite(batch)
@@ -51,7 +51,7 @@ def check_batch(program: Any, batch: Mapping[str, Tensor], *, check: bool = True
 
 
 def batch_of(function: Callable[..., Any], batch: Mapping[str, Tensor]) -> Batch:
-    """Choose what a model or guide takes; labels that no model asks for stay behind."""
+    """The entries of a batch that a model or guide takes; labels that it does not ask for are left out."""
     keywords = _keywords(function)
     return dict(batch) if "**" in keywords else {key: value for key, value in batch.items() if key in keywords}
 
@@ -84,7 +84,7 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
     """Read a program's structure off one pair of traces, on the first data of a batch.
 
     Raises:
-        ValueError: where the program breaks the contract: no plate `"data"` at dim -1, a site outside it, or latent
+        ValueError: If the program breaks the contract: no plate `"data"` at dim -1, a site outside it, or latent
             sites that differ between model and guide.
     """
     few = {key: value[:2] for key, value in batch.items()}
@@ -109,7 +109,7 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
                 raise ValueError(
                     f"Expected every site inside the outermost plate 'data' at dim -1; site '{name}' is in "
                     f"{frames or 'no plate'}. "
-                    "Evidence is counted a datum, so nothing may be drawn outside that plate."
+                    "Evidence is per datum, so nothing may be drawn outside that plate."
                 )
             depth = max(depth, *(-dim for dim in frames.values()))
     kl = {name: _kl_term(guide.nodes[name], model.nodes[name]) for name in latents}

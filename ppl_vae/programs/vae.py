@@ -29,8 +29,8 @@ class VAE(nn.Module):
         posterior: q(z|x), the approximate posterior; its family must be reparameterised.
 
     Raises:
-        TypeError: where a part is no `Conditional`.
-        ValueError: where sizes do not fit, or a family cannot play its role.
+        TypeError: If a part is not a `Conditional`.
+        ValueError: If sizes do not fit, or a family cannot play its role.
 
     Example:
         >>> from ppl_vae import VAE, Conditional
@@ -89,7 +89,7 @@ class VAE(nn.Module):
             return pyro.sample("z", self.approximate(x, mask, index))
 
     def approximate(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Any:
-        """Give the distribution q(z|x) with batch shape (n,)."""
+        """Approximate posterior q(z|x), of batch shape (n,)."""
         if not isinstance(self.posterior.network, Table):
             return self.posterior(x, observed=mask)
         if index is None:
@@ -113,7 +113,7 @@ class VAE(nn.Module):
             The VAE itself.
 
         Raises:
-            ValueError: for data that do not fit, or a constant feature under a scale of its own.
+            ValueError: If the data do not fit, or a constant feature has a scale of its own.
         """
         batch = check_batch(self, as_batch(x) if mask is None else as_batch({"x": x, "mask": mask}))
         data, seen = batch["x"], batch.get("mask")
@@ -135,7 +135,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Tensor:
-        """Give the mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
+        """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
         with fork_rng(seed, device=device):

@@ -20,7 +20,6 @@ from ppl_vae.evaluation.aggregate_posterior import aggregate, mmd
 from ppl_vae.evaluation.latents import active_units, codes, rate_distortion, rates
 from ppl_vae.families import Bernoulli, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP
-from ppl_vae.programs.linear_models import exact_vae
 
 
 def digits() -> tuple[Tensor, PPCA, Tensor]:
@@ -99,7 +98,7 @@ def test_rates_of_correlated_latents_fall_short_by_the_total_correlation() -> No
     rotation = np.sqrt(0.2) * np.cos(np.pi / 10 * np.outer(j, j + 0.5))
     rotation[0] /= np.sqrt(2)
     weight, variance = ppca.weight.numpy() @ rotation.T, ppca.scale.item() ** 2
-    found = rates(exact_vae(ppca.loc, torch.from_numpy(weight), ppca.scale), x)
+    found = rates(PPCA(ppca.loc, torch.from_numpy(weight), ppca.scale).to_vae(), x)
     inverse = np.linalg.inv(weight.T @ weight + variance * np.eye(10))
     covariance, mean = variance * inverse, (x - ppca.loc).numpy() @ weight @ inverse
     own = covariance.diagonal()

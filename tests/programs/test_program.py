@@ -739,7 +739,7 @@ def test_initialise_makes_the_bound_start_higher() -> None:
 
 FILE = """
 from torch import nn
-from ppl_vae.program import VAE  # imported, hence no program of this file
+from ppl_vae import VAE  # imported, hence no program of this file
 
 
 class One(nn.Module):
