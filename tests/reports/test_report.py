@@ -32,16 +32,16 @@ def _as_users_run():
 @pytest.fixture
 def few(monkeypatch):
     """Let every data set have 100 data to learn from and 40 held out."""
-    read = loading.read_table
+    read = loading.read_dataset
 
     def shortened(*given):
-        table = read(*given)
-        n = table.n_train or len(table.x) - 40
+        raw = read(*given)
+        n = raw.n_train or len(raw.x) - 40
         rows = np.r_[0:100, n : n + 40]
-        y = None if table.y is None else table.y[rows]
-        return table._replace(x=table.x[rows], y=y, n_train=table.n_train and 100)
+        y = None if raw.y is None else raw.y[rows]
+        return dataclasses.replace(raw, x=raw.x[rows], y=y, n_train=raw.n_train and 100)
 
-    monkeypatch.setattr(loading, "read_table", shortened)
+    monkeypatch.setattr(loading, "read_dataset", shortened)
 
 
 def present(path):

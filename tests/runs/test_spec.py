@@ -39,7 +39,7 @@ def few(spec):
         data = spec.load_data()
         parts = {part: getattr(data, part) for part in ("train", "validation", "test")}
         small = {part: tensors and {k: v[:20] for k, v in tensors.items()} for part, tensors in parts.items()}
-        _loaded[key] = dataclasses.replace(data, **small, _stored=None)
+        _loaded[key] = dataclasses.replace(data, **small, stored=None)
     return _loaded[key]
 
 
