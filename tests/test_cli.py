@@ -31,7 +31,7 @@ PPCA = str(MODELS / "ppca.toml")
 def _as_users_run(monkeypatch, tmp_path):
     """Single precision, as the command line has it, no pictures, in a folder of its own."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     monkeypatch.chdir(tmp_path)
 
 
