@@ -167,12 +167,3 @@ def replayed(program: Any, batch: dict[str, Tensor], seed: int) -> tuple[Any, An
     ):
         guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
         return poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch), guide
-
-
-def conditioned(
-    function: Callable[..., Any], values: dict[str, Tensor], batch: dict[str, Tensor], samples: int, nesting: int
-) -> Tensor:
-    """Score a model or guide at given values of its latent sites, shape (samples, n)."""
-    particles = pyro.plate("particles", samples, dim=-1 - nesting)
-    trace = poutine.trace(particles(poutine.condition(function, data=values))).get_trace(**batch_of(function, batch))
-    return log_density(trace, samples, len(next(iter(batch.values()))))
