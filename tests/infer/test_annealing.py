@@ -474,8 +474,8 @@ def computed() -> Program:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start": "posterior"}, "'prior' or 'guide'; got 'posterior'"),
-        ({"schedule": "cosine"}, "'linear' or 'sigmoid'; got 'cosine'"),
+        ({"start": "posterior"}, "one of 'prior', 'guide'; got 'posterior'"),
+        ({"schedule": "cosine"}, "one of 'linear', 'sigmoid'; got 'cosine'"),
         ({"temperatures": 0}, "`temperatures` to be a whole number, at least 1; got 0"),
         ({"chains": 0}, "`chains` to be a whole number, at least 1; got 0"),
         ({"temperatures": 2.5}, "`temperatures` to be a whole number, at least 1; got 2.5"),

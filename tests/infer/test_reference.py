@@ -373,7 +373,7 @@ def test_what_a_program_does_not_allow_is_refused_and_the_rest_is_named():
         reference_posterior(vae, x, "closed-form")
     with pytest.raises(ValueError, match="'closed-form' if it is linear-Gaussian"):
         reference_posterior(vae, x, "quadrature")
-    with pytest.raises(ValueError, match="one of auto, closed-form, quadrature, ais, nuts; got 'laplace'"):
+    with pytest.raises(ValueError, match="one of 'auto', 'closed-form', 'quadrature', 'ais', 'nuts'; got 'laplace'"):
         reference_posterior(vae, x, "laplace")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="settings of 'nuts' among chains, draws, warmup; got 'temperatures'"):
         reference_posterior(vae, x, "nuts", temperatures=3)

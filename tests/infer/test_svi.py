@@ -19,6 +19,7 @@ from ppl_vae import (
     VAE,
     Conditional,
     Program,
+    Target,
     compare_posteriors,
     data,
     exact_log_evidence,
@@ -476,6 +477,25 @@ def test_a_tensor_an_array_and_a_dict_are_the_same_data():
     assert all(equal(runs[0], run) for run in runs[1:4])
     for key in runs[0]:  # a mask of ones runs through other operations
         torch.testing.assert_close(runs[0][key], runs[4][key], rtol=1e-10, atol=1e-12)
+
+
+def test_a_target_is_fitted_and_forgets_what_it_knew():
+    torch.manual_seed(5)
+    x = torch.randn(20, 3)
+    start = linear_vae(3, 2)
+    plain, vae = copy.deepcopy(start), copy.deepcopy(start)
+    target = Target(vae, x)
+    before = exact_log_evidence(target)
+    a = fit(plain, x, epochs=2, batch_size=8, learning_rate=0.1)
+    b = fit(target, epochs=2, batch_size=8, learning_rate=0.1)
+    assert a.elbo == b.elbo
+    assert equal(state(plain), state(vae))
+    assert not torch.equal(exact_log_evidence(target), before)
+    assert torch.equal(exact_log_evidence(target), exact_log_evidence(plain, x))
+    with pytest.raises(TypeError, match="target alone, which holds its data"):
+        fit(target, x)
+    with pytest.raises(TypeError, match="data `x` beside a VAE; got none"):
+        fit(plain)
 
 
 def test_missing_entries_do_not_count():
@@ -989,10 +1009,10 @@ def test_nan_under_dynamic_binarization_replays_the_same_draws():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"elbo": "ELBO"}, "`elbo` to be one of Trace_ELBO, TraceMeanField_ELBO; got 'ELBO'"),
+        ({"elbo": "ELBO"}, "`elbo` to be one of 'Trace_ELBO', 'TraceMeanField_ELBO'; got 'ELBO'"),
         ({"elbo": "RenyiELBO"}, "`elbo`"),
-        ({"schedule": "linear"}, "`schedule` to be one of constant, one-cycle, cosine; got 'linear'"),
-        ({"keep": "first"}, "`keep` to be one of last, best; got 'first'"),
+        ({"schedule": "linear"}, "`schedule` to be one of 'constant', 'one-cycle', 'cosine'; got 'linear'"),
+        ({"keep": "first"}, "`keep` to be one of 'last', 'best'; got 'first'"),
         ({"keep": "best"}, "validation data.*keep"),
         ({"epochs": 0}, "`epochs`.*got 0"),
         ({"epochs": -1}, "`epochs`"),
