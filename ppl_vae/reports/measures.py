@@ -12,7 +12,6 @@ from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.latents import active_units, rates
-from ppl_vae.networks.table import Table
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.target import Target
@@ -30,7 +29,7 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
         `test` or `train`, and that part.
     """
     if isinstance(program, VAE):
-        indexed = isinstance(program.posterior.network, Table)
+        indexed = program.posterior.wants == "index"
     else:
         indexed = any("index" in inspect.signature(part).parameters for part in (program.model, program.guide))
     return ("train", data.train) if indexed else ("test", data.test)
@@ -58,11 +57,11 @@ def evaluate(
     volume = float(data.protocol.get("log_volume") or 0.0)
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, data.features)
     few = target.rows(slice(MOST_DATA))
-    active = active_units(few.program, few.batch, seed=seed)
+    active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
     test["collapsed"] = (~active).nonzero().flatten().tolist()
     try:
-        test["rates"] = rates(few.program, few.batch, seed=seed).mean(0).tolist()
+        test["rates"] = rates(few, seed=seed).mean(0).tolist()
     except ValueError:  # a site whose marginals have no density
         test["rates"] = None
     exact = _compare_exact(target, test["elbo"])
@@ -117,7 +116,7 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     except ValueError:
         return None
     try:
-        comparison = compare_posteriors(target.program, target.batch)
+        comparison = compare_posteriors(target)
     except ValueError:
         gap = kl = value - elbo["mean"]
         error, kind = elbo["mc_se"], "sampled"
