@@ -23,7 +23,7 @@ SHORT = {"svi.epochs": 2, "evaluation.samples": 30}
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 def main(name, *arguments):

@@ -128,16 +128,20 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
     return {key: value for key, value in known.items() if key in wanted}
 
 
-def _parametric(family: Any) -> bool:
-    """Whether a family has parameters that a network may give."""
-    if needs(family) & set(ROLES):
-        return False
+@cache
+def example(kind: Any) -> Any:
+    """A family over two features, or the class itself if it has keys that must be given."""
     with fork_rng(0, device=CPU):
-        return None in _keys(family).values() or family(2).start().numel() > 0
+        return kind if None in _keys(kind).values() else kind(2)
+
+
+def _parametric(kind: Any) -> bool:
+    """Whether a family has parameters that a network may give."""
+    return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
 
 
 def plays(kind: type[Any], role: str) -> bool:
-    """Whether a family or network can play a role, by what it needs, its support and its being reparameterised."""
+    """Whether a family or network can play a role, by what it needs, its support and whether it is reparameterised."""
     wanted = needs(kind)
     if issubclass(kind, networks.Network):
         amortized = not issubclass(kind, networks.Free)
@@ -145,8 +149,9 @@ def plays(kind: type[Any], role: str) -> bool:
     if tied := wanted & set(ROLES):
         return role not in tied
     if role == "prior":
-        return any(other.reparameterised and other.support is kind.support for other in _classes(families))
-    return _parametric(kind) and (role == "likelihood" or kind.reparameterised)
+        others = [example(other) for other in _classes(families) if not needs(other) & set(ROLES)]
+        return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
+    return _parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
 
 
 def sections(program: type | None = None, *, opened: bool = False) -> dict[str, Section]:

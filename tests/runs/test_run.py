@@ -15,13 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch.distributions import MultivariateNormal
 
-from ppl_vae import load_run, load_spec, log_evidence, log_weights
-from ppl_vae.runs import run
-from ppl_vae.runs import storage
-from ppl_vae.runs.compare import compare_runs
+from ppl_vae import Target, load_run, load_spec, log_evidence, log_weights
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.runs.run import evaluate_run
-from ppl_vae.runs.run import fit_spec
+from ppl_vae.runs import run, storage
+from ppl_vae.runs.compare import compare_runs
+from ppl_vae.runs.run import evaluate_run, fit_spec
 from ppl_vae.runs.spec import Spec
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -57,7 +55,7 @@ class Odd:
 def _as_users_run(monkeypatch):
     """Single precision, as the command line has it, and no pictures, which test_report.py draws."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 @pytest.fixture(scope="module")
@@ -443,6 +441,52 @@ def test_a_programs_own_copy_is_used_and_asks_for_trust(tmp_path):
     assert not mark.exists()
 
 
+MODULE = """
+import pyro, torch
+import pyro.distributions as dist
+from ppl_vae.program import unique_name  # where every copy of a program in a run imports it from
+
+class Own(torch.nn.Module):
+    def __init__(self, features, latent, *, hidden: int = 3):
+        super().__init__()
+        self.decoder = torch.nn.Linear(latent, features)
+        self.encoder = torch.nn.Linear(features, latent)
+
+    def model(self, x):
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.decoder.in_features), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 5.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+"""
+
+
+def test_a_run_of_format_1_loads(tmp_path):
+    """What lies in a run directory may grow; what lies there now stays readable."""
+    (tmp_path / "own.py").write_text(MODULE)
+    made = fit_spec(tmp_path / "own.py", {**SHORT, "model.latent": 2, "model.hidden": 4}, out=tmp_path / "run")
+    text = [path.name for path in made.path.iterdir() if path.suffix in (".toml", ".json", ".jsonl", ".md", ".py")]
+    assert sorted(text) == ["metrics.jsonl", "own.py", "report.json", "report.md", "spec.toml"]
+    names = {"decoder.weight", "decoder.bias", "encoder.weight", "encoder.bias"}
+    assert tensors(made.path).keys() == names
+    metadata = storage.read_metadata(made.path / "model.safetensors")
+    assert metadata.keys() == {"format_version", "ppl_vae", "spec", "program", "constraints"}
+    assert (metadata["format_version"], metadata["constraints"]) == ("1", "{}")
+    assert json.loads(metadata["spec"])["model"] == {"latent": 2, "hidden": 4}
+    line = json.loads((made.path / "metrics.jsonl").read_text().splitlines()[0])
+    assert list(line) == ["epoch", "elbo", "validation", "learning_rate", "seconds"]
+    assert line["validation"] is None
+    evidence = storage.read_tensors(made.path / "evidence.safetensors")
+    assert {"log_evidence", "elbo", "mc_se", "bias", "ess", "pareto_k"} <= evidence.keys()
+    again = load_run(made.path, trust_code=True)
+    assert (again.spec.to_dict(), again.report) == (made.spec.to_dict(), made.report)
+    assert same(again.program.state_dict(), made.program.state_dict())
+
+
 def test_a_program_is_a_spec_on_the_digits():
     spec = load_spec(MODELS / "vae.py", {"svi.epochs": 2})
     assert (spec.data.name, spec.model.latent, spec.svi.epochs) == ("digits", 10, 2)
@@ -499,7 +543,7 @@ def test_figures_of_another_measure_do_not_compare(settings, match, finished, tw
     spec = load_spec(MODELS / "ppca.toml", settings)
     data = spec.load_data()
     report["data"]["protocol"] = data.protocol
-    report["data"]["measure"] = run.measure(spec.build(data), data.test)
+    report["data"]["measure"] = run.measure(Target(spec.build(data), data.test))
     (twin / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match=match):
         compare_runs([finished.path, twin])

@@ -11,10 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
-from ppl_vae.runs.schema import ROLES
-from ppl_vae.runs.schema import SECTIONS
-from ppl_vae.runs.schema import components
-from ppl_vae.runs.schema import json_schema
+from ppl_vae.runs.schema import ROLES, SECTIONS, components, json_schema
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override
 
