@@ -140,7 +140,7 @@ def _parametric(kind: Any) -> bool:
     return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
 
 
-def plays(kind: type[Any], role: str) -> bool:
+def plays(kind: Any, role: str) -> bool:
     """Whether a family or network can play a role, by what it needs, its support and whether it is reparameterised."""
     wanted = needs(kind)
     if issubclass(kind, networks.Network):
@@ -167,8 +167,8 @@ def sections(program: type | None = None, *, opened: bool = False) -> dict[str, 
 @cache
 def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
     def named(kind: Any, title: str, **more: Any) -> Any:
-        free = _keys(kind) and not needs(kind) & set(ROLES)
-        judge = partial(kind, **filled(kind, event=2, rows=1)) if free else None
+        tied = needs(kind) & set(ROLES)
+        judge = _nothing if tied else partial(kind, **filled(kind, event=2, rows=1))
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
     count = Annotated[int, Field(ge=1)]
@@ -198,8 +198,8 @@ def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[An
     return {name: Section(tables[name], inner.get(name, {}), TypeAdapter(_union(tables[name]))) for name in SECTIONS}
 
 
-def _nothing() -> None:
-    """A constructor without keys."""
+def _nothing(**keys: Any) -> None:
+    """A constructor without keys of its own, which accepts whatever it is given."""
 
 
 def _union(models: dict[str, Any]) -> Any:
@@ -208,7 +208,7 @@ def _union(models: dict[str, Any]) -> Any:
 
 
 def _table(
-    title: str, function: Any, judge: Any = None, /, only: Any = None, opened: bool = False, **fixed: Any
+    title: str, function: Any, judge: Any = _nothing, /, only: Any = None, opened: bool = False, **fixed: Any
 ) -> Any:
     """Make the model of a table from the keyword-only parameters of a function, or `only` some of them.
 
@@ -221,13 +221,12 @@ def _table(
     hints = get_type_hints(body, localns={"Conditional": Conditional})
 
     def alone(key: str, value: Any) -> Any:
-        if judge is not None and required <= {key} and value is not None:
+        if required <= {key} and value is not None:
             judge(**{key: value})
         return value
 
     def together(table: Any) -> Any:
-        if judge is not None:
-            judge(**{key: getattr(table, key) for key in keys})
+        judge(**{key: getattr(table, key) for key in keys})
         return table
 
     def written(hint: Any) -> Any:

@@ -354,9 +354,9 @@ def test_a_spec_cut_between_tables_is_refused(twin):
         load_run(twin)
 
 
-@pytest.mark.parametrize(("found", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
-def test_other_formats_are_refused(found, match, twin):
-    metadata = {} if found is None else {"format_version": found}
+@pytest.mark.parametrize(("number", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
+def test_other_formats_are_refused(number, match, twin):
+    metadata = {} if number is None else {"format_version": number}
     safetensors.torch.save_file(tensors(twin), twin / "model.safetensors", metadata)
     with pytest.raises(ValueError, match=match):
         load_run(twin)
@@ -511,17 +511,17 @@ def test_a_table_is_judged_on_its_own_data_and_says_so(finished, tmp_path):
 
 def test_differences_are_paired(finished, twin, tmp_path):
     other = fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}, out=tmp_path / "other")
-    found = compare_runs([finished.path, other.path, twin])
+    compared = compare_runs([finished.path, other.path, twin])
     x = finished.spec.load_data().test
     a, b = (log_evidence(one.program, x, 30).log_evidence for one in (finished, other))
-    first = found["differences"][0]
+    first = compared["differences"][0]
     assert set(first) == {"a", "b", "mean", "se"}
     assert (first["a"], first["b"]) == (str(finished.path), str(other.path))
     assert first["mean"] == pytest.approx(float((a - b).mean()), abs=0.05)
     assert first["se"] < float(torch.stack([a.std(), b.std()]).norm()) / 297**0.5
-    assert [one["mean"] for one in found["differences"]][1] == 0
-    assert found["differences"][2]["mean"] == pytest.approx(-first["mean"])
-    assert [one["path"] for one in found["runs"]] == [str(finished.path), str(other.path), str(twin)]
+    assert [one["mean"] for one in compared["differences"]][1] == 0
+    assert compared["differences"][2]["mean"] == pytest.approx(-first["mean"])
+    assert [one["path"] for one in compared["runs"]] == [str(finished.path), str(other.path), str(twin)]
 
 
 @pytest.mark.parametrize(
@@ -565,9 +565,9 @@ def test_a_constraint_that_no_file_can_name_is_refused(tmp_path):
 def test_a_state_round_trips_without_pickles(tmp_path):
     state = {"a": [torch.arange(3), {"b": math.inf, 1: None}], "c": (True, 0.1)}
     storage.write_state(state, tmp_path / "state")
-    found = storage.read_state(tmp_path / "state")
-    assert torch.equal(found["a"][0], state["a"][0])
-    assert (found["a"][1], found["c"]) == (state["a"][1], [True, 0.1])
+    again = storage.read_state(tmp_path / "state")
+    assert torch.equal(again["a"][0], state["a"][0])
+    assert (again["a"][1], again["c"]) == (state["a"][1], [True, 0.1])
     storage.write_tensors({"a": torch.zeros(1)}, tmp_path / "other")
     for name in ("other", "none"):
         with pytest.raises(ValueError, match=name):
