@@ -1,6 +1,6 @@
 """`Conditional`: a family and a network. Prior, likelihood and approximate posterior are three uses of it."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -91,14 +91,15 @@ class Conditional(nn.Module):
             raise ValueError(
                 "Expected a conditional that is built: give it `context=`, call bind(), or put it into a VAE."
             )
+        network: Any = self.network
         if not self.context or self.wants == "index":
-            return self.network(*context)  # type: ignore[no-any-return]
-        inputs = [join(context, self.context)]
-        if observed is not None:
-            inputs.append(join([observed], self.context))
-        if isinstance(self.network, Network):
-            return self.network(*inputs)  # type: ignore[no-any-return]
-        return self.network(inputs[0] if observed is None else torch.where(inputs[1], inputs[0], 0.0))  # type: ignore[no-any-return]
+            return network(*context)
+        joined = join(context, self.context)
+        if observed is None:
+            return network(joined)
+        observed = join([observed], self.context)
+        own = isinstance(network, Network)
+        return network(joined, observed) if own else network(torch.where(observed, joined, 0.0))
 
     def forward(
         self, *context: Tensor, observed: Tensor | None = None, mask: Tensor | None = None, **given: Tensor

@@ -35,7 +35,7 @@ class Mixture(dist.MixtureOfDiagNormals):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         if not sample_shape:
-            return super().rsample()  # type: ignore[no-any-return]
+            return super().rsample()
         return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
 
     @property
@@ -60,7 +60,7 @@ class Marginal(FullCovariance):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Marginal":
         new = super().expand(batch_shape, self._get_checked_instance(Marginal, _instance))
         new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        return new  # type: ignore[no-any-return]
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(torch.where(self.observed, value, self.loc))

@@ -68,16 +68,16 @@ class Elementwise(Family):
         """Value of a parameter that does not come from the network: shape () or the event's."""
         if isinstance(self.sources[name], str):
             return self._constrain(name, getattr(self, f"raw_{name}"))
-        return getattr(self, f"fixed_{name}")  # type: ignore[no-any-return]
+        return getattr(self, f"fixed_{name}")
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        raw = iter(self._split(parameters))
-        shape = parameters.shape[:-1] + self.event_shape
+        dims, shape = len(self.event_shape), parameters.shape[:-1] + self.event_shape
+        raw = iter(parameters.unflatten(-1, (-1, *self.event_shape)).unbind(-1 - dims))
         values = {
             name: self._constrain(name, next(raw)) if source == "network" else self.own(name).expand(shape)
             for name, source in self.sources.items()
         }
-        return elementwise(self.kind(**values), len(self.event_shape), mask)
+        return elementwise(self.kind(**values), dims, mask)
 
     def _constrain(self, name: str, raw: Tensor) -> Tensor:
         return positive(raw) if name in self._positive else raw

@@ -111,11 +111,6 @@ class Family(nn.Module, ABC):
         """Network of a conditional that names none."""
         return Free()
 
-    def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
-        """Cut (*batch, j * size) into j tensors of shape (*batch, *event)."""
-        parts = parameters.unflatten(-1, (-1, *self.event_shape))
-        return parts.unbind(-1 - len(self.event_shape))
-
     def _vector(self) -> int:
         """Size of an event, which must be a vector."""
         if len(self.event_shape) > 1:

@@ -9,15 +9,8 @@ from ppl_vae._checks import check_choice
 from ppl_vae.networks.network import Amortized
 
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "softplus", "sigmoid"]
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "sigmoid": nn.Sigmoid,
-}
+_KINDS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Sigmoid)
+ACTIVATIONS = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 class MLP(Amortized):
@@ -54,4 +47,4 @@ class MLP(Amortized):
         self.layers[-1].bias.copy_(start)  # type: ignore[union-attr, operator]
 
     def apply_layers(self, standard: Tensor) -> Tensor:
-        return self.layers(standard)  # type: ignore[no-any-return]
+        return self.layers(standard)
