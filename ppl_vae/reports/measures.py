@@ -91,7 +91,9 @@ def measure(target: Target) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by None."""
+    """Replace NaN and infinities, which JSON lacks, by None, and tensors by lists."""
+    if isinstance(value, Tensor):
+        return finite(value.tolist())
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
