@@ -94,8 +94,8 @@ def samples(x: Tensor, *, shape: Sequence[int] | None = None, count: int = 64) -
     data = style.flat_rows(x, count)
     if shape is not None:
         return style.mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
-    ax = style.axes_for(None)
-    ax.set(xlabel="feature", ylabel="value")
+    figure = Figure((7, 4), dpi=120, layout="constrained")
+    ax = figure.add_subplot(xlabel="feature", ylabel="value")
     for row in data:
         style.curve(ax, row, color=style.BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
-    return ax.get_figure(root=True)
+    return figure

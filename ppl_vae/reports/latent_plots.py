@@ -53,15 +53,17 @@ def latent_scatter(
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
     look: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    across, up = points.T
     if values is None:
-        ax.scatter(*points.T, color=style.BLUE, label="posterior means", **look)
+        ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)
     elif len(distinct) > len(TWELVE):
-        shown = ax.scatter(*points.T, c=values, cmap="viridis", **look)
+        shown = ax.scatter(across, up, c=values, cmap="viridis", **look)
         ax.figure.colorbar(shown, ax=ax, label="label")
         beside = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     else:
         for value, colour in zip(distinct, TWELVE, strict=False):
-            ax.scatter(*points[values == value].T, color=colour, label=f"{value:g}", **look)
+            which = values == value
+            ax.scatter(across[which], up[which], color=colour, label=f"{value:g}", **look)
     if prior is None:
         drawn = np.array([[-3.0, -3.0], [3.0, 3.0]])
         for radius in (1, 2, 3):
@@ -69,7 +71,7 @@ def latent_scatter(
         ax.plot([], [], color=style.GREY, lw=0.9, label="N(0, I), 1–3 sd")
     else:
         drawn = latent_pairs(prior, axes)
-        ax.scatter(*drawn.T, s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
+        ax.scatter(drawn[:, 0], drawn[:, 1], s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
     ax.legend(frameon=False, markerscale=(30 / area) ** 0.5, **beside)
     low, high = (extreme(np.concatenate([points, drawn]), 0) for extreme in (np.min, np.max))
     (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0

@@ -208,8 +208,9 @@ def _draw_ellipses(
     """Draw a datum's ellipses of so many standard deviations."""
     values, vectors = np.linalg.eigh(q.covariance_matrix[index].numpy())
     angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
+    centre = float(q.loc[index, 0]), float(q.loc[index, 1])
     for radius, look in zip(radii, looks, strict=True):
-        ax.add_patch(Ellipse(q.loc[index].tolist(), *(2 * radius * np.sqrt(values)), angle=angle, **look))
+        ax.add_patch(Ellipse(centre, *(2 * radius * np.sqrt(values)), angle=angle, **look))
 
 
 def _draw_region(ax: Axes, grid: DensityGrid, index: int, looks: Sequence[dict[str, Any]], *, filled: bool) -> None:
