@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import replayed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
 
@@ -68,7 +67,7 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
 def _sites(target: Target) -> str:
     """The sites and shapes of model and guide as Pyro writes them, for three data."""
     parts = []
-    for role, trace in zip(("model", "guide"), replayed(target.program, target.rows(slice(3)).batch, 0), strict=True):
+    for role, trace in zip(("model", "guide"), target.rows(slice(3)).replay(0), strict=True):
         for name in list(trace.param_nodes):
             trace.remove_node(name)
         trace.compute_log_prob()
