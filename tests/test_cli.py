@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from ppl_vae import demo
 from ppl_vae.cli import app
-from ppl_vae.reports import measures
+from ppl_vae.reports import diagnostics
 from ppl_vae.runs import run
-from ppl_vae.runs.console import closer, headline
+from ppl_vae.runs.console import diagnostic_lines, headline
 
 MODELS = Path(__file__).parents[1] / "models"
 SHORT = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
@@ -31,7 +31,7 @@ PPCA = str(MODELS / "ppca.toml")
 def _as_users_run(monkeypatch, tmp_path):
     """Single precision, as the command line has it, no pictures, in a folder of its own."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     monkeypatch.chdir(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
     assert found["gap"]["total"] == pytest.approx(found["gap"]["approximation"] + found["gap"]["amortization"])
     assert [len(row) for row in found["calibration"]["ranks"]["counts"]] == [20, 20]
     for heading in ("**Reference** by closed-form", "**The bound over", "**The gap**", "**Calibration**"):
-        assert f"- {heading}" in part(text, "A closer look")
+        assert f"- {heading}" in part(text, "Diagnostics")
     printed = headline(found).splitlines()[-3:]
     assert printed[0] == f"reference        {exact['log_evidence']:.3f} (closed-form, 4 data)"
     assert re.match(
@@ -284,29 +284,29 @@ def test_bounds_and_failures_of_a_closer_look_are_printed_as_such():
     found = {"method": "ais", "n": 50, "n_settled": 0, "converged": False, "kind": "lower bound"}
     gap = {"kind": "lower bound", "n": 50, "total": 1.5, "error": 0.1}
     gap |= {"approximation": 1.0, "approximation_error": 0.2, "amortization": 0.5, "amortization_error": 0.3}
-    assert closer({}) == []
-    assert closer({"reference": {**found, "log_evidence": -9.0, "error": 0.25}, "gap": gap}) == [
+    assert diagnostic_lines({}) == []
+    assert diagnostic_lines({"reference": {**found, "log_evidence": -9.0, "error": 0.25}, "gap": gap}) == [
         "reference     >= -9.000 ± 0.25 (lower bound on average, ais, 50 data; its own checks failed)",
         "gap           >= 1.500 ± 0.100 over 50 data: family >= 1.000 ± 0.200, network 0.500 ± 0.300",
     ]
     found |= {"method": "quadrature", "kind": "estimate", "n_settled": 40, "log_evidence": -9.0, "error": 1e-9}
-    assert closer({"reference": found}) == [
+    assert diagnostic_lines({"reference": found}) == [
         "reference        -9.000 ± 1e-09 (quadrature, 40 of 50 data; its own checks failed)"
     ]
     found |= {"kind": None, "n_settled": 0, "log_evidence": None, "error": None}
-    assert closer({"reference": found}) == [
+    assert diagnostic_lines({"reference": found}) == [
         "reference        none settled (quadrature, 50 data; its own checks failed)"
     ]
 
 
 def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
-    original = measures.reference_posterior
+    original = diagnostics.reference_posterior
 
     def hasty(*given, **more):
         return original(*given, draws=20, warmup=5, chains=2, **more)
 
-    monkeypatch.setattr(measures, "reference_posterior", hasty)
+    monkeypatch.setattr(diagnostics, "reference_posterior", hasty)
     for more in ([], ["--json"]):
         found = invoke("evaluate", tmp_path / "run", "--reference", "nuts", "--data", 2, *more)
         assert found.exit_code == 1
@@ -321,7 +321,7 @@ def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished,
     assert report["reference"]["diagnostics"]["ess"]["max"] == max(each["ess"]) < 400
     assert report["reference"]["diagnostics"]["divergences"] >= 0
     text = (tmp_path / "run" / "report.md").read_text()
-    words = part(text, "A closer look")
+    words = part(text, "Diagnostics")
     assert "- **The reference posterior by nuts failed its own checks** on 2 of 2" in part(text, "What to distrust")
     assert headline(report).endswith("\nreference        no log p(x) (nuts, 2 data; its own checks failed)")
     assert "**Its own checks failed** on 2 of 2 data" in words
@@ -335,13 +335,13 @@ def test_annealing_takes_its_settings_from_the_command_line(tmp_path, monkeypatc
     sharp = ["--set", "model.latent=4", "--set", "likelihood.scale=0.5"]
     assert invoke("fit", MODELS / "digits.toml", *small, *sharp, "--out", "run").exit_code == 0
     given = {}
-    original = measures.reference_posterior
+    original = diagnostics.reference_posterior
 
-    def noted(program, x, method, **settings):
-        given.update(settings, method=method)
-        return original(program, x, method, **settings)
+    def noted(target, **settings):
+        given.update(settings)
+        return original(target, **settings)
 
-    monkeypatch.setattr(measures, "reference_posterior", noted)
+    monkeypatch.setattr(diagnostics, "reference_posterior", noted)
     asked = ["--data", 2, "--temperatures", 3, "--chains", 5]
     for method in ("ais", "auto"):
         found = invoke("evaluate", "run", "--reference", method, *asked)
@@ -350,7 +350,7 @@ def test_annealing_takes_its_settings_from_the_command_line(tmp_path, monkeypatc
     report = json.loads(Path("run/report.json").read_text())["reference"]
     assert (report["method"], report["draws"], report["n"], report["n_settled"]) == ("ais", 5, 2, 0)
     text = Path("run/report.md").read_text()
-    assert "ppl-vae evaluate RUN --reference ais --temperatures N" in part(text, "A closer look")
+    assert "ppl-vae evaluate RUN --reference ais --temperatures N" in part(text, "Diagnostics")
     assert "--reference auto --data 2 --temperatures 3 --chains 5\n" in part(text, "Reproduce")
     assert "--temperatures" in invoke("evaluate", "--help").stdout
 
@@ -365,7 +365,7 @@ def test_auto_refuses_settings_of_annealing_where_it_takes_another(finished):
 def test_small_errors_and_single_data_are_printed_as_such():
     gap = {"kind": "estimate", "n": 1, "total": 0.5, "error": 0.0004}
     gap |= {"approximation": 0.5, "approximation_error": 0.0, "amortization": 0.0, "amortization_error": 0.02}
-    assert closer({"gap": gap}) == [
+    assert diagnostic_lines({"gap": gap}) == [
         "gap              0.500 ± 0.0004 over 1 datum: family 0.500 ± 0.000, network 0.000 ± 0.020"
     ]
 

@@ -196,7 +196,7 @@ def test_a_program_in_a_run_asks_for_trust(tmp_path):
         "nuts": ("--draws", 0),
     }
     for name, settings in short.items():
-        with pytest.raises(SystemExit, match="give --trust-code"):
+        with pytest.raises(SystemExit, match="without --trust-code"):
             main(name, tmp_path / "run", *settings)
         if name != "nuts":
             main(name, tmp_path / "run", "--trust-code", "--data", 2, *settings)

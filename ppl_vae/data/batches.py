@@ -1,23 +1,25 @@
-"""Batches: what everything takes for data, dicts of tensors with leading n, in an order keyed by seed and epoch."""
+"""Batches of data: dicts of tensors that share their leading size n, and the order in which training visits them."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae._checks import check_int
 from ppl_vae._seeds import fold_in
 
 
 def permutation(n: int, *, seed: int, epoch: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """Return the order (n,) in which epoch `epoch` visits n data: the same numbers on every device."""
+    """Order (n,) in which an epoch visits n data: the same numbers on every device."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, "order", epoch))).to(device)
 
 
 def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int) -> Iterator[dict[str, Tensor]]:
-    """Yield every datum once, in batches of `size` (the last may be smaller), in an order by (seed, epoch).
+    """Visit every datum once, in batches of `size` (the last may be smaller), in the order of `permutation`.
 
-    Each tensor is indexed on its own device, in the order that `permutation` gives:
+    Each tensor is indexed on its own device:
 
         for epoch in range(epochs):
             for batch in minibatches(data.epoch(epoch), 100, seed=0, epoch=epoch):
@@ -26,30 +28,25 @@ def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int)
     Raises:
         ValueError: If `size` is not a positive integer, or the leading sizes differ.
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"Expected `size` to be an integer >= 1; got {size!r}.")
-    n = _leading(data)
+    size, n = check_int("size", size), _leading(data)
     order = permutation(n, seed=seed, epoch=epoch)
-    orders = {device: order.to(device) for device in {value.device for value in data.values()}}
-
-    def generate() -> Iterator[dict[str, Tensor]]:
-        for start in range(0, n, size):
-            rows = {device: index[start : start + size] for device, index in orders.items()}
-            yield {key: value.index_select(0, rows[value.device]) for key, value in data.items()}
-
-    return generate()
+    rows = {device: order.to(device).split(size) for device in {value.device for value in data.values()}}
+    return (
+        {key: value.index_select(0, rows[value.device][step]) for key, value in data.items()}
+        for step in range(math.ceil(n / size))
+    )
 
 
 def as_batch(x: object) -> dict[str, Tensor]:
-    """Turn a tensor, whatever `np.asarray` takes, or a mapping of these into a dict of tensors.
+    """Turn a tensor, an array or a mapping of these into a dict of tensors.
 
-    A bare array (n, x) is `{"x": array}`. Integers and booleans become the default float dtype in `x`, stay
-    integers elsewhere (int64 in `y` and `index`) and become booleans in `mask`; floats keep their precision.
+    A bare array (n, x) becomes `{"x": array}`. Floats keep their precision. Integers and booleans become the default
+    float dtype in `x`, int64 in `y` and `index`, booleans in `mask`, and stay as they are elsewhere.
 
     Raises:
-        TypeError: If something is not an array of real numbers, or a key is not a string.
-        ValueError: If a bare array has fewer than two dimensions, there are no data, leading sizes differ, or
-            `mask` is not a yes or no for each entry of `x`.
+        TypeError: If a value is not an array of real numbers, or a key is not a string.
+        ValueError: If a bare array has fewer than two dimensions, there are no data, leading sizes differ, or `mask`
+            is not boolean with the shape of `x`.
     """
     if isinstance(x, Mapping):
         if wrong := [key for key in x if not isinstance(key, str)]:
@@ -72,7 +69,7 @@ def check_finite(batch: Mapping[str, Tensor]) -> None:
     """Refuse NaN and infinities, except in entries of `x` that `mask` hides (True is observed).
 
     Raises:
-        ValueError: Naming the key, row and column (from 0) of the first such entry, and how many there are.
+        ValueError: Naming the key, row and column (from 0) of the first bad entry, and how many there are.
     """
     _check_mask(batch)
     for key, value in batch.items():
@@ -90,9 +87,9 @@ def check_finite(batch: Mapping[str, Tensor]) -> None:
 
 
 def _leading(batch: Mapping[str, Tensor]) -> int:
-    """Return the n that all tensors of a batch share."""
+    """Leading size that all tensors of a batch share."""
     shapes = {key: tuple(value.shape) for key, value in batch.items()}
-    if not shapes or any(not shape for shape in shapes.values()) or len({s[0] for s in shapes.values()}) > 1:
+    if len({shape[:1] for shape in shapes.values()} - {()}) != 1 or () in shapes.values():
         raise ValueError(f"Expected tensors that share their leading size n; got shapes {shapes}.")
     return next(iter(shapes.values()))[0]
 
@@ -107,22 +104,19 @@ def _check_mask(batch: Mapping[str, Tensor]) -> None:
 
 
 def _tensor(key: str, value: object) -> Tensor:
-    """Return `value` as a tensor of the dtype that its key asks for."""
+    """Tensor of `value`, with the dtype that its key calls for."""
     if not isinstance(value, Tensor):
         try:
             values = np.asarray(value)
         except ValueError as error:
             raise TypeError(f"Expected `{key}` to be an array of real numbers; got: {error}") from error
-        if values.dtype.kind not in "biuf":
+        kind, size = values.dtype.kind, values.dtype.itemsize
+        if kind not in "biuf":
             raise TypeError(
                 f"Expected `{key}` to be an array of real numbers; got {type(value).__name__} of dtype {values.dtype}."
             )
-        if values.dtype.kind == "u" and values.dtype != np.uint8:
-            values = values.astype(np.int64)
-        if values.dtype.itemsize > 8:
-            values = values.astype(np.float64)
-        values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-        value = torch.from_numpy(values if values.flags.writeable else values.copy())
+        native = np.int64 if kind == "u" and size > 1 else np.float64 if size > 8 else values.dtype.newbyteorder("=")
+        value = torch.from_numpy(np.require(values, native, ["C", "W"]))
     if value.is_complex():
         raise TypeError(f"Expected `{key}` to be an array of real numbers; got dtype {value.dtype}.")
     if key == "mask" and value.dtype != torch.bool:

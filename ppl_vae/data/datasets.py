@@ -1,4 +1,4 @@
-"""Named data sets, and the choice between these and files."""
+"""Data sets by name or path, before any split or transform."""
 
 import difflib
 import importlib
@@ -9,50 +9,43 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 
-from ppl_vae.data.files import SUFFIXES, Table, maximum, read_csv, read_numpy
+from ppl_vae.data.files import SUFFIXES, RawData, read_file
 
 NAMES = ("digits", "mnist")
-_KEPT: list[object] = []
+_LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
 
-def read_table(name: str, root: str | os.PathLike[str] | None, array: str | None, download: bool) -> Table:
-    """Find `name` among the known sets and the files."""
+def read_dataset(name: str, root: str | os.PathLike[str] | None, array: str | None, download: bool) -> RawData:
+    """Read a named set, or the file at a path.
+
+    Raises:
+        ValueError: If there is no such set or file, or it cannot be read.
+    """
     path = Path(name).expanduser()
-    suffix = path.suffix.lower()
-    if array is not None and suffix != ".npz":
+    if array is not None and path.suffix.lower() != ".npz":
         raise ValueError(f"Expected `array` for an .npz file only; got {array!r} for {name}. Leave it out.")
     if name == "digits":
         bunch = importlib.import_module("sklearn.datasets").load_digits()
-        return Table(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
+        return RawData(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
     if name == "mnist":
-        return _mnist(root, download)
+        return _read_mnist(root, download)
     if path.is_dir():
         raise ValueError(f"Expected a file ({', '.join(SUFFIXES)}); got the folder {path}.")
-    if not suffix and len(path.parts) == 1:
+    if not path.suffix and len(path.parts) == 1:
         close = difflib.get_close_matches(name.lower(), NAMES, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"Expected `name` to be {', '.join(map(repr, NAMES))} or the path of a file "
             f"({', '.join(SUFFIXES)}); got {name!r}.{hint}"
         )
-    if suffix not in SUFFIXES:
-        raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
-    if not path.is_file():
-        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file. Correct `name`.")
-    if suffix == ".csv":
-        values, feature_names = read_csv(path)
-        return Table(values, feature_names=feature_names, maximum=maximum(values))
-    values, array = read_numpy(path, array)
-    shape = values.shape[1:] if values.ndim > 2 else None
-    values = values.reshape(len(values), -1)
-    return Table(values, shape=shape, array=array, maximum=maximum(values))
+    return read_file(path, array)
 
 
-def _mnist(root: str | os.PathLike[str] | None, download: bool) -> Table:
-    """Read MNIST by torchvision, from the folder that holds `MNIST/raw`."""
+def _read_mnist(root: str | os.PathLike[str] | None, download: bool) -> RawData:
     folder, origin = root_folder(root)
-    datasets = _torchvision_datasets()
+    datasets = torchvision_datasets()
     try:
         parts = [datasets.MNIST(str(folder), train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError) as error:
@@ -64,26 +57,25 @@ def _mnist(root: str | os.PathLike[str] | None, download: bool) -> Table:
         raise ValueError(f"Expected 'mnist' under {folder} ({origin}); got: {error} {remedy}.") from error
     x = np.concatenate([part.data.numpy() for part in parts])
     y = np.concatenate([part.targets.numpy() for part in parts]).astype(np.int64)
-    return Table(x.reshape(len(x), -1), y, x.shape[1:], maximum=255, n_train=len(parts[0]), own_split=True)
+    n_train = len(parts[0])
+    return RawData(x.reshape(len(x), -1), y, x.shape[1:], maximum=255, n_train=n_train, in_order=True, unit=True)
 
 
 def root_folder(root: str | os.PathLike[str] | None) -> tuple[Path, str]:
-    """Return the folder of named sets, and what chose it."""
+    """Folder of the named sets, and what chose it: `root`, the variable PPL_VAE_DATA or the platform."""
     if root is not None:
         return Path(root).expanduser(), "`root`"
     if chosen := os.environ.get("PPL_VAE_DATA"):
         return Path(chosen).expanduser(), "the environment variable PPL_VAE_DATA"
-    if sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ppl_vae", "the cache folder"
+    return user_cache_path("ppl_vae", appauthor=False, opinion=False), "the cache folder"
 
 
-def _torchvision_datasets() -> ModuleType:
-    """Import `torchvision.datasets`, also where torchvision's operators do not match this build of torch."""
+def torchvision_datasets() -> ModuleType:
+    """Import `torchvision.datasets`, even if torchvision's operators do not match this build of torch.
+
+    Raises:
+        ValueError: If torchvision is not installed.
+    """
     try:
         return importlib.import_module("torchvision.datasets")
     except ImportError as error:
@@ -96,5 +88,5 @@ def _torchvision_datasets() -> ModuleType:
     library: Any = importlib.import_module("torch.library").Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT.append(library)
+    _LIBRARIES.append(library)
     return importlib.import_module("torchvision.datasets")

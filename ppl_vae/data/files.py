@@ -1,10 +1,11 @@
-"""Files of data, as arrays with what is known of them."""
+"""Files of numbers, and what a file or a named set says about its values."""
 
 import csv
 import math
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,21 @@ SUFFIXES = (".npy", ".npz", ".csv")
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 
 
-class Table(NamedTuple):
-    """Values as stored, all parts in one array (n, x), and what is known of them."""
+@dataclass(frozen=True)
+class RawData:
+    """Values as stored, all parts in one array, before any split or transform.
+
+    Attributes:
+        x: Values (n, x).
+        y: Labels (n,), or None.
+        shape: The picture that a row of `x` flattens, or None.
+        feature_names: The header of a CSV file, or None.
+        array: The key in an `.npz` file, or None.
+        maximum: The largest value that intensities can take, or None if the values are not intensities.
+        n_train: The size of a named set's own training part, or None.
+        in_order: Whether the training part comes first, as the set has it; else rows are shuffled.
+        unit: Whether intensities count in units of the maximum even without scaling.
+    """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[np.int64] | None = None
@@ -26,11 +40,42 @@ class Table(NamedTuple):
     array: str | None = None
     maximum: int | None = None
     n_train: int | None = None
-    own_split: bool = False
+    in_order: bool = False
+    unit: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are whole numbers."""
+        return self.x.dtype == np.uint8 or bool((self.x == np.floor(self.x)).all())
 
 
-def read_numpy(path: Path, array: str | None) -> tuple[npt.NDArray[Any], str | None]:
-    """Read an array of at least two dimensions from an `.npy` or `.npz` file, and its key there."""
+def read_file(path: Path, array: str | None) -> RawData:
+    """Read a `.npy`, `.npz` or `.csv` file.
+
+    Raises:
+        ValueError: If there is no such file, or it does not hold finite numbers, one row per datum.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
+    if not path.is_file():
+        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file. Correct `name`.")
+    feature_names: list[str] | None = None
+    if path.suffix.lower() == ".csv":
+        x, feature_names = _read_csv(path)
+    else:
+        x, array = _read_numpy(path, array)
+    unit_interval = x.min() >= 0 and x.max() <= 1
+    return RawData(
+        x.reshape(len(x), -1),
+        shape=x.shape[1:] if x.ndim > 2 else None,
+        feature_names=feature_names,
+        array=array,
+        maximum=1 if unit_interval else 255 if x.dtype == np.uint8 else None,
+    )
+
+
+def _read_numpy(path: Path, array: str | None) -> tuple[npt.NDArray[Any], str | None]:
+    """Array of at least two dimensions, and its key in an `.npz` file."""
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -59,19 +104,19 @@ def read_numpy(path: Path, array: str | None) -> tuple[npt.NDArray[Any], str | N
     return values, array
 
 
-def read_csv(path: Path) -> tuple[npt.NDArray[np.float64], list[str] | None]:
-    """Read numbers (n, x) separated by commas, and their header if there is one."""
+def _read_csv(path: Path) -> tuple[npt.NDArray[np.float64], list[str] | None]:
+    """Numbers (n, x) separated by commas, and their header if there is one."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"Expected comma-separated text in UTF-8; got {path}: {error}") from error
-    header = rows[0][1] if rows and None in map(_number, rows[0][1]) else None
-    if len(rows) == (header is not None):
+    header = rows.pop(0)[1] if rows and None in map(_number, rows[0][1]) else None
+    if not rows:
         raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-    values = np.empty((len(rows) - (header is not None), len(rows[0][1])))
-    for i, (line, cells) in enumerate(rows[-len(values) :]):
+    values = np.empty((len(rows), len(header or rows[0][1])))
+    for i, (line, cells) in enumerate(rows):
         if len(cells) != values.shape[1]:
             raise ValueError(
                 f"Expected {values.shape[1]} cells in {path}, line {line}, as in its first row; got {len(cells)}."
@@ -79,32 +124,20 @@ def read_csv(path: Path) -> tuple[npt.NDArray[np.float64], list[str] | None]:
         for j, cell in enumerate(cells):
             number = _number(cell)
             if number is None or not math.isfinite(number):
+                column = repr(header[j]) if header else j + 1
                 raise ValueError(
-                    f"Expected a finite number in {path}, line {line}, column "
-                    f"{repr(header[j]) if header else j + 1}; got {cell!r}. Correct the cell, or drop the "
-                    f"row or the column."
+                    f"Expected a finite number in {path}, line {line}, column {column}; got {cell!r}. Correct the "
+                    f"cell, or drop the row or the column."
                 )
             values[i, j] = number
     return values, header
 
 
 def _number(cell: str) -> float | None:
-    """Return the number in a cell (NaN where one is missing), or None where it holds some other text."""
+    """Number in a cell, NaN if it is missing, None if the cell holds other text."""
     if cell.lower() in _MISSING:
         return math.nan
     try:
         return float(cell)
     except ValueError:
         return None
-
-
-def maximum(values: npt.NDArray[Any]) -> int | None:
-    """Return the largest value that intensities may take, or None where that is not known."""
-    if values.min() >= 0 and values.max() <= 1:
-        return 1
-    return 255 if values.dtype == np.uint8 else None
-
-
-def are_whole(values: npt.NDArray[Any]) -> bool:
-    """Say whether all values are whole numbers."""
-    return values.dtype == np.uint8 or bool((values == np.floor(values)).all())

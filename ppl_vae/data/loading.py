@@ -14,27 +14,29 @@ from torch import Tensor
 
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
-from ppl_vae.data.datasets import read_table
-from ppl_vae.data.files import Table, are_whole
-from ppl_vae.data.transforms import Transform, fit_transform, summary
+from ppl_vae.data.datasets import read_dataset
+from ppl_vae.data.files import RawData
+from ppl_vae.data.transforms import Transform, fit_transform
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
-    Shapes: `x` (n, x) of the dtype asked for, and `y` (n,) of int64 where the set has labels.
+    `x` is (n, x) of the dtype asked for; `y` is (n,) of int64 if the set has labels.
 
     Attributes:
-        name: A known name, or the name of the file.
+        name: The name of the set or file.
         train: The training part, as epoch 0 sees it.
-        validation: A fixed part for choosing, or None.
-        test: A fixed part for judging.
-        protocol: What was done to the data, ready for JSON. Evaluations compare where `digest` is equal:
-            the SHA-256 of the test part. `log_volume` (nats per datum) turns a density of `x` into one of
-            the values as stored: log p(stored) = log p(x) - log_volume.
+        validation: The part to choose settings by, or None. It never changes.
+        test: The part to evaluate on. It never changes.
+        protocol: What was done to the data, ready for JSON. Evaluations compare if `digest`, the SHA-256 of the test
+            part, is equal. `log_volume` (nats per datum) turns a density of `x` into one of the values as stored:
+            log p(stored) = log p(x) - log_volume.
+        transform: From stored values to `x`.
         shape: The picture that a row of `x` flattens, such as (28, 28), or None.
         feature_names: The header of a CSV file, or None.
+        stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
     """
 
     name: str
@@ -42,41 +44,34 @@ class Data:
     validation: dict[str, Tensor] | None = field(repr=False)
     test: dict[str, Tensor] = field(repr=False)
     protocol: dict[str, Any]
+    transform: Transform = field(repr=False)
     shape: tuple[int, ...] | None = None
     feature_names: list[str] | None = None
-    _stored: Tensor | None = field(default=None, repr=False)
-    _observe: "Transform | None" = field(default=None, repr=False)
+    stored: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def features(self) -> int:
-        """The number of columns of `x`."""
+        """Number of columns of `x`."""
         return self.train["x"].shape[1]
 
     def to(self, device: torch.device | str) -> "Data":
-        """Return the same data with every tensor on `device`."""
-
-        def move(part: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {key: value.to(device) for key, value in part.items()}
-
-        return replace(
-            self,
-            train=move(self.train),
-            validation=None if self.validation is None else move(self.validation),
-            test=move(self.test),
-            _stored=None if self._stored is None else self._stored.to(device),
-        )
+        """Copy of the data with every tensor on `device`."""
+        moved: dict[str, Any] = {
+            name: part and {key: value.to(device) for key, value in part.items()}
+            for name, part in vars(self).items()
+            if name in ("train", "validation", "test", "stored")
+        }
+        return replace(self, **moved)
 
     def epoch(self, epoch: int) -> dict[str, Tensor]:
-        """Return the training part as epoch number `epoch` sees it; epoch 0 is `train`.
+        """Training part as epoch number `epoch` sees it; epoch 0 is `train`.
 
-        Dynamic binarization draws x ~ Bernoulli(intensity) anew, dequantization draws its noise anew, by the
-        data's seed and `epoch`, on the device that holds the data (a CPU and a GPU draw different numbers).
-        All else is the stored tensors themselves.
+        Dynamic binarization and dequantization draw `x` anew each epoch, by the data's seed and `epoch`, on the
+        device that holds the data (a CPU and a GPU draw different numbers). Everything else stays as it is.
         """
-        seed = fold_in(self.protocol["seed"], "train", epoch)
-        if self._stored is None or self._observe is None or epoch == 0:
+        if self.stored is None or epoch == 0:
             return dict(self.train)
-        return {**self.train, "x": self._observe(self._stored, seed)}
+        return {**self.train, "x": self.transform(self.stored["x"], fold_in(self.protocol["seed"], "train", epoch))}
 
 
 def load(
@@ -93,28 +88,28 @@ def load(
     download: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Data:
-    """Read a data set and split, scale, binarise or dequantise it, all by `seed` alone.
+    """Read a data set, split it, and scale, binarise or dequantise it. `seed` alone fixes the result.
 
-    Arrays (n, h, w) become rows (n, h*w). Intensities have a known maximum: 16 for digits, 255 for MNIST and
-    for uint8 arrays, 1 for whatever lies in [0, 1] (a uint8 array of zeros and ones too).
+    Arrays (n, h, w) become rows (n, h*w). Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
+    arrays, 1 for values in [0, 1] (a uint8 array of zeros and ones too).
 
     Args:
         name: "digits" (scikit-learn's, values 0..16), "mnist" (values in [0, 1]), or the path of a `.npy`,
             `.npz` or `.csv` file. A CSV's first row is a header if any of its cells is not a number.
-        root: The folder of named sets; else the variable PPL_VAE_DATA, else the platform's cache folder.
+        root: The folder of named sets; by default the variable PPL_VAE_DATA, else the platform's cache folder.
         array: The key in an `.npz` file; may be left out if there is only one.
         seed: Fixes the split and every draw.
-        binarization: "none"; "threshold", 1 from half the maximum on; "static", one Bernoulli draw;
-            "dynamic", a new draw of the training part each epoch. Validation and test are drawn once, and
-            are the same under "static" and "dynamic".
-        scaling: "none"; "unit", divided by the maximum (of the training part's absolute values where none
-            is known); "standardize", by the training part's mean and standard deviation per feature, which
-            counts as 1 for a constant feature.
-        dequantization: "none", or "uniform": integers plus noise of [0, 1), before the scaling, which then
-            divides by the maximum + 1. "standardize" allows for the noise: mean + 1/2, variance + 1/12.
-        validation_fraction: The share of the training part that is set apart.
+        binarization: "none"; "threshold", 1 from half the maximum up; "static", one Bernoulli draw; "dynamic", a new
+            draw of the training part each epoch. Validation and test are drawn once, and are the same under "static"
+            and "dynamic".
+        scaling: "none"; "unit", divided by the maximum (if none is known, by the largest absolute value of the
+            training part); "standardize", by each feature's mean and standard deviation in the training part (1 for
+            a constant feature).
+        dequantization: "none", or "uniform": integers plus noise in [0, 1), before the scaling, which then divides by
+            the maximum + 1. "standardize" allows for the noise: mean + 1/2, variance + 1/12.
+        validation_fraction: The share of the training part that is set aside for validation.
         test_fraction: The share of a file's rows for testing; named sets have a split of their own.
-        download: Whether a named set may be fetched.
+        download: Whether a named set may be downloaded.
         dtype: torch.float32 or torch.float64.
 
     Returns:
@@ -141,61 +136,58 @@ def load(
             f"have neither a scale nor bins: leave out one of the two."
         )
 
-    table = read_table(name, root, array, download)
-    rows, by = _split(table, seed, validation_fraction, test_fraction)
-    observe = fit_transform(table, rows["train"], binarization, scaling, dequantization, dtype)
-    stored = {part: observe.prepare(table.x[index]) for part, index in rows.items()}
+    raw = read_dataset(name, root, array, download)
+    rows = _split(raw, seed, validation_fraction, test_fraction)
+    transform = fit_transform(raw, rows["train"], binarization, scaling, dequantization, dtype)
+    stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
-    for part, values in stored.items():
-        parts[part] = {"x": observe(values, fold_in(seed, part, 0))}
+    for part, index in rows.items():
+        parts[part] = {"x": transform(stored[part], fold_in(seed, part, 0))}
         if not torch.isfinite(parts[part]["x"]).all():
             raise ValueError(f"Expected values within {dtype}; got larger. Scale them, or change `dtype`.")
-        if table.y is not None:
-            parts[part]["y"] = torch.from_numpy(table.y[rows[part]])
-    named = Path(name).name
+        if raw.y is not None:
+            parts[part]["y"] = torch.from_numpy(raw.y[index])
+    file = Path(name).name
+    by = "the set's own" if raw.in_order else "permutation by seed"
     protocol = {
-        "name": named if table.array is None else f"{named}:{table.array}",
+        "name": file if raw.array is None else f"{file}:{raw.array}",
         "split": {"by": by, **{f"n_{part}": len(index) for part, index in rows.items()}},
         "seed": int(seed),
         "binarization": binarization,
         "scaling": scaling,
         "dequantization": dequantization,
-        "maximum": table.maximum,
-        "levels": table.maximum + 1 if table.maximum is not None and are_whole(table.x) else None,
-        "loc": summary(observe.loc),
-        "scale": summary(observe.scale),
-        "log_volume": float(np.log(np.broadcast_to(observe.scale, table.x.shape[1])).sum()),
+        "maximum": raw.maximum,
+        "levels": raw.maximum + 1 if raw.maximum is not None and raw.is_whole else None,
+        "loc": _summary(transform.loc),
+        "scale": _summary(transform.scale),
+        "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
         "digest": _digest(parts["test"]),
     }
-    redrawn = binarization == "dynamic" or dequantization == "uniform"
     return Data(
-        name=named,
+        name=file,
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        shape=table.shape,
-        feature_names=table.feature_names,
-        _stored=stored["train"] if redrawn else None,
-        _observe=observe if redrawn else None,
+        shape=raw.shape,
+        feature_names=raw.feature_names,
+        transform=transform,
+        stored={"x": stored["train"]} if transform.redraws else None,
     )
 
 
 def _split(
-    table: Table, seed: int, validation_fraction: float, test_fraction: float
-) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
-    """Return the rows of each part, and how they were chosen."""
+    raw: RawData, seed: int, validation_fraction: float, test_fraction: float
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Rows of each part."""
 
     def shuffled(rows: npt.NDArray[np.int64], stream: str) -> npt.NDArray[np.int64]:
         generator = torch.Generator().manual_seed(fold_in(seed, stream))
-        chosen: npt.NDArray[np.int64] = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        return chosen
+        return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
-    n = len(table.x)
-    n_train = n - round(test_fraction * n) if table.n_train is None else table.n_train
-    order, by = np.arange(n), "the set's own"
-    if not table.own_split:
-        order, by = shuffled(order, "split"), "permutation by seed"
+    n = len(raw.x)
+    n_train = n - round(test_fraction * n) if raw.n_train is None else raw.n_train
+    order = np.arange(n) if raw.in_order else shuffled(np.arange(n), "split")
     train, test = order[:n_train], order[n_train:]
     n_validation = round(validation_fraction * n_train)
     if not len(test) or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
@@ -205,16 +197,23 @@ def _split(
             f"for testing (`test_fraction` = {test_fraction}). Give more rows, or change the fractions."
         )
     if not n_validation:
-        return {"train": train, "test": test}, by
+        return {"train": train, "test": test}
     train = shuffled(train, "split-validation")
-    return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}, by
+    return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of keys, shapes, dtypes and bytes."""
+    """SHA-256 of keys, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for key in sorted(part):
         value = part[key].cpu().numpy()
         digest.update(f"{key} {value.shape} {value.dtype};".encode())
         digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
+
+
+def _summary(values: npt.NDArray[np.float64]) -> float | list[float] | str:
+    """Few numbers as they are, many as their digest."""
+    if values.ndim == 0:
+        return float(values)
+    return values.tolist() if len(values) <= 16 else "sha256:" + hashlib.sha256(values.tobytes()).hexdigest()

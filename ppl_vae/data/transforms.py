@@ -1,6 +1,5 @@
 """Transforms from stored values to data: binarisation, dequantisation and scaling."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae.data.files import Table, are_whole
+from ppl_vae.data.files import RawData
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Stored values -> data: binarised, or dequantised and scaled to (values - loc) / scale."""
+    """Stored values -> data: binarised, or dequantised and scaled to (values - loc) / scale.
+
+    Made by `fit_transform`.
+    """
 
     binarization: str
     dequantize: bool
@@ -23,13 +25,18 @@ class Transform:
     scale: npt.NDArray[np.float64]
     dtype: torch.dtype
 
-    def prepare(self, values: npt.NDArray[Any]) -> Tensor:
-        """Return `values` as a tensor; what may lose digits stays in double precision until it is scaled."""
+    @property
+    def redraws(self) -> bool:
+        """Whether each epoch draws the training data anew."""
+        return self.binarization == "dynamic" or self.dequantize
+
+    def to_tensor(self, values: npt.NDArray[Any]) -> Tensor:
+        """Stored values as a tensor, in double precision if `dtype` could lose digits before the scaling."""
         exact = self.dequantize or values.dtype == np.uint8
         return torch.from_numpy(values).to(self.dtype if exact else torch.float64)
 
     def __call__(self, stored: Tensor, seed: int) -> Tensor:
-        """Return data (n, x) of `dtype` on the device of `stored`, with any noise drawn by `seed`."""
+        """Transform to data (n, x) of `dtype` on the device of `stored`; `seed` fixes the noise."""
         if self.binarization == "threshold":
             return (stored >= self.maximum / 2).to(self.dtype)
         if self.binarization != "none" or self.dequantize:
@@ -44,39 +51,29 @@ class Transform:
 
 
 def fit_transform(
-    table: Table,
-    train: npt.NDArray[np.int64],
-    binarization: str,
-    scaling: str,
-    dequantization: str,
-    dtype: torch.dtype,
+    raw: RawData, train: npt.NDArray[np.int64], binarization: str, scaling: str, dequantization: str, dtype: torch.dtype
 ) -> Transform:
-    """Fit the scaling to the training rows, and refuse options that the values do not allow."""
+    """Fit a transform to the training rows.
+
+    Raises:
+        ValueError: If an option does not suit the values.
+    """
     noise = int(dequantization == "uniform")
-    if noise and not are_whole(table.x):
-        value = table.x[table.x != np.floor(table.x)][0]
+    if noise and not raw.is_whole:
+        value = raw.x[raw.x != np.floor(raw.x)][0]
         raise ValueError(f'Expected whole numbers for dequantization = "uniform"; got {value}. Use "none".')
-    if binarization != "none" and table.maximum is None:
+    if binarization != "none" and raw.maximum is None:
         raise ValueError(
             f'Expected intensities for binarization = "{binarization}": a named image set, uint8, or values '
-            f"in [0, 1]; got values from {table.x.min()} to {table.x.max()}. Rescale them to [0, 1] in the "
+            f"in [0, 1]; got values from {raw.x.min()} to {raw.x.max()}. Rescale them to [0, 1] in the "
             f'file, or use "none".'
         )
-    base = table.maximum + noise if table.own_split and table.maximum is not None else 1
-    loc, scale = np.zeros(()), np.asarray(1.0 if binarization != "none" else base, np.float64)
-    values = table.x[train]
-    if scaling == "unit" and binarization == "none":
-        largest = max(abs(float(values.max())), abs(float(values.min()))) or 1.0
-        scale = np.asarray((largest if table.maximum is None else table.maximum) + noise, np.float64)
-    elif scaling == "standardize":
+    values = raw.x[train]
+    largest = raw.maximum or max(abs(float(values.max())), abs(float(values.min()))) or 1
+    divisor = float(largest + noise) if binarization == "none" and (scaling == "unit" or raw.unit) else 1.0
+    loc, scale = np.zeros(()), np.asarray(divisor)
+    if scaling == "standardize":
         loc = values.mean(0, dtype=np.float64) + noise / 2
         scale = np.sqrt(values.var(0, dtype=np.float64) + noise / 12)
-        scale = np.where(values.max(0) == values.min(0), base, scale)
-    return Transform(binarization, bool(noise), table.maximum or 1, loc, scale, dtype)
-
-
-def summary(values: npt.NDArray[np.float64]) -> float | list[float] | str:
-    """Return few numbers as they are, many as their digest."""
-    if values.ndim == 0:
-        return float(values)
-    return values.tolist() if len(values) <= 16 else "sha256:" + hashlib.sha256(values.tobytes()).hexdigest()
+        scale = np.where(values.max(0) == values.min(0), divisor, scale)
+    return Transform(binarization, bool(noise), raw.maximum or 1, loc, scale, dtype)

@@ -1,10 +1,10 @@
 r"""Annealed importance sampling of any program with continuous latent variables, and its two-sided sandwich.
 
-A path of densities leads from a base that can be drawn from, the prior or the guide, to the joint,
+A path of densities leads from a base that can be sampled, the prior or the guide, to the joint,
 :math:`\log f_\beta(z) = (1 - \beta) \log b(z) + \beta \log p(x, z)`. A chain climbs it by Hamiltonian moves that leave
-each :math:`f_\beta` as it is, and collects the weight :math:`\log w = \sum_t (\beta_t - \beta_{t-1})
+each :math:`f_\beta` invariant, and collects the weight :math:`\log w = \sum_t (\beta_t - \beta_{t-1})
 (\log p(x, z_{t-1}) - \log b(z_{t-1}))`, whose exponential is p(x) on average (Annealed Importance Sampling, Neal 2001).
-On data drawn from the model the exact z is at hand, and the chain back from it bounds log p(x) from above (Measuring
+For data drawn from the model the exact z is known, and the chain back from it bounds log p(x) from above (Measuring
 the Reliability of MCMC Inference with Bidirectional Monte Carlo, Grosse, Ancha and Roy 2016).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.infer.hmc import HMC, RATE, Path, State, Transition, quiet
+from ppl_vae.infer.hmc import HMC, RATE, Chains, Path, Transition, unvalidated
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.target import Target
@@ -27,12 +27,12 @@ _WARM = 20  # moves at the base before the preliminary run climbs
 
 
 def inverse_temperatures(temperatures: int, schedule: Literal["linear", "sigmoid"] = "sigmoid") -> list[float]:
-    r"""Give the inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`.
+    r"""Inverse temperatures :math:`0 = \beta_0 < \dots < \beta_T = 1`.
 
-    The sigmoid one is dense at both ends: :math:`\beta_t \propto \sigma(4 (2 t / T - 1)) - \sigma(-4)`.
+    Those of the sigmoid schedule are dense at both ends: :math:`\beta_t \propto \sigma(4 (2 t / T - 1)) - \sigma(-4)`.
 
     Raises:
-        ValueError: for fewer than one temperature or an unknown schedule.
+        ValueError: If there is less than one temperature, or the schedule is unknown.
 
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse 2017).
@@ -46,37 +46,39 @@ def inverse_temperatures(temperatures: int, schedule: Literal["linear", "sigmoid
     return even.tolist()
 
 
-def anneal(state: State, betas: list[float], transition: Transition, *, reverse: bool = False) -> tuple[Tensor, State]:
+def anneal(
+    chains: Chains, betas: list[float], transition: Transition, *, reverse: bool = False
+) -> tuple[Tensor, Chains]:
     r"""Take chains up the path, or down it, and collect their weights.
 
     Args:
-        state: drawn from the base; for the way down, from the posterior.
+        chains: drawn from the base; for the way down, from the posterior.
         betas: inverse temperatures, rising.
-        transition: a move that leaves :math:`f_\beta` as it is: called with a state, beta and its number. On the way
-            down it must be the reverse of the one on the way up.
+        transition: a move that leaves :math:`f_\beta` invariant, called with the chains, beta and its number. On the
+            way down it must be the reverse of the one on the way up.
         reverse: go down.
 
     Returns:
-        Log weights (k, n) in nats: of the way up, :math:`E\,w = p(x)`; of the way down, :math:`E\,1/w = 1/p(x)`. And
-        where the chains ended.
+        Log weights (k, n) in nats: of the way up, :math:`E\,w = p(x)`; of the way down, :math:`E\,1/w = 1/p(x)`. Then
+        the chains where they ended.
     """
-    weights = torch.zeros_like(state.tilt)
+    weights = torch.zeros_like(chains.tilt)
     for number in range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas)):
         if reverse:
-            state = transition(state, betas[number], number)
-        weights = weights + (betas[number] - betas[number - 1]) * state.tilt
+            chains = transition(chains, betas[number], number)
+        weights = weights + (betas[number] - betas[number - 1]) * chains.tilt
         if not reverse:
-            state = transition(state, betas[number], number)
-    return weights, state
+            chains = transition(chains, betas[number], number)
+    return weights, chains
 
 
 @dataclass(frozen=True)
 class Annealing:
-    r"""What annealing found.
+    r"""Chains annealed from a base to the posterior of each datum, and their weights.
 
     Args:
         log_weights: of each chain and datum, (k, n) in nats, in double precision.
-        latents: where each chain ended, (k, n, z): under the weights a sample of p(z|x).
+        latents: where each chain ended, (k, n, z): weighted draws from p(z|x).
         acceptance: mean rate of accepted moves, (n,).
     """
 
@@ -86,31 +88,31 @@ class Annealing:
 
     @property
     def log_evidence(self) -> Tensor:
-        r"""Give :math:`\log \frac1k \sum_i w_i` of each datum, (n,): on average a lower bound of log p(x)."""
+        r""":math:`\log \frac1k \sum_i w_i` of each datum, (n,): on average a lower bound of log p(x)."""
         return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
 
     @property
     def error(self) -> Tensor:
-        r"""Give its standard error by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for a single chain.
+        r"""Standard error of `log_evidence` by the delta method, :math:`\sqrt{\chi^2 / k}`, (n,); NaN for one chain.
 
-        Where few chains are effective (`ess`), it is too small: see `settled`.
+        It is too small where few chains are effective (`ess`): see `settled`.
         """
         return _delta(self.log_weights)
 
     @property
     def ess(self) -> Tensor:
-        r"""Give the effective number of chains, :math:`1 / \sum_i \bar w_i^2`, (n,)."""
+        r"""Effective number of chains, :math:`1 / \sum_i \bar w_i^2`, (n,)."""
         return 1 / self.shares.square().sum(0)
 
     @property
     def settled(self) -> Tensor:
-        r"""Say for which data the estimate and its error can be relied on, (n,); for others it is low on average.
+        r"""Data whose estimate and error can be relied on, (n,); the estimate of the others is too low on average.
 
-        Where the variance of log weights over chains is below 1.2 for the median datum, at 95 % confidence, and below
-        4 for the datum itself; or 100 chains are effective. Were log weights normal, k chains would then be some
-        :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. Few chains tell little of their variance,
-        and to pick the data where it came out small would pick those whose estimate is low; hence the median, as data
-        of one program anneal alike. A mode that no chain has reached leaves no trace.
+        A datum has settled if the variance of log weights over chains is below 1.2 for the median datum, at 95 %
+        confidence, and below 4 for the datum itself; or if 100 chains are effective. With normal log weights, k chains
+        would then be about :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. The median counts
+        because few chains tell little of a datum's own variance, and data of one program anneal alike. A mode that no
+        chain has reached leaves no trace.
         """
         free = (len(self.log_weights) - 1) * self.log_weights.shape[1]
         if free < 1:
@@ -122,14 +124,14 @@ class Annealing:
 
     @property
     def shares(self) -> Tensor:
-        """Give the chains' weights, (k, n), which add up to one for each datum."""
+        """Weights of the chains, (k, n), which sum to one for each datum."""
         return self.log_weights.softmax(0)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Give the posterior's mean (n, z) and covariance (n, z, z), by the weighted chains."""
+        """Mean (n, z) and covariance (n, z, z) of the posterior, by the weighted chains."""
         loc = torch.einsum("kn,knz->nz", self.shares, self.latents)
-        apart = self.latents - loc
-        return loc, torch.einsum("kn,kny,knz->nyz", self.shares, apart, apart)
+        centred = self.latents - loc
+        return loc, torch.einsum("kn,kny,knz->nyz", self.shares, centred, centred)
 
 
 def _delta(log_weights: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ class Sandwich:
         lower: :math:`\log \frac1k \sum_i w_i` of the chains up, at most log p(x) on average.
         upper: :math:`-\log \frac1k \sum_i 1 / w_i` of the chains down, at least log p(x) on average.
         lower_error: standard error of `lower`, by the delta method.
-        upper_error: likewise of `upper`, given the exact draw where all chains of a datum begin.
+        upper_error: likewise of `upper`, given the exact draw from which all chains of a datum start.
         batch: the simulated data.
     """
 
@@ -158,7 +160,7 @@ class Sandwich:
 
     @property
     def gap(self) -> Tensor:
-        """Give upper less lower, (n,)."""
+        """Upper minus lower, (n,)."""
         return self.upper - self.lower
 
 
@@ -167,13 +169,13 @@ class AnnealingSettings:
     """How chains are annealed.
 
     Args:
-        chains: per datum.
+        chains: how many per datum.
         temperatures: moves from the base to the joint.
-        leapfrog: steps, each one gradient, in a move.
+        leapfrog: steps per move, each one gradient.
         schedule: of the inverse temperatures, `"linear"` or `"sigmoid"`.
         start: the base, `"prior"` or `"guide"`; the guide must be able to score any z.
         tuning: temperatures of the preliminary run; a quarter as many by default.
-        entries: numbers that the data of one block of chains may hold, which bounds the memory.
+        entries: how many numbers a block of data and chains may hold, which bounds the memory.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -194,11 +196,16 @@ class AnnealingSettings:
             check_int("tuning", self.tuning)
         inverse_temperatures(1, self.schedule)
 
+    @property
+    def betas(self) -> list[float]:
+        """The inverse temperatures."""
+        return inverse_temperatures(self.temperatures, self.schedule)
+
 
 def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Annealing:
     """Estimate log p(x) of each datum by annealed importance sampling.
 
-    A preliminary run with chains of its own adapts the step size of each datum and temperature until 65 % of the moves
+    A preliminary run with its own chains adapts the step size of each datum and temperature until 65 % of the moves
     are accepted. The step sizes are then frozen, so that the estimate is valid.
 
     Args:
@@ -209,31 +216,27 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
             ("sigmoid"), `start` ("prior"), `tuning`, `entries`.
 
     Returns:
-        The chains' weights and ends.
+        The chains where they ended, and their weights.
 
     Raises:
         ValueError: If the data do not fit, a setting is out of range, or a latent site has no gradient.
     """
-    how = AnnealingSettings(**settings)
-    parts = []
-    for joint, blocks, key in _blocks(Target.of(program, x), how, seed):
-        with quiet(joint, *key):
-            path = Path(joint, how.start)
-            move = _tuned(path, min(max(how.chains, 4), 16, blocks[0]), how)
-            betas = inverse_temperatures(how.temperatures, how.schedule)
-            pieces = [_climb(path, k, move, betas) for k in blocks]
-        rate = torch.stack([piece.acceptance for piece in pieces]).mean(0)
-        joined = [torch.cat([getattr(piece, name) for piece in pieces]) for name in ("log_weights", "latents")]
-        parts.append((*joined, rate))
-    weights, latents, rates = zip(*parts, strict=True)
-    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates))
+    how, blocks = AnnealingSettings(**settings), []
+    for joint, sizes, key in _blocks(Target.of(program, x), how, seed):
+        with unvalidated(joint, *key):
+            blocks.append(_climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes))
+    return Annealing(
+        torch.cat([block.log_weights for block in blocks], 1),
+        torch.cat([block.latents for block in blocks], 1),
+        torch.cat([block.acceptance for block in blocks]),
+    )
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
     """Draw data from the model and bound log p(x) of each from both sides.
 
-    The chains up begin at the base, those down at the very z that the datum was drawn with, which is an exact draw of
-    its posterior. The gap bounds the error of either on average, and shows what annealing is worth on data like these.
+    The chains up start at the base, those down at the z that the datum was drawn with, which is an exact draw from its
+    posterior. The gap bounds the error of either on average, and shows how well annealing does on data like these.
 
     Args:
         program: any program with continuous latent sites whose observed sites are entries of the batch, or a `Target`.
@@ -249,18 +252,16 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
     """
     how = AnnealingSettings(**settings)
     parts, batches = [], []
-    for given, blocks, key in _blocks(Target.of(program, x), how, seed):
-        with quiet(given, *key, "bidirectional"):
+    for given, sizes, key in _blocks(Target.of(program, x), how, seed):
+        with unvalidated(given, *key, "bidirectional"):
             with torch.no_grad():
                 batch, z = simulate_twice(given.target, *key, "simulate")
-            joint = Joint(given.target.with_batch(batch))
-            path = Path(joint, how.start)
-            truth = joint.place(z.unsqueeze(0))
-            move = _tuned(path, min(max(how.chains, 4), 16, blocks[0]), how)
-            betas = inverse_temperatures(how.temperatures, how.schedule)
-            up = torch.cat([_climb(path, k, move, betas).log_weights for k in blocks])
-            ends = [path.at(truth.expand(k, -1, -1)) for k in blocks]
-            down = torch.cat([anneal(end, betas, move, reverse=True)[0] for end in ends])
+            path = Path(Joint(given.target.with_batch(batch)), how.start)
+            move = _tuned(path, how, sizes[0])
+            up = _climb(move, how, sizes).log_weights
+            truth = path.joint.place(z.unsqueeze(0))
+            ends = [path.at(truth.expand(k, -1, -1)) for k in sizes]
+            down = torch.cat([anneal(end, how.betas, move, reverse=True)[0] for end in ends])
         count = math.log(how.chains)
         parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
         batches.append(batch)
@@ -270,46 +271,50 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
 
 
 def _blocks(target: Target, how: AnnealingSettings, seed: int) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
-    """Blocks of data and of their chains that fit in memory together, with a key for the draws of each."""
+    """Blocks of data, the sizes of the blocks of their chains, and a key for the draws of each."""
     features = target.features + Joint(target.rows(slice(0, 1))).size
     side = max(1, min(how.chains, how.entries // features))
     rows = max(1, how.entries // (features * side))
-    sizes = [min(side, how.chains - begun) for begun in range(0, how.chains, side)]
+    sizes = [min(side, how.chains - start) for start in range(0, how.chains, side)]
     for number, block in enumerate(target.blocks(rows)):
         yield Joint(block), sizes, (seed, number)
 
 
-def _tuned(path: Path, k: int, how: AnnealingSettings) -> HMC:
-    """Adapt the step sizes in a run with k chains of its own, and freeze them."""
+def _tuned(path: Path, how: AnnealingSettings, most: int) -> HMC:
+    """Moves whose step sizes a run of at most `most` chains has adapted."""
+    k = min(max(how.chains, 4), 16, most)
     tuning = max(how.temperatures // 4, min(how.temperatures, 25)) if how.tuning is None else how.tuning
     coarse = inverse_temperatures(tuning, how.schedule)
     scale = torch.cat([path.joint.draw(path.start, k) for _ in range(math.ceil(64 / k))]).std(0).clamp_min(1e-6)
     steps = torch.full((len(coarse), path.joint.n), 0.5, dtype=torch.float64, device=scale.device)
-    move, state = HMC(path, scale, steps, how.leapfrog), path.draw(k)
+    move, chains = HMC(path, scale, steps, how.leapfrog), path.draw(k)
 
-    def adapt(state: State, beta: float, number: int) -> State:
-        state = move(state, beta, number)
+    def adapt(chains: Chains, beta: float, number: int) -> Chains:
+        chains = move(chains, beta, number)
         after = steps[number] * (0.5 * (move.rate - RATE)).exp()
         steps[number : number + 2] = after.clamp(1e-4, 2.0)
-        return state
+        return chains
 
     for _ in range(_WARM):
-        state = adapt(state, 0.0, 0)
-    anneal(state, coarse, adapt)
-    place = torch.tensor(inverse_temperatures(how.temperatures, "linear"), device=scale.device) * (len(coarse) - 1)
-    below = place.long().clamp(max=max(len(coarse) - 2, 0))
-    part = (place - below).unsqueeze(-1)
+        chains = adapt(chains, 0.0, 0)
+    anneal(chains, coarse, adapt)
+    position = torch.tensor(inverse_temperatures(how.temperatures, "linear"), device=scale.device) * (len(coarse) - 1)
+    below = position.long().clamp(max=max(len(coarse) - 2, 0))
+    part = (position - below).unsqueeze(-1)
     move.steps = steps[below] * (1 - part) + steps[below + 1] * part
     return move
 
 
-def _climb(path: Path, k: int, move: HMC, betas: list[float]) -> Annealing:
-    rates = []
+def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> Annealing:
+    """Anneal blocks of chains from the base, one after the other."""
+    rates: list[Tensor] = []
 
-    def counted(state: State, beta: float, number: int) -> State:
-        state = move(state, beta, number)
+    def counted(chains: Chains, beta: float, number: int) -> Chains:
+        chains = move(chains, beta, number)
         rates.append(move.rate)
-        return state
+        return chains
 
-    weights, state = anneal(path.draw(k), betas, counted)
-    return Annealing(weights, path.joint.latents(state.u), torch.stack(rates).mean(0))
+    climbs = [anneal(move.path.draw(k), how.betas, counted) for k in sizes]
+    latents = [move.path.joint.latents(chains.u) for _, chains in climbs]
+    rate = torch.stack(rates).unflatten(0, (len(sizes), -1)).mean(1).mean(0)
+    return Annealing(torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate)

@@ -15,13 +15,13 @@ from ppl_vae.programs.joint import Joint
 
 
 @dataclass(frozen=True)
-class State:
-    """Where the chains are.
+class Chains:
+    """Where k chains for each of n data are.
 
     Args:
-        u: vectors, (k, n, z).
+        u: latent vectors of the `Joint`, (k, n, z).
         base: log density of the base, (k, n).
-        tilt: log density of the joint less that of the base, (k, n).
+        tilt: log density of the joint minus that of the base, (k, n).
         base_slope: gradient of `base`, (k, n, z).
         tilt_slope: gradient of `tilt`, (k, n, z).
     """
@@ -32,10 +32,10 @@ class State:
     base_slope: Tensor
     tilt_slope: Tensor
 
-    def where(self, accept: Tensor, other: "State") -> "State":
-        """Take the other state where `accept`, (k, n), is false."""
-        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(State)]
-        return State(*(torch.where(accept if a.dim() == 2 else accept.unsqueeze(-1), a, b) for a, b in pairs))
+    def where(self, accept: Tensor, other: "Chains") -> "Chains":
+        """These chains where `accept`, (k, n), is true, and the others elsewhere."""
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(Chains)]
+        return Chains(*(torch.where(accept if a.dim() == 2 else accept.unsqueeze(-1), a, b) for a, b in pairs))
 
 
 class Path:
@@ -46,7 +46,7 @@ class Path:
         start: the base, `"prior"` or `"guide"`.
 
     Raises:
-        ValueError: for another base.
+        ValueError: If the base is neither, or it is a guide with auxiliary sites.
     """
 
     def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
@@ -58,17 +58,17 @@ class Path:
         self._both = Captured(self._ends)
         self._steep = Captured(lambda u: self._ends(u)[2:])
 
-    def draw(self, k: int) -> State:
-        """Draw k states from the base."""
+    def draw(self, k: int) -> Chains:
+        """Draw k chains for each datum from the base."""
         return self.at(self.joint.draw(self.start, k))
 
-    def at(self, u: Tensor) -> State:
+    def at(self, u: Tensor) -> Chains:
         """Evaluate both ends of the path and their gradients at u, (k, n, z)."""
         u = u.detach().contiguous()
-        return State(u, *self._both(u))
+        return Chains(u, *self._both(u))
 
     def slopes(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the gradients of both ends alone, as in a `State`, for less work."""
+        """Gradients of both ends, `base_slope` and `tilt_slope`, for less work than `at`."""
         base, tilt = self._steep(u.detach())
         return base, tilt
 
@@ -86,28 +86,30 @@ class Path:
 
 
 def slope(value: Tensor, u: Tensor) -> Tensor:
-    """Give the gradient of the sum of `value` in u: of its ones, so that it holds no trace of the value itself."""
+    """Gradient of the sum of `value` with respect to u."""
     if not value.requires_grad:
         return torch.zeros_like(u)
-    ones = torch.ones(value.shape, dtype=value.dtype, device=value.device)
-    found = torch.autograd.grad(value, u, ones, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(u) if found is None else found
+    ones = torch.ones(
+        value.shape, dtype=value.dtype, device=value.device
+    )  # ones_like keeps `value` in a captured graph
+    gradient = torch.autograd.grad(value, u, ones, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(u) if gradient is None else gradient
 
 
-RATE = 0.65  # of accepted moves, which the step size aims at
-Transition = Callable[[State, float, int], State]
+RATE = 0.65  # of accepted moves, the target of the step size
+Transition = Callable[[Chains, float, int], Chains]
 
 
 class HMC:
     r"""Hamiltonian moves of all chains and data at once, with a step size for each temperature and datum.
 
-    A leapfrog of :math:`H = -\log f_\beta(u) + |p|^2 / 2`, accepted by Metropolis' rule; the step size is multiplied
-    by a number drawn uniformly from 0.8 to 1.2, so that no orbit is a period. A move obeys detailed balance, so that
-    it is its own reverse.
+    A leapfrog of :math:`H = -\log f_\beta(u) + |p|^2 / 2`, accepted by Metropolis' rule. The step size is multiplied
+    by a number drawn uniformly from 0.8 to 1.2, so that no orbit closes. A move obeys detailed balance, so it is its
+    own reverse.
 
     Args:
         path: the densities.
-        scale: of each latent variable, in which steps are measured, (n, z).
+        scale: of each latent variable, (n, z): the unit of the step sizes.
         steps: step sizes, (temperatures + 1, n).
         leapfrog: steps in a move.
 
@@ -117,36 +119,36 @@ class HMC:
 
     def __init__(self, path: Path, scale: Tensor, steps: Tensor, leapfrog: int) -> None:
         self.path, self.scale, self.steps, self.leapfrog = path, scale, steps, leapfrog
-        self.rate = scale.new_zeros(len(scale), dtype=torch.float64)  # of acceptance, (n,), in the last move
+        self.rate = scale.new_zeros(len(scale), dtype=torch.float64)  # of acceptance in the last move, (n,)
 
-    def __call__(self, state: State, beta: float, number: int) -> State:
-        """Move all chains once at temperature `beta`, number `number` of the path."""
-        jitter = 0.8 + 0.4 * torch.rand_like(state.u[..., :1])
-        step = self.steps[number].to(state.u.dtype).unsqueeze(-1) * jitter * self.scale  # (k, n, z)
-        momentum = torch.randn_like(state.u)
-        energy = state.base + beta * state.tilt - 0.5 * momentum.double().square().sum(-1)
-        base, tilt, u = state.base_slope, state.tilt_slope, state.u
+    def __call__(self, chains: Chains, beta: float, number: int) -> Chains:
+        """Move all chains once at inverse temperature `beta`, which is number `number` of the path."""
+        jitter = 0.8 + 0.4 * torch.rand_like(chains.u[..., :1])
+        step = self.steps[number].to(chains.u.dtype).unsqueeze(-1) * jitter * self.scale  # (k, n, z)
+        momentum = torch.randn_like(chains.u)
+        energy = chains.base + beta * chains.tilt - 0.5 * momentum.double().square().sum(-1)
+        base, tilt, u = chains.base_slope, chains.tilt_slope, chains.u
         momentum = momentum + 0.5 * step * (base + beta * tilt)
         for _ in range(self.leapfrog - 1):
-            u = _finite(u + step * momentum, state.u)
+            u = _finite(u + step * momentum, chains.u)
             base, tilt = self.path.slopes(u)
             momentum = momentum + step * (base + beta * tilt)
-        new = self.path.at(_finite(u + step * momentum, state.u))
+        new = self.path.at(_finite(u + step * momentum, chains.u))
         momentum = momentum + 0.5 * step * (new.base_slope + beta * new.tilt_slope)
         gain = new.base + beta * new.tilt - 0.5 * momentum.double().square().sum(-1) - energy
         gain = torch.where(gain.isnan(), -math.inf, gain)
         self.rate = gain.clamp_max(0.0).exp().mean(0)
-        return new.where(torch.rand_like(gain).log() < gain, state)
+        return new.where(torch.rand_like(gain).log() < gain, chains)
 
 
 def _finite(u: Tensor, other: Tensor) -> Tensor:
-    """Keep a wild proposal, which will be refused, from programs that cannot even score it."""
+    """Replace a proposal that is not finite, which a program may fail to score; it will be rejected anyway."""
     return torch.where(u.isfinite(), u, other)
 
 
 @contextmanager
-def quiet(joint: Joint, *key: int | str) -> Iterator[None]:
-    """Check the program once, then run it without validation: a wild proposal is refused, not an error."""
+def unvalidated(joint: Joint, *key: int | str) -> Iterator[None]:
+    """Check the program once, then run it without Pyro's validation: a wild proposal is rejected, not an error."""
     with joint.target.running(*key, "annealing"):
         Path(joint).draw(1)
         with pyro.validation_enabled(False):

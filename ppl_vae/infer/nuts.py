@@ -8,7 +8,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from ppl_vae.infer.hmc import Path, quiet
+from ppl_vae.infer.hmc import Path, unvalidated
 from ppl_vae.programs.joint import Joint
 
 
@@ -33,19 +33,17 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
         Draws (draws * chains, n, z) of the latent variables; `r_hat` and `ess` of each datum, (n,), and `divergences`.
     """
     path = Path(joint)
-    with quiet(joint, seed), warnings.catch_warnings():
+    with unvalidated(joint, seed), warnings.catch_warnings():
         kernel = NUTS(potential_fn=lambda given: _Potential.apply(given["u"], path))
         sampler = MCMC(kernel, draws, warmup, initial_params={"u": joint.draw("guide", chains)}, disable_progbar=True)
         sampler.run()
-        u = sampler.get_samples()["u"]  # (draws, chains, n, z)
+        values = joint.latents(sampler.get_samples()["u"].flatten(0, 1))
         divergences = len(sampler.diagnostics()["divergences"]["chain 0"])
-    values = joint.latents(u.flatten(0, 1))
-    r_hat, ess = _mixing(values.unflatten(0, (draws, chains)))
-    return values, {"r_hat": r_hat, "ess": ess, "divergences": divergences}
+    return values, {**_mixing(values.unflatten(0, (draws, chains))), "divergences": divergences}
 
 
-def _mixing(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the worst R-hat and bulk effective sample size of each datum, (n,), by arviz."""
+def _mixing(values: Tensor) -> dict[str, Tensor]:
+    """The worst R-hat and bulk effective sample size of each datum, (n,), by arviz."""
     array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
     with warnings.catch_warnings():  # of the import, and of chains that never move, whose R-hat is NaN
         warnings.simplefilter("ignore")
@@ -53,4 +51,4 @@ def _mixing(values: Tensor) -> tuple[Tensor, Tensor]:
 
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
         ess = [np.min([arviz.ess(one) for one in rows]) for rows in array]
-    return torch.tensor(r_hat).to(values), torch.tensor(ess).to(values)
+    return {"r_hat": torch.tensor(r_hat).to(values), "ess": torch.tensor(ess).to(values)}

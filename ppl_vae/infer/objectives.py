@@ -1,4 +1,4 @@
-"""Objectives by name, and what they ask of a program."""
+"""Objectives by name, and what they require of a program."""
 
 from typing import Literal
 
@@ -10,11 +10,15 @@ Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO"]
 OBJECTIVES: dict[str, type[ELBO]] = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 
 
-def check_objective(elbo: str, found: Structure) -> None:
-    """Refuse `TraceMeanField_ELBO` for latent sites that model and guide visit in different orders."""
-    if elbo == "TraceMeanField_ELBO" and not found.same_order:
+def check_objective(elbo: str, structure: Structure) -> None:
+    """Check that an objective suits the latent sites of a program.
+
+    Raises:
+        ValueError: If model and guide visit them in different orders under `TraceMeanField_ELBO`.
+    """
+    if elbo == "TraceMeanField_ELBO" and not structure.same_order:
         raise ValueError(
-            f"Expected model and guide to visit the latent sites in one order, {', '.join(found.latents)}, for "
-            f"TraceMeanField_ELBO; the guide's "
-            "order differs, and the bound would be wrong. Reorder the guide or use Trace_ELBO."
+            f"Expected model and guide to visit the latent sites in one order, {', '.join(structure.latents)}, for "
+            "TraceMeanField_ELBO; the guide's order differs, and the bound would be wrong. Reorder the guide or use "
+            "Trace_ELBO."
         )

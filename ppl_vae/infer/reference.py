@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.infer.annealing import AnnealingSettings, annealed_importance
-from ppl_vae.infer.hmc import quiet
+from ppl_vae.infer.hmc import unvalidated
 from ppl_vae.infer.modes import points_of
 from ppl_vae.infer.nuts import sample
 from ppl_vae.infer.quadrature import integrate
@@ -192,7 +192,7 @@ def _quadrature(
     parts = []
     for number, block in enumerate(target.to_double().blocks(rows)):
         joint = Joint(block)
-        with quiet(joint, seed, number):
+        with unvalidated(joint, seed, number):
             parts.append(integrate(joint, points, tolerance, entries))
     log_evidence, error, loc, covariance, settled = (torch.cat(part) for part in zip(*parts, strict=True))
     diagnostics, converged = {"settled": settled}, bool(settled.all())

@@ -1,4 +1,4 @@
-"""Training steps: a state, one step on the loss, one epoch of steps."""
+"""Training steps: their state, one step on the loss, one epoch of steps."""
 
 import copy
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import minibatches
-from ppl_vae.programs.traces import batch_of
+from ppl_vae.programs.target import Target
+from ppl_vae.programs.traces import Batch, batch_of
 
 
 @dataclass
 class History:
-    """What a training run saw, an entry an epoch; bounds are nats per datum.
+    """What a training run recorded, one entry per epoch; bounds are in nats per datum.
 
     Args:
         elbo: mean bound over the epoch's steps, while the parameters moved.
-        validation: bound of the validation data after the epoch, empty without such data.
+        validation: bound of the validation data after the epoch; empty without such data.
         learning_rate: the rate at the epoch's end.
         seconds: time since the start.
-        steps: optimiser steps taken in all.
+        steps: how many steps the optimiser took in all.
         best_epoch: the epoch whose state was kept, counted from 0.
     """
 
@@ -37,130 +37,148 @@ class History:
 
 
 class State:
-    """Where a training run stands: what it learns, the optimiser, the schedule and the history.
+    """State of a training run: what it learns, the optimiser, the schedule and the history.
 
-    Between epochs this is all that a run needs to go on exactly as if it had not been interrupted, since the order of
-    the data and all draws are keyed by seed and epoch.
+    Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
+    keyed by seed and epoch.
     """
 
     def __init__(
         self,
         learned: list[Tensor],
-        stepper: torch.optim.Optimizer,
-        plan: torch.optim.lr_scheduler.LRScheduler,
-        history: "History",
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
-        self.learned, self.stepper, self.plan, self.history = learned, stepper, plan, history
+        self.learned, self.optimizer, self.scheduler, self.history = learned, optimizer, scheduler, History()
         self.best: list[Tensor] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
         return {
             "learned": [tensor.detach().clone() for tensor in self.learned],
-            "optimizer": copy.deepcopy(self.stepper.state_dict()),
-            "schedule": copy.deepcopy(self.plan.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "schedule": copy.deepcopy(self.scheduler.state_dict()),
             "history": copy.deepcopy(vars(self.history)),
             "best": self.best,
         }
 
-    @torch.no_grad()
     def load(self, saved: dict[str, Any]) -> None:
         """Go back to a saved state."""
-        for tensor, value in zip(self.learned, saved["learned"], strict=True):
-            tensor.copy_(value)
-        self.stepper.load_state_dict(copy.deepcopy(saved["optimizer"]))
-        self.plan.load_state_dict(saved["schedule"])
+        self.set_learned(saved["learned"])
+        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self.scheduler.load_state_dict(saved["schedule"])
         vars(self.history).update(copy.deepcopy(saved["history"]))
         self.best = saved["best"]
 
+    @torch.no_grad()
+    def set_learned(self, values: list[Tensor]) -> None:
+        """Copy values into the learned tensors."""
+        for tensor, value in zip(self.learned, values, strict=True):
+            tensor.copy_(value)
 
-def train_epoch(
-    program: Any,
-    drawn: dict[str, Tensor],
-    objective: ELBO,
-    state: State,
-    good: dict[str, Any],
-    clip: float,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    first: bool,
-) -> float:
-    """Pass once over the data; give the sum of the loss over data.
+    def is_finite(self) -> bool:
+        """Whether everything learned is finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.learned)
 
-    Where a step leaves anything that is not finite, the epoch is replayed from its `good` start up to that step.
+
+@dataclass
+class Trainer:
+    """Epochs of steps on a program, and the bound of held-out data.
+
+    Args:
+        program: any program.
+        objective: one of Pyro's, with a `differentiable_loss`.
+        state: the state of the run; the steps change it.
+        batch_size: data per step.
+        clip: maximum of the global gradient norm, per datum; 0 is off.
+        seed: of the order of the data and of all draws.
     """
-    some = next(iter(drawn.values()))
-    losses: list[Tensor] = []
-    with fork_rng(seed, "svi", epoch, device=some.device):
-        for batch in minibatches(drawn, batch_size, seed=seed, epoch=epoch):
-            with pyro.validation_enabled(first and not losses):
-                losses.append(_step(objective, program, batch, state, clip) * len(next(iter(batch.values()))))
-    values = torch.stack(losses)
-    if bool(values.isfinite().all()) and _finite(state.learned):
-        return float(values.sum())
-    order = list(minibatches(drawn, batch_size, seed=seed, epoch=epoch))
-    state.load(good)
-    with fork_rng(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
-        bad, fine = -1, True
-        while fine and bad < len(order) - 1:
-            bad += 1
-            fine = bool(_step(objective, program, order[bad], state, clip).isfinite()) and _finite(state.learned)
-    state.load(good)
-    with fork_rng(seed, "svi", epoch, device=some.device), pyro.validation_enabled(False):
-        for batch in order[:bad]:
-            _step(objective, program, batch, state, clip)
-        culprit = _culprit(program, order[bad])
-    raise ValueError(
-        f"Expected a finite loss; it turned NaN or infinite at step {state.history.steps + 1} (epoch {epoch + 1}), at "
-        f"{culprit}. The program keeps the state before that step. Try a lower learning_rate, clip = 1.0, or data "
-        "nearer to unit scale."
-    )
+
+    program: Any
+    objective: Any
+    state: State
+    batch_size: int
+    clip: float
+    seed: int
+
+    def epoch(self, data: Target, number: int, *, check: bool) -> float:
+        """Pass once over the data.
+
+        Args:
+            data: the training data.
+            number: of the epoch, which keys the order of the data and all draws.
+            check: whether Pyro checks the first step.
+
+        Returns:
+            Sum of the loss over the data.
+
+        Raises:
+            ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
+        """
+        good = self.state.save()
+        losses: list[Tensor] = []
+        try:
+            with fork_rng(self.seed, "svi", number, device=data.device):
+                for batch in minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number):
+                    with pyro.validation_enabled(check and not losses):
+                        losses.append(self._step(batch) * len(next(iter(batch.values()))))
+        except KeyboardInterrupt:
+            self.state.load(good)
+            raise
+        values = torch.stack(losses)
+        if bool(values.isfinite().all()) and self.state.is_finite():
+            return float(values.sum())
+        culprit = self._replay(data, number, good)
+        raise ValueError(
+            f"Expected a finite loss; it turned NaN or infinite at step {self.state.history.steps + 1} (epoch "
+            f"{number + 1}), at {culprit}. The program keeps the state before that step. Try a lower learning_rate, "
+            "clip = 1.0, or data nearer to unit scale."
+        )
+
+    @torch.no_grad()
+    def bound(self, held_out: Target) -> float:
+        """Bound of held-out data in nats per datum, estimated by the same draws each time."""
+        total = 0.0
+        with fork_rng(self.seed, "validation", device=held_out.device), pyro.validation_enabled(False):
+            for block in held_out.blocks(self.batch_size):
+                total -= float(self._loss(block.batch)) * block.n
+        return total / held_out.n
+
+    def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
+        """Replay an epoch from its start up to the step that fails, and name the site at fault."""
+        self.state.load(good)
+        batches = minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
+        with fork_rng(self.seed, "svi", number, device=data.device), pyro.validation_enabled(False):
+            for step, batch in enumerate(batches):
+                if step == until:
+                    return _culprit(self.program, batch)
+                if not (bool(self._step(batch).isfinite()) and self.state.is_finite()):
+                    break
+        return self._replay(data, number, good, step)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """Take one step on the loss, minus the bound per datum; returns that loss."""
+        state, loss = self.state, self._loss(batch)
+        gradients = torch.autograd.grad(loss, state.learned, allow_unused=True)
+        for tensor, gradient in zip(state.learned, gradients, strict=True):
+            tensor.grad = gradient
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(state.learned, self.clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
+        state.scheduler.step()
+        state.history.steps += 1
+        return loss.detach()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        def guide(**given: Tensor) -> Any:
+            return self.program.guide(**batch_of(self.program.guide, given))
+
+        loss: Tensor = self.objective.differentiable_loss(self.program.model, guide, **batch)
+        return loss / len(next(iter(batch.values())))
 
 
-def _finite(tensors: list[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _step(objective: ELBO, program: Any, batch: dict[str, Tensor], state: State, clip: float) -> Tensor:
-    """Take one step on the loss, minus the bound per datum, and give that loss."""
-    loss = _loss(objective, program, batch)
-    for tensor, gradient in zip(
-        state.learned, torch.autograd.grad(loss, state.learned, allow_unused=True), strict=True
-    ):
-        tensor.grad = gradient
-    if clip:
-        torch.nn.utils.clip_grad_norm_(state.learned, clip)
-    state.stepper.step()
-    state.stepper.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
-    state.plan.step()
-    state.history.steps += 1
-    return loss.detach()
-
-
-def _loss(objective: Any, program: Any, batch: dict[str, Tensor]) -> Tensor:
-    n = len(next(iter(batch.values())))
-    guide_keys = batch_of(program.guide, batch)
-    guide = (
-        program.guide
-        if len(guide_keys) == len(batch)
-        else (lambda **given: program.guide(**batch_of(program.guide, given)))
-    )
-    return objective.differentiable_loss(program.model, guide, **batch) / n  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def held_out_bound(objective: Any, program: Any, data: dict[str, Tensor], size: int, seed: int) -> float:
-    """Estimate the bound of held-out data, by the same draws each time."""
-    n, total = len(next(iter(data.values()))), 0.0
-    with fork_rng(seed, "validation", device=next(iter(data.values())).device), pyro.validation_enabled(False):
-        for first in range(0, n, size):
-            batch = {key: value[first : first + size] for key, value in data.items()}
-            total -= float(_loss(objective, program, batch)) * len(next(iter(batch.values())))
-    return total / n
-
-
-def _culprit(program: Any, batch: dict[str, Tensor]) -> str:
+def _culprit(program: Any, batch: Batch) -> str:
     """Name the first site whose log probability is not finite."""
     with torch.no_grad():
         guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))

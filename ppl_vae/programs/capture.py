@@ -1,4 +1,4 @@
-"""A function of one tensor, replayed from the tensor operations that one evaluation of it consists of."""
+"""`Captured`: replay a function of one tensor by its tensor operations alone, without the Python around them."""
 
 import logging
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _EAGER = 3  # evaluations of a shape before they are captured
@@ -21,15 +21,15 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Captured:
-    """A function that is replayed without the Python that computes it, Pyro's included.
+    """A function of one tensor, replayed without its Python, Pyro's included.
 
-    After a few calls with one shape and type, its tensor operations are read off an evaluation, and whatever does not
-    depend on the argument is computed once: nothing else may change from then on. Where a second point shows that the
-    replay is not the function (which draws, or branches on values), or it cannot be captured, it stays as it is; the
-    log (level INFO) then says why.
+    After a few calls with one shape and type, its tensor operations are recorded. What does not depend on the argument
+    is computed once; everything else is treated as constant. The function itself is called if it cannot be recorded,
+    or if a second point shows that the replay differs, because the function draws or branches on values. The log
+    (level INFO) then says why.
 
     Args:
-        function: of one tensor, deterministic; its results are used as they are, without gradients.
+        function: deterministic, of one tensor; its results carry no gradients.
     """
 
     def __init__(self, function: Function) -> None:
@@ -40,7 +40,7 @@ class Captured:
     @torch.no_grad()
     def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
         """Evaluate at u."""
-        u = u.contiguous()  # as what was captured
+        u = u.contiguous()  # as at the capture
         kind = u.shape, u.dtype
         self.seen[kind] += 1
         if self.seen[kind] == _EAGER:
@@ -52,16 +52,15 @@ class Captured:
             with pyro.validation_enabled(False):  # it looks at values
                 graph = make_fx(lambda given: self.function(given))(u)
                 graph.graph.eliminate_dead_code()
-                if any(
-                    torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) for node in graph.graph.nodes
-                ):
+                targets: list[Any] = [node.target for node in graph.graph.nodes]
+                if any(torch.Tag.dynamic_output_shape in getattr(target, "tags", ()) for target in targets):
                     raise ValueError("a shape depends on values")
-                if not any(_mutates(node.target) for node in graph.graph.nodes):
+                if not any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in targets):
                     _simplify(graph, u)
                     _reuse(graph, u)
                     graph.graph.lint()
                 graph.recompile()
-                graph(u)  # which must leave no trace
+                graph(u)  # fills the memory that the next replay reuses
                 other = 0.9 * u + 0.05
                 same = all(_close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
             reason = "a second point gave something else"
@@ -78,46 +77,50 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
 
 
-def _mutates(target: Any) -> bool:
-    return getattr(getattr(target, "_schema", None), "is_mutable", False)
+def _values(module: GraphModule, u: Tensor) -> dict[Node, Any]:
+    """The value of each node at u."""
+    interpreter = Interpreter(module, garbage_collect_values=False)
+    interpreter.run(u)
+    return interpreter.env
 
 
 def _simplify(module: GraphModule, u: Tensor) -> None:
-    """Compute what does not depend on the argument, and drop what changes nothing: views in a row, times one."""
-    graph = module.graph
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    value, known = _values(module, u)
+    """Compute once what does not depend on the argument, and drop what changes nothing, such as times one."""
+    graph, value = module.graph, _values(module, u)
+    known: dict[Node, bool] = {}  # whether a node is the same at any other argument
+    for node in graph.nodes:
+        fixed = node.target in _SHAPES or all(known[one] for one in node.all_input_nodes)
+        known[node] = fixed and node.op not in ("placeholder", "output")
+    calls = [node for node in graph.nodes if node.op == "call_function" and isinstance(value[node], Tensor)]
     for number, node in enumerate(calls):
-        if known[node] and isinstance(value[node], Tensor) and not all(known[user] for user in node.users):
+        if known[node] and not all(known[user] for user in node.users):
             setattr(module, f"known_{number}", value[node])
             with graph.inserting_before(node):
                 stored = graph.create_node("get_attr", f"known_{number}")
             value[stored], known[stored] = value[node], True
             node.replace_all_uses_with(stored)
     for node in calls:
-        found = value[node]
-        if not known[node] and isinstance(found, Tensor):
+        if not known[node]:
             with graph.inserting_before(node):
-                other = _cheaper(node) if found.device.type == "cpu" else node
+                other = _cheaper(node) if value[node].device.type == "cpu" else node
                 other = _simpler(node, value, known) if other is node else other
             if other is not node:
-                value[other], known[other] = found, False
+                value[other], known[other] = value[node], False
                 node.replace_all_uses_with(other)
     graph.eliminate_dead_code()
 
 
 def _reuse(module: GraphModule, u: Tensor) -> None:
-    """Keep the memory of what is not given back from one replay to the next, since to get it anew is slow.
+    """Keep the memory of intermediate results from one replay to the next: allocating it is slow.
 
-    An elementwise result goes over an argument that nothing needs any more, any other into a piece of its own, or into
-    one whose content nothing needs any more.
+    An elementwise result overwrites an argument that is no longer needed; any other goes into a piece of its own, or
+    into one that is no longer needed.
     """
-    value, _ = _values(module, u)
-    tensors = {node: found for node, found in value.items() if isinstance(found, Tensor) and found.numel()}
+    tensors = {node: value for node, value in _values(module, u).items() if isinstance(value, Tensor) and value.numel()}
     place = {node: number for number, node in enumerate(module.graph.nodes)}
     pieces: dict[int, list[Node]] = {}
-    for node, found in tensors.items():
-        pieces.setdefault(found.untyped_storage().data_ptr(), []).append(node)
+    for node, tensor in tensors.items():
+        pieces.setdefault(tensor.untyped_storage().data_ptr(), []).append(node)
     sharing = {node: piece for piece in pieces.values() for node in piece}  # the nodes of one piece of memory
     kept: dict[str, list[Node]] = {}
 
@@ -139,7 +142,7 @@ def _reuse(module: GraphModule, u: Tensor) -> None:
             and all(_alias(tensors[one], tensors[other]) for one in beside)
         )
 
-    for node, found in tensors.items():
+    for node, tensor in tensors.items():
         target: Any = node.target
         variant = _writing(target) if node.op == "call_function" else None
         if variant is None:
@@ -149,11 +152,11 @@ def _reuse(module: GraphModule, u: Tensor) -> None:
         if over is not None:
             sharing[over].extend(sharing[node])
             sharing.update(dict.fromkeys(sharing[node], sharing[over]))
-        elif found.is_contiguous() and not returned(sharing[node]):
+        elif tensor.is_contiguous() and not returned(sharing[node]):
             done = [name for name, piece in kept.items() if last(piece) < place[node]]
-            name = next((name for name in done if _fits(getattr(module, name), found)), f"kept_{len(kept)}")
+            name = next((name for name in done if _fits(getattr(module, name), tensor)), f"kept_{len(kept)}")
             if name not in kept:
-                setattr(module, name, torch.empty_like(found))
+                setattr(module, name, torch.empty_like(tensor))
             kept[name] = sharing[node]
             with module.graph.inserting_before(node):
                 over = module.graph.create_node("get_attr", name)
@@ -164,38 +167,21 @@ def _reuse(module: GraphModule, u: Tensor) -> None:
 
 
 def _writing(target: Any) -> tuple[Any, str] | None:
-    """Give the variant of an operation that writes where it is told, and the keyword that tells it."""
+    """The variant of an operation that writes into a given tensor, and the keyword of that tensor."""
     if torch.Tag.pointwise not in getattr(target, "tags", ()) and target not in _PRODUCTS:
         return None
     given = [(one.name, str(one.type)) for one in target._schema.arguments]
     for name in target.overloadpacket.overloads():
         variant = getattr(target.overloadpacket, name)
         wanted = [(one.name, str(one.type)) for one in variant._schema.arguments if not one.is_out]
-        told = [one.name for one in variant._schema.arguments if one.is_out]
-        if len(told) == 1 and wanted == given:
-            return variant, told[0]
+        out = [one.name for one in variant._schema.arguments if one.is_out]
+        if len(out) == 1 and wanted == given:
+            return variant, out[0]
     return None
 
 
-def _values(module: GraphModule, u: Tensor) -> tuple[dict[Node, Any], dict[Node, bool]]:
-    """Evaluate each node at u, and say whether it is the same at any other."""
-    value: dict[Node, Any] = {}
-    known: dict[Node, bool] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            value[node] = u
-        elif node.op == "get_attr":
-            value[node] = getattr(module, node.target).detach()
-        elif node.op == "call_function":
-            args, kwargs = (map_arg(given, value.__getitem__) for given in (node.args, node.kwargs))
-            value[node] = node.target(*args, **kwargs)
-        fixed = node.target in _SHAPES or all(known[one] for one in node.all_input_nodes)
-        known[node] = fixed and node.op not in ("placeholder", "output")
-    return value, known
-
-
 def _cheaper(node: Node) -> Node:
-    """Write what is slow on a CPU by what is equal to rounding and fast; or give the node itself."""
+    """A node that is equal to rounding and faster on a CPU, or the node itself."""
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Node:
         return node.graph.call_function(target, args, kwargs)
@@ -210,11 +196,11 @@ def _cheaper(node: Node) -> Node:
 
 
 def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> Node:
-    """Give a node that has the same value for less work, or the node itself."""
-    target, args, found = node.target, node.args, value[node]
+    """A node that has the same value for less work, or the node itself."""
+    target, args, result = node.target, node.args, value[node]
 
     def fits(other: Any) -> bool:
-        return isinstance(other, Node) and value[other].shape == found.shape and value[other].dtype == found.dtype
+        return isinstance(other, Node) and value[other].shape == result.shape and value[other].dtype == result.dtype
 
     def always(other: Any, number: float) -> bool:
         given = value[other] if isinstance(other, Node) and known[other] else other
@@ -236,14 +222,14 @@ def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> Nod
         source = source[0]
     else:
         while isinstance(source, Node) and isinstance(value[source], tuple | list):
-            source = source.args[0]  # the pieces that a split gave, of which this may be all
-        if not isinstance(source, Node) or not _alias(value[source], found):
+            source = source.args[0]  # a split, of which this may be the only piece
+        if not isinstance(source, Node) or not _alias(value[source], result):
             return node
     while source.target is aten.view.default and value[source.args[0]].is_contiguous():
         source = source.args[0]
     if known[source]:
         return node
-    return source if fits(source) else node.graph.call_function(aten.view.default, (source, list(found.shape)))
+    return source if fits(source) else node.graph.call_function(aten.view.default, (source, list(result.shape)))
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:
@@ -251,6 +237,6 @@ def _fits(a: Tensor, b: Tensor) -> bool:
 
 
 def _alias(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors are the same numbers in the same memory, in one order."""
+    """Whether two tensors are the same numbers in the same memory and order."""
     same = a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
     return same and a.is_contiguous() and b.is_contiguous()

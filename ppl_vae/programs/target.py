@@ -191,9 +191,10 @@ class Target:
             raise ValueError(*result.args) from result.__cause__
         return result  # type: ignore[no-any-return]
 
-    def refresh(self) -> None:
-        """Forget what was computed, and follow the program to its device."""
-        self._set(self.program, check_batch(self.program, self.batch, check=False), self._structure)
+    def refresh(self, device: torch.device | None = None) -> None:
+        """Forget what was computed, and follow the program to its device, or go to the one given."""
+        batch = {key: value.to(device) for key, value in self.batch.items()}
+        self._set(self.program, check_batch(self.program, batch, check=False), self._structure)
 
 
 def _versions(program: Any) -> list[tuple[int, int]]:

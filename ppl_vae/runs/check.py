@@ -1,31 +1,37 @@
-"""What a check of a spec finds: the sites, the parameters, and the work to come."""
+"""The check of a spec before training: its sites, its parameters, and the work to come."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor, nn
 
-from ppl_vae._seeds import fork_rng
-from ppl_vae.programs.param_store import scope
-from ppl_vae.programs.traces import trace_pair
+from ppl_vae.data.loading import Data
+from ppl_vae.infer.objectives import check_objective
+from ppl_vae.programs.target import Target
+
+TRIED = 100  # data that the program is run on
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `Spec.check` found; `str` gives it as a page for people.
+    """What `Spec.check` reports; `str` writes it as text.
 
     Args:
-        data: the name of the data.
-        n_train: data for training.
+        data: name of the data.
+        n_train: number of training data.
         features: columns of `x`.
-        latents: the latent sites in the model's order and the shape of an event of each.
-        observed: the observed sites, likewise.
-        kl: for each latent site, whether the objective takes its KL term `analytic` or `sampled`.
-        parameters: how many numbers each part learns.
+        latents: event shape of each latent site, in the model's order.
+        observed: event shape of each observed site.
+        kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
+        parameters: number of parameters of each part.
         epochs: passes over the data.
         steps: optimiser steps in all.
-        memory: a rough estimate of the bytes that training takes, beyond the libraries themselves.
+        memory: rough estimate of the bytes that training takes, beyond the libraries themselves.
     """
 
     data: str
@@ -40,45 +46,75 @@ class Check:
     memory: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the findings as plain values, ready for JSON."""
+        """Plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
         sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
-        counts = [f"{name} {count:,}" for name, count in self.parameters.items()]
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         return "\n".join(
             [
                 f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features",
                 f"sites       {'; '.join(sites)}".replace("'n'", "n").replace("(n,)", "(n)"),
-                f"parameters  {', '.join(counts) or 'none'}; {sum(self.parameters.values()):,} in all",
+                f"parameters  {counts or 'none'}; {sum(self.parameters.values()):,} in all",
                 f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
                 f"memory      about {max(self.memory / 2**20, 0.1):.1f} MiB",
             ]
         )
 
 
-def try_out(program: Any, batch: dict[str, torch.Tensor], particles: int, nesting: int, seed: int) -> tuple[Any, int]:
-    """Score a batch under Pyro's validation: the model's trace, and the bytes kept for gradients."""
+def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], svi: Any) -> Check:
+    """Try all that a first step needs, under Pyro's validation; nothing is trained.
+
+    Args:
+        program: any program.
+        data: its data.
+        parts: the parts of the data that it must take, the training part last.
+        svi: the settings of `fit`.
+
+    Raises:
+        ValueError: If data, program and objective do not fit.
+    """
+    for part in parts:
+        target = Target(program, part)
+    sites = target.structure
+    check_objective(svi.elbo, sites)
+    parameters = dict(program.named_parameters()) if isinstance(program, nn.Module) else {}
+    held = [*target.batch.values(), *parameters.values()]
     kept: dict[int, int] = {}
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return value
 
-    first = next(iter(batch.values()))
-    with scope(program), fork_rng(seed, device=first.device), pyro.validation_enabled(True):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            try:
-                traces = trace_pair(program, batch, particles, nesting)
-                for trace in traces:
-                    trace.compute_log_prob()
-            except RuntimeError as error:
-                raise ValueError(
-                    "Expected a program that also runs with dims of particles left of the data's, as evidence needs: "
-                    f"shapes (..., n, event); it raised: {str(error).splitlines()[0]}"
-                ) from error
-    held = [*batch.values(), *(program.parameters() if isinstance(program, torch.nn.Module) else ())]
+    with pyro.validation_enabled(True), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        try:
+            model, guide = target.rows(slice(TRIED)).traces(svi.particles, svi.seed)
+            model.compute_log_prob()
+            guide.compute_log_prob()
+        except RuntimeError as error:
+            raise ValueError(
+                "Expected a program that also runs with dims of particles left of the data's, as evidence needs: "
+                f"shapes (..., n, event); it raised: {str(error).splitlines()[0]}"
+            ) from error
     for value in held:
         kept.pop(value.untyped_storage().data_ptr(), None)
-    return traces[0], sum(kept.values())
+    counts: Counter[str] = Counter()
+    for name, value in parameters.items():
+        counts[name.partition(".")[0]] += value.numel()
+    events = {name: tuple(model.nodes[name]["fn"].event_shape) for name in (*sites.latents, *sites.observed)}
+    gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
+    return Check(
+        data=data.name,
+        n_train=target.n,
+        features=data.features,
+        latents={name: events[name] for name in sites.latents},
+        observed={name: events[name] for name in sites.observed},
+        kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
+        parameters=dict(counts),
+        epochs=svi.epochs,
+        steps=svi.epochs * math.ceil(target.n / svi.batch_size),
+        memory=sum(value.nbytes for value in held) + 3 * sum(value.nbytes for value in parameters.values()) + gradients,
+    )

@@ -1,10 +1,10 @@
-"""TOML files and overrides, before anybody asks what they mean. Nothing slow is imported here."""
+"""Spec files before their keys are checked: TOML, overrides, and words for messages. Nothing slow is imported here."""
 
 import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Read `KEY=VALUE`: the value is TOML; what does not parse as TOML is a string.
 
     Raises:
-        ValueError: without `=` or a key.
+        ValueError: If `=` or the key is missing.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -31,21 +31,23 @@ def is_program(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Parse a file, or say what is wrong with it and where; a program's path gives its spec, on the digits."""
+    """Tables of a spec file; for a program's path, a spec that fits it to the digits.
+
+    Raises:
+        ValueError: If there is no such file, or it is no TOML, with the line.
+    """
+    file = path.with_name(path.name.partition(":")[0]) if is_program(path) else path
+    if not file.exists():
+        kind = "program" if is_program(path) else "spec"
+        others = sorted(file.parent.glob("*.py" if is_program(path) else "*.toml"))
+        raise ValueError(f"Expected a {kind} at {file.absolute()}; got no such file.{near(file, others)}")
+    if file.is_dir():
+        others = [other.name for other in sorted(file.glob("*.toml"))]
+        raise ValueError(f"Expected a file; got the folder {file}, which holds {listed(others)}.")
     if is_program(path):
-        file = path.with_name(path.name.partition(":")[0])
-        if not file.is_file():
-            there = [str(other) for other in sorted(file.parent.glob("*.py"))]
-            raise ValueError(f"Expected a program at {file.absolute()}; got no such file.{near(file, there)}")
         return {"data": {"name": "digits"}, "model": {"program": path.name}}
     try:
         text = path.read_bytes().decode()
-    except FileNotFoundError:
-        there = [str(other) for other in sorted(path.parent.glob("*.toml"))]
-        raise ValueError(f"Expected a spec at {path.absolute()}; got no such file.{near(path, there)}") from None
-    except IsADirectoryError:
-        there = [other.name for other in sorted(path.glob("*.toml"))]
-        raise ValueError(f"Expected a TOML file; got the folder {path}, which holds {listed(there)}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected a TOML file in UTF-8; got {path}: {error}") from error
     if not text.strip():
@@ -57,20 +59,21 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}, {where.rstrip(')')}: Expected TOML; got a mistake: {what}.") from error
 
 
-def merge(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Put each override in its place."""
+def merge(path: Path, tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the tables, with each override in its place and paths and tuples as TOML has them."""
+    merged: dict[str, Any] = _plain(tables)
     for dotted, value in overrides.items():
         *parents, last = dotted.split(".")
-        here = raw
-        for i, part in enumerate(parents):
-            here = here.setdefault(part, {})
-            if not isinstance(here, dict):
-                where = ".".join(parents[: i + 1])
-                raise ValueError(f"{path}: {dotted}: Expected {where} to be a table; got {show(here)}.")
         if not all((*parents, last)):
             raise ValueError(f"{path}: Expected keys with dots between them, such as svi.epochs; got {dotted!r}.")
-        here[last] = _plain(value)
-    return raw
+        table = merged
+        for i, part in enumerate(parents):
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                where = ".".join(parents[: i + 1])
+                raise ValueError(f"{path}: {dotted}: Expected {where} to be a table; got {show(table)}.")
+        table[last] = _plain(value)
+    return merged
 
 
 def _plain(value: Any) -> Any:
@@ -82,19 +85,19 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def near(word: Any, known: Any) -> str:
-    """Suggest the nearest spelling."""
+def near(word: Any, known: Iterable[Any]) -> str:
+    """Suggest the nearest known word, if one is near."""
     lower = {str(each).lower(): each for each in known}
     close = difflib.get_close_matches(str(word).lower(), lower, 1)
     return f" Did you mean {lower[close[0]]}?" if close else ""
 
 
 def show(value: Any) -> str:
-    """Show a value as it would stand in a file, shortened where it is long."""
+    """Write a value as in a file, cut if it is long."""
     text = "none" if value is None else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def listed(words: Any) -> str:
-    """Put words side by side, or say that there are none."""
+def listed(words: Iterable[Any]) -> str:
+    """Put words side by side; `none` if there are none."""
     return ", ".join(map(str, words)) or "none"

@@ -1,8 +1,9 @@
-"""Files that can be trusted: directories written as a whole, weights and training states without pickles."""
+"""The files of a run: folders replaced as a whole, tensors and training states without pickles."""
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,42 +19,45 @@ from pyro.distributions import constraints
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ppl_vae.programs.param_store import own_params
+
 FORMAT = "1"
 ALWAYS = ("spec.toml", "metrics.jsonl", "model.safetensors")
 FINISHED = ("report.json", "evidence.safetensors")
-OWN = (*ALWAYS, *FINISHED, "report.md", "state.safetensors")
-_PARAM = "pyro.param:"
+STATE = "state.safetensors"
+METRICS = ("elbo", "validation", "learning_rate", "seconds")
+PARAM = "pyro.param:"  # marks the names of tensors that a program keeps by pyro.param
 
 
 def check_folder(path: Path, *, finished: bool) -> None:
-    """Refuse a path that is no run directory, lacks a file, was interrupted, or comes of a newer format.
+    """Check that a folder is a whole run of this format.
 
     Args:
-        path: the directory.
-        finished: whether it must have been evaluated, or interrupted in training.
+        path: the folder.
+        finished: whether the run must have been evaluated; else it must have been interrupted.
+
+    Raises:
+        ValueError: If it is no run, lacks a file, has another format, or is in the other state.
     """
     if not path.is_dir():
         raise ValueError(f"Expected a run directory; {path} is {'a file' if path.exists() else 'missing'}.")
-    held = [name for name in (*ALWAYS, *FINISHED, "state.safetensors") if (path / name).is_file()]
+    held = {name for name in (*ALWAYS, *FINISHED, STATE) if (path / name).is_file()}
     if not held:
         raise ValueError(f"Expected a run directory, as `ppl-vae fit` leaves; {path} holds none of its files.")
-    interrupted = "state.safetensors" in held
-    if finished and interrupted:
+    if finished and STATE in held:
         raise ValueError(f"Expected a finished run; {path} was interrupted. Go on with: ppl-vae fit {path}")
-    if not finished and not interrupted and "report.json" in held:
+    if not finished and STATE not in held and "report.json" in held:
         raise ValueError(
             f"Expected a spec, a program or an interrupted run; {path} is a finished run. Evaluate or compare it, or "
             f"fit {path / 'spec.toml'} to train anew."
         )
-    if (path / "model.safetensors").is_file():
-        found = read_metadata(path / "model.safetensors").get("format_version", "none")
-        if found != FORMAT:
-            newer = "from a newer ppl_vae: upgrade" if found.isdigit() else "not written by ppl_vae"
-            raise ValueError(f"Expected a run of format {FORMAT}; {path} has format {found}, {newer}.")
-    if missing := [name for name in (*ALWAYS, *(FINISHED if finished else ("state.safetensors",))) if name not in held]:
-        raise ValueError(
-            f"Expected a whole run directory, as `ppl-vae fit` leaves; {path} lacks {' and '.join(missing)}. Fit again."
-        )
+    if is_run(path):
+        got = read_metadata(path / "model.safetensors").get("format_version", "none")
+        if got != FORMAT:
+            newer = "from a newer ppl_vae: upgrade" if got.isdigit() else "not written by ppl_vae"
+            raise ValueError(f"Expected a run of format {FORMAT}; {path} has format {got}, {newer}.")
+    if missing := [name for name in (*ALWAYS, *(FINISHED if finished else (STATE,))) if name not in held]:
+        raise ValueError(f"Expected a whole run directory; {path} lacks {' and '.join(missing)}. Fit again.")
 
 
 def is_run(folder: Path) -> bool:
@@ -62,19 +66,18 @@ def is_run(folder: Path) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace a folder unless it is empty, or a run in which every entry is the run's own file.
+    """Check that a run may be written to a folder: it is missing, empty, or holds only files of a run.
 
-    The run's own files are those that `fit` and `evaluate` write: links, other files and other folders are not.
+    The files of a run are those that `fit` and `evaluate` write. Links, other files and other folders are not.
 
     Raises:
-        ValueError: naming what else lies there.
+        ValueError: If it is a file, or holds anything else, by name.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"Expected a directory for the run; {folder} is a file. Choose another place.")
-    others = _others(folder)
-    if others:
+    if others := _others(folder):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ValueError(
             f"Expected a new or empty directory, or one that holds a run alone; {folder} also holds {shown}. Nothing "
@@ -83,46 +86,51 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _others(folder: Path) -> list[str]:
-    """List the entries of a folder that are not a run's own files; of a folder that is no run, all of them."""
-    entries = sorted(folder.iterdir())
+    """Entries of a folder that are not files of a run; all of them if the folder is not a run."""
     try:
-        program = read_metadata(folder / "model.safetensors")
+        metadata = read_metadata(folder / "model.safetensors")
     except ValueError:
-        program = {}
-    if "format_version" not in program:
-        return [path.name for path in entries]
+        metadata = {}
+    if "format_version" not in metadata:
+        return sorted(path.name for path in folder.iterdir())
     report = folder / "report.md"
     text = report.read_text(encoding="utf-8", errors="replace") if report.is_file() else ""
-    drawn = {f"figures/{name}" for name in re.findall(r"figures/([\w.-]+\.png)", text)}
-
-    def own(path: Path) -> bool:
-        if path.is_symlink() or not path.is_file():
-            return False
-        known = path.name in OWN or path.relative_to(folder).as_posix() in drawn
-        return known or (path.suffix == ".py" and digest(path) == program.get("program"))
-
+    own = {*ALWAYS, *FINISHED, STATE, report.name, *re.findall(r"figures/[\w.-]+\.png", text)}
     others = []
-    for path in entries:
-        inner = sorted(path.iterdir()) if path.name == "figures" and path.is_dir() and not path.is_symlink() else [path]
-        others += [each.relative_to(folder).as_posix() for each in inner if not own(each)]
+    for entry in sorted(folder.iterdir()):
+        opened = entry.name == "figures" and entry.is_dir() and not entry.is_symlink()
+        for path in sorted(entry.iterdir()) if opened else [entry]:
+            name = path.relative_to(folder).as_posix()
+            plain = path.is_file() and not path.is_symlink()
+            program = plain and path.suffix == ".py" and digest(path) == metadata.get("program")
+            if not (plain and name in own or program):
+                others.append(name)
     return others
 
 
 def digest(path: Path) -> str:
-    """Give the SHA-256 of a file."""
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn what a reader raises on a damaged file into one message."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"Expected {path} to be {what}; it is damaged ({error}). Fit again.") from None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Save tensors as safetensors.
 
     Raises:
-        OSError: where the disk is full or cannot be written, which safetensors reports in an error of its own.
+        OSError: If the disk is full or cannot be written; safetensors has an error of its own for this.
     """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    known = {"format_version": FORMAT, "ppl_vae": version("ppl-vae"), **metadata}
     try:
-        safetensors.torch.save_file(plain, path, known)
+        safetensors.torch.save_file(plain, path, {"format_version": FORMAT, "ppl_vae": version("ppl-vae"), **metadata})
     except SafetensorError as error:
         full = "os error 28" in str(error) or "No space" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
@@ -132,89 +140,92 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load tensors from safetensors.
 
     Raises:
-        ValueError: for a file that is missing or damaged.
+        ValueError: If the file is missing or damaged.
     """
-    try:
+    with _reading(path, "a safetensors file"):
         return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Expected {path} to be a safetensors file; it is damaged ({error}). Fit again.") from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read what a safetensors file says of itself; the arguments and errors are those of `read_tensors`."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Expected {path} to be a safetensors file; it is damaged ({error}). Fit again.") from None
+    """Metadata of a safetensors file; its errors are those of `read_tensors`."""
+    with _reading(path, "a safetensors file"), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
-def weights(program: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copy all that a program learned: a module's state, and what it keeps by `pyro.param`, with its constraints.
+def learned_state(program: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copy all that a program learned, ready for `write_tensors`.
+
+    Returns:
+        Tensors by name: a module's state and what the program keeps by `pyro.param`. And the metadata that names the
+        constraints of the latter.
 
     Raises:
-        ValueError: for a constraint that no file can name.
+        ValueError: If a constraint has no name by which a file could keep it.
     """
-    found = dict(program.state_dict()) if isinstance(program, nn.Module) else {}
-    own = vars(program).get("_ppl_vae_params", {"params": {}, "constraints": {}})
+    tensors = dict(program.state_dict()) if isinstance(program, nn.Module) else {}
+    own = own_params(program)
     names = {id(getattr(constraints, name)): name for name in constraints.__all__}
     kinds = {}
     for name, value in own["params"].items():
-        kind = names.get(id(own["constraints"][name]))
-        if kind is None:
+        constraint = own["constraints"][name]
+        if id(constraint) not in names:
             raise ValueError(
                 f"Expected a constraint that a file can name for pyro.param({name!r}), such as "
-                f"constraints.positive; got {own['constraints'][name]}. Or make it a parameter of an nn.Module."
+                f"constraints.positive; got {constraint}. Or make it a parameter of an nn.Module."
             )
-        found[f"{_PARAM}{name}"], kinds[name] = value, kind
-    return {name: value.detach().clone() for name, value in found.items()}, {"constraints": json.dumps(kinds)}
+        tensors[f"{PARAM}{name}"], kinds[name] = value, names[id(constraint)]
+    return {name: value.detach().clone() for name, value in tensors.items()}, {"constraints": json.dumps(kinds)}
 
 
-def read_weights(program: Any, path: Path) -> None:
-    """Put what `weights` gave back into a program, all of it.
+def load_learned_state(program: Any, path: Path) -> None:
+    """Put what `learned_state` copied back into a program.
 
     Raises:
-        ValueError: for a damaged file, or where names or shapes differ from the program's.
+        ValueError: If the file is damaged, or names or shapes differ from the program's.
     """
     tensors = read_tensors(path)
     kinds = json.loads(read_metadata(path).get("constraints", "{}"))
-    params = {name: tensors.pop(f"{_PARAM}{name}").requires_grad_() for name in kinds}
-    if params:
-        held = {name: getattr(constraints, kind) for name, kind in kinds.items()}
-        vars(program)["_ppl_vae_params"] = {"params": params, "constraints": held}
-    kept = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    params = {name: tensors.pop(f"{PARAM}{name}").requires_grad_() for name in kinds}
+    own_params(program).update(
+        params=params, constraints={name: getattr(constraints, kind) for name, kind in kinds.items()}
+    )
+    dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if not isinstance(program, nn.Module):
+        return
+    if len(dtypes) == 1:  # whatever torch's default is now
+        program.to(dtypes.pop())
     try:
-        if isinstance(program, nn.Module):
-            if len(kept) == 1:  # whatever torch's default is now
-                program.to(kept.pop())
-            program.load_state_dict(tensors)
+        program.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ValueError(f"Expected {path} to hold this program's weights; {last}") from None
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
     """Read `report.json` of a finished run."""
-    file, wanted = path / "report.json", {"spec", "data", "train", "test", "exact", "baseline"}
-    try:
+    file, wanted = folder / "report.json", {"spec", "data", "train", "test", "exact", "baseline"}
+    with _reading(file, "JSON"):
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected {file} to be JSON; it is damaged ({error}). Fit again.") from None
     if not isinstance(report, dict) or not wanted <= report.keys() or "protocol" not in report["data"]:
         raise ValueError(f"Expected {file} to be a report; it lacks some of {', '.join(sorted(wanted))}. Fit again.")
     return report
 
 
-def read_metrics(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl` of a finished run, a line an epoch."""
-    file = path / "metrics.jsonl"
-    try:
+def write_metrics(history: Mapping[str, Any], folder: Path) -> None:
+    """Write `metrics.jsonl`, one line per epoch; without validation data its bound is null."""
+    rows = itertools.zip_longest(*(history[key] for key in METRICS))
+    lines = [{"epoch": epoch, **dict(zip(METRICS, row, strict=True))} for epoch, row in enumerate(rows)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def read_metrics(folder: Path, epochs: int) -> dict[str, list[Any]]:
+    """Read `metrics.jsonl` of a finished run: the history that `write_metrics` was given."""
+    file = folder / "metrics.jsonl"
+    with _reading(file, "JSON lines"):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"Expected {file} to hold JSON lines; it is damaged ({error}). Fit again.") from None
     if len(lines) != epochs:
-        raise ValueError(f"Expected a line for each of {epochs} epochs in {file}; got {len(lines)}. Fit again.")
-    return lines
+        raise ValueError(f"Expected one line for each of {epochs} epochs in {file}; got {len(lines)}. Fit again.")
+    return {key: [line[key] for line in lines if line[key] is not None] for key in METRICS}
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -227,9 +238,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(value, Mapping):
             return {"items": [[key, plain(item)] for key, item in value.items()]}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     write_tensors(tensors, path, layout=json.dumps(plain(state)))
 
@@ -238,7 +247,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Load a training state that `write_state` saved.
 
     Raises:
-        ValueError: for a file that is missing or damaged.
+        ValueError: If the file is missing or damaged.
     """
     tensors, layout = read_tensors(path), read_metadata(path).get("layout")
     if layout is None:
@@ -256,29 +265,29 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Make a directory before the work that fills it, so that what cannot be written is known; undo that on failure."""
-    made = []
-    for path in reversed([folder, *folder.parents]):
-        if not path.is_dir():
-            path.mkdir()
-            made.append(path)
+    """Make a folder before the work that fills it, so that a place that cannot be written fails early.
+
+    If the block raises, the folders made are removed unless they hold something by then.
+    """
+    made = [path for path in reversed([folder, *folder.parents]) if not path.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # by now it holds something
+            with contextlib.suppress(OSError):  # it holds something
                 path.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Write a directory as a whole: under a temporary name, flushed to disk, then renamed into place.
+    """Write a folder as a whole: under a temporary name, flushed to disk, then renamed into place.
 
-    Where the block raises, the directory stays as it was, and nothing half-written is left.
+    If the block raises, the folder stays as it was, and nothing half-written is left.
 
     Raises:
-        ValueError: where the directory holds anything else than a run, as `check_replaceable` says.
+        ValueError: If the folder holds anything but a run, as `check_replaceable` says.
     """
     folder = folder.resolve()
     check_replaceable(folder)

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import platformdirs
+import platformdirs.macos
+import platformdirs.unix
+import platformdirs.windows
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -45,7 +49,7 @@ def _same(a: Data, b: Data) -> bool:
 
 @pytest.fixture
 def images() -> npt.NDArray[np.uint8]:
-    """Give 60 pictures of 4 by 3 grey levels, the first pixel constant."""
+    """60 pictures of 4 by 3 grey levels, the first pixel constant."""
     x = np.random.default_rng(0).integers(0, 256, (60, 4, 3), dtype=np.uint8)
     x[:, 0, 0] = 7
     x[0, 0, 1], x[1, 0, 1] = 0, 255
@@ -322,8 +326,8 @@ def test_the_digest_tells_test_parts_apart() -> None:
 def test_to_moves_every_tensor() -> None:
     data = load("digits", binarization="dynamic", validation_fraction=0.1).to("meta")
     assert {value.device.type for value in _tensors(data).values()} == {"meta"}
-    assert data._stored is not None
-    assert data._stored.device.type == "meta"
+    assert data.stored is not None
+    assert data.stored["x"].device.type == "meta"
     assert data.protocol == load("digits", binarization="dynamic", validation_fraction=0.1).protocol
 
 
@@ -403,7 +407,7 @@ def test_the_order_is_by_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.0])
 def test_bad_batch_sizes_are_refused_at_once(size: Any) -> None:  # noqa: ANN401
-    with pytest.raises(ValueError, match=re.escape(f"`size` to be an integer >= 1; got {size}")):
+    with pytest.raises(ValueError, match=re.escape(f"`size` to be a whole number, at least 1; got {size}")):
         minibatches({"x": torch.zeros(3, 1)}, size, seed=0, epoch=0)
 
 
@@ -695,21 +699,24 @@ def test_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def test_root_is_the_argument_then_the_variable_then_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "variable"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert datasets.root_folder(tmp_path / "a")[0] == tmp_path / "a"
     assert datasets.root_folder(None)[0] == tmp_path / "variable"
     monkeypatch.delenv("PPL_VAE_DATA")
-    for platform, variable, expected in (
-        ("linux", None, tmp_path / "cache" / "ppl_vae"),
-        ("linux", "XDG_CACHE_HOME", Path.home() / ".cache" / "ppl_vae"),
-        ("darwin", None, Path.home() / "Library" / "Caches" / "ppl_vae"),
-        ("win32", None, tmp_path / "local" / "ppl_vae"),
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.windows.get_win_folder", lambda name: str(tmp_path / name.lower()))
+    for platform, expected in (
+        (platformdirs.unix.Unix, tmp_path / "cache" / "ppl_vae"),
+        (platformdirs.macos.MacOS, Path.home() / "Library" / "Caches" / "ppl_vae"),
+        (platformdirs.windows.Windows, tmp_path / "csidl_local_appdata" / "ppl_vae"),
     ):
-        monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-        monkeypatch.setattr(sys, "platform", platform)
-        if variable:
-            monkeypatch.delenv(variable)
-        assert datasets.root_folder(None)[0] == expected
+        with monkeypatch.context() as patch:
+            if platform is platformdirs.macos.MacOS:
+                patch.delenv("XDG_CACHE_HOME")
+            patch.setattr(platformdirs, "PlatformDirs", platform)
+            assert datasets.root_folder(None) == (expected, "the cache folder")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(platformdirs, "PlatformDirs", platformdirs.unix.Unix)
+    assert datasets.root_folder(None)[0] == Path.home() / ".cache" / "ppl_vae"
 
 
 class _NoMNIST:
@@ -731,7 +738,7 @@ def test_missing_mnist_says_where_it_was_looked_for(
     download: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = _NoMNIST()
-    monkeypatch.setattr(datasets, "_torchvision_datasets", lambda: fake)
+    monkeypatch.setattr(datasets, "torchvision_datasets", lambda: fake)
     with pytest.raises(ValueError, match=rf"under {re.escape(str(tmp_path))} \(`root`\); got.*{remedy}"):
         load("mnist", root=tmp_path, download=download)
     monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "b"))
@@ -754,29 +761,34 @@ def _in_a_fresh_process(code: str, path: Path) -> subprocess.CompletedProcess[st
 
 def _fake_torchvision(path: Path, body: str) -> None:
     (path / "torchvision").mkdir()
-    (path / "torchvision" / "__init__.py").write_text(body)
-    (path / "torchvision" / "datasets.py").write_text("FOUND = True\n")
+    (path / "torchvision" / "__init__.py").write_text(f"print('imported')\n{body}")
+    (path / "torchvision" / "datasets.py").write_text("THERE = True\n")
 
 
 def test_the_guard_mends_missing_operators(tmp_path: Path) -> None:
-    """Imports neither torchvision nor scikit-learn at first; fails without the guard; passes with it."""
+    """Imports neither torchvision nor scikit-learn at first; fails without the guard; passes with it, for good."""
     fakes = "".join(f"torch.library.register_fake('torchvision::{name}')(print)\n" for name in ("nms", "qnms"))
     _fake_torchvision(tmp_path, "import torch\n" + fakes)
     code = (
-        "import sys\nfrom ppl_vae.data import datasets, loading\nprint({'torchvision', 'sklearn'} & set(sys.modules))\n"
+        "import gc, sys, torch\nfrom ppl_vae.data import datasets, loading\n"
+        "print({'torchvision', 'sklearn'} & set(sys.modules))\n"
         "try:\n    import torchvision\nexcept RuntimeError as error:\n    print(error)\n"
-        "print(datasets._torchvision_datasets().FOUND, len(datasets._KEPT))"
+        "print(datasets.torchvision_datasets().THERE)\ngc.collect()\nprint(hasattr(torch.ops.torchvision, 'nms'))"
     )
     done = _in_a_fresh_process(code, tmp_path)
-    assert done.stdout == "set()\noperator torchvision::nms does not exist\nTrue 1\n", done.stderr
+    expected = "set()\nimported\noperator torchvision::nms does not exist\nimported\nimported\nTrue\nTrue\n"
+    assert done.stdout == expected, done.stderr
 
 
 def test_the_guard_leaves_a_matching_torchvision_alone(tmp_path: Path) -> None:
     body = "import torch\nlibrary = torch.library.Library('torchvision', 'DEF')\n"
     _fake_torchvision(tmp_path, body)
-    code = "from ppl_vae.data import datasets; print(datasets._torchvision_datasets().FOUND, datasets._KEPT)"
+    code = (
+        "import torch\nfrom ppl_vae.data import datasets\n"
+        "print(datasets.torchvision_datasets().THERE, hasattr(torch.ops.torchvision, 'nms'))"
+    )
     done = _in_a_fresh_process(code, tmp_path)
-    assert done.stdout == "True []\n", done.stderr
+    assert done.stdout == "imported\nTrue False\n", done.stderr
 
 
 def test_the_guard_passes_other_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,7 +797,7 @@ def test_the_guard_passes_other_errors_on(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.raises(RuntimeError, match="out of luck with torchvision.datasets"):
-        datasets._torchvision_datasets()
+        datasets.torchvision_datasets()
 
 
 def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ppl_vae.programs.joint import Joint
 
 
 def curved(scale: float) -> Program:
-    """Give z ~ N(0, I), x ~ N(exp z_0 + z_1^2, scale)."""
+    """Pair with z ~ N(0, I), x ~ N(exp z_0 + z_1^2, scale)."""
 
     def model(x: Tensor) -> None:
         one = torch.ones((), dtype=x.dtype)
@@ -33,7 +33,7 @@ def curved(scale: float) -> Program:
 
 
 def brute(x: np.ndarray, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """Give log p(x), mean and covariance by an even sum of 1,601 x 1,601 points, in double precision."""
+    """Log p(x), mean and covariance by an even sum of 1,601 x 1,601 points, in double precision."""
     axis = np.linspace(-8, 8, 1601)
     first, second = np.meshgrid(axis, axis, indexing="ij")
     log = stats.norm.logpdf(first) + stats.norm.logpdf(second)
@@ -50,13 +50,13 @@ def brute(x: np.ndarray, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
 def test_moments_of_a_curved_posterior() -> None:
     """Its mean is not where its mode is, nor is it in the middle of the lattice."""
     x = torch.tensor([[0.5], [2.5]], dtype=torch.float64)
-    found = reference_posterior(curved(0.4), x, "quadrature")
+    reference = reference_posterior(curved(0.4), x, "quadrature")
     for row in range(2):
         log_evidence, loc, covariance = brute(x[row].numpy(), 0.4)
-        assert float(found.log_evidence[row]) == pytest.approx(log_evidence, abs=1e-6)
-        np.testing.assert_allclose(found.loc[row], loc, atol=1e-5)
-        np.testing.assert_allclose(found.covariance[row], covariance, atol=1e-5)
-    assert float(found.loc[1, 0].abs()) > 0.05
+        assert float(reference.log_evidence[row]) == pytest.approx(log_evidence, abs=1e-6)
+        np.testing.assert_allclose(reference.loc[row], loc, atol=1e-5)
+        np.testing.assert_allclose(reference.covariance[row], covariance, atol=1e-5)
+    assert float(reference.loc[1, 0].abs()) > 0.05
 
 
 def test_the_error_covers_the_rounding_of_large_log_densities() -> None:
@@ -72,15 +72,15 @@ def test_the_error_covers_the_rounding_of_large_log_densities() -> None:
             pyro.sample("z", dist.Normal(x.mean(-1), 0.1))
 
     x = 3 + 10 * torch.randn(8, 400, generator=torch.Generator().manual_seed(0))
-    found = reference_posterior(Program(model, guide), x, "quadrature")
+    reference = reference_posterior(Program(model, guide), x, "quadrature")
     wide = x.numpy().astype(np.longdouble)  # of N(0, I / 4 + 11'), by Sherman and Morrison's formula
     quadratic = 4 * (wide**2).sum(1) - 16 * wide.sum(1) ** 2 / 1601
     exact = (-0.5 * (quadratic + 400 * np.log(np.pi / 2) + np.log(np.longdouble(1601)))).astype(float)
     assert exact.max() < -5e4
-    miss = np.abs(found.log_evidence.numpy() - exact)
-    assert (miss < found.error.numpy()).all()
-    assert (found.error.numpy() > 4e-16 * np.abs(exact)).all()
-    assert found.error.max() < 1e-6
+    miss = np.abs(reference.log_evidence.numpy() - exact)
+    assert (miss < reference.error.numpy()).all()
+    assert (reference.error.numpy() > 4e-16 * np.abs(exact)).all()
+    assert reference.error.max() < 1e-6
 
 
 def test_no_evaluation_holds_more_than_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +116,11 @@ def test_a_low_mode_that_draws_of_the_prior_reach_is_not_left_out() -> None:
             pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 0.5))
 
     x = torch.linspace(-8, 12, 9, dtype=torch.float64).unsqueeze(-1)
-    found = reference_posterior(Program(model, guide), x)
-    assert found.method == "quadrature"  # a mixture is not taken for linear-Gaussian
+    reference = reference_posterior(Program(model, guide), x)
+    assert reference.method == "quadrature"  # a mixture is not taken for linear-Gaussian
     exact = np.log(sum(w * stats.norm(m, np.hypot(s, 8)).pdf(x[:, 0]) for w, m, s in ((0.9, 0, 0.5), (0.1, 6, 2))))
-    assert (np.abs(found.log_evidence.numpy() - exact) <= found.error.numpy()).all()
-    assert found.error.max() < 1e-7
+    assert (np.abs(reference.log_evidence.numpy() - exact) <= reference.error.numpy()).all()
+    assert reference.error.max() < 1e-7
 
 
 def test_a_density_that_is_infinite_somewhere_has_no_figure_to_rely_on() -> None:
@@ -133,6 +133,6 @@ def test_a_density_that_is_infinite_somewhere_has_no_figure_to_rely_on() -> None
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", dist.Gamma(0.1 + x[:, 0], 2.0))
 
-    found = reference_posterior(Program(model, guide), torch.zeros(1, 1).double(), "quadrature")
+    reference = reference_posterior(Program(model, guide), torch.zeros(1, 1).double(), "quadrature")
     exact = 0.1 * np.log(0.5)
-    assert not found.converged or abs(float(found.log_evidence) - exact) <= float(found.error)
+    assert not reference.converged or abs(float(reference.log_evidence) - exact) <= float(reference.error)

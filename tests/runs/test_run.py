@@ -410,7 +410,7 @@ def test_the_program_of_an_interrupted_run_runs_only_on_trust(tmp_path, monkeypa
     mark.unlink()
     before = contents(tmp_path / "downloaded")
     for source in ("downloaded", "downloaded/spec.toml"):
-        with pytest.raises(ValueError, match="give --trust-code"):
+        with pytest.raises(ValueError, match="without --trust-code"):
             fit_spec(tmp_path / source, out=None if source == "downloaded" else tmp_path / "new")
     assert not mark.exists()
     assert contents(tmp_path / "downloaded") == before
@@ -425,7 +425,7 @@ def test_a_programs_own_copy_is_used_and_asks_for_trust(tmp_path):
     file.unlink()
     shutil.move(tmp_path / "run", tmp_path / "moved")
     mark.unlink()
-    with pytest.raises(ValueError, match="give --trust-code"):
+    with pytest.raises(ValueError, match="without --trust-code"):
         load_run(tmp_path / "moved")
     assert not mark.exists()
     again = evaluate_run(tmp_path / "moved", trust_code=True)
@@ -533,14 +533,14 @@ def test_a_state_round_trips_without_pickles(tmp_path):
 def test_a_tied_parameter_is_saved(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     module[1].weight = module[0].weight
-    learned, metadata = storage.weights(module)
+    learned, metadata = storage.learned_state(module)
     storage.write_tensors(learned, tmp_path / "w", **metadata)
     other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     other[1].weight = other[0].weight
-    storage.read_weights(other, tmp_path / "w")
+    storage.load_learned_state(other, tmp_path / "w")
     assert torch.equal(other[1].weight, module[0].weight)
     with pytest.raises(ValueError, match="to hold this program's weights"):
-        storage.read_weights(torch.nn.Linear(3, 3), tmp_path / "w")
+        storage.load_learned_state(torch.nn.Linear(3, 3), tmp_path / "w")
 
 
 def test_runs_are_frozen(finished):

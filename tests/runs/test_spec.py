@@ -39,7 +39,7 @@ def few(spec):
         data = spec.load_data()
         parts = {part: getattr(data, part) for part in ("train", "validation", "test")}
         small = {part: tensors and {k: v[:20] for k, v in tensors.items()} for part, tensors in parts.items()}
-        _loaded[key] = dataclasses.replace(data, **small, _stored=None)
+        _loaded[key] = dataclasses.replace(data, **small, stored=None)
     return _loaded[key]
 
 
@@ -213,12 +213,12 @@ def test_a_programs_keys_are_its_constructors(overrides, expected):
     assert expected in refusal(overrides, MODELS / "two_level.toml")
 
 
-def test_code_runs_with_leave_only(tmp_path):
+def test_code_runs_only_if_trusted(tmp_path):
     (tmp_path / "bad.py").write_text("raise RuntimeError('it ran')\n")
     path = write(tmp_path, '[data]\nname = "digits"\n[model]\nprogram = "bad.py:A"\nsize = 3\n')
     with pytest.raises(ValueError, match=r"model\.program: Expected .* to import; it raised RuntimeError: it ran"):
         load_spec(path)
-    with pytest.raises(ValueError, match=r"model\.program: Expected leave to run the code .*--trust-code") as caught:
+    with pytest.raises(ValueError, match=r"model\.program: Cannot run .*bad\.py:A without --trust-code") as caught:
         load_spec(path, trust_code=False)
     assert "it ran" not in str(caught.value)
     load_spec(DIGITS, trust_code=False)
