@@ -195,7 +195,7 @@ class Target:
             self._cache[key] = now, result
         result = self._cache[key][1]
         if isinstance(result, ValueError):
-            raise result
+            raise ValueError(*result.args) from result.__cause__
         return result  # type: ignore[no-any-return]
 
     def refresh(self, device: torch.device | None = None) -> None:
