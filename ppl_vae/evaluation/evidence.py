@@ -189,8 +189,9 @@ class Evidence:
 def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, read off traces of model and guide.
 
-    Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in fixed
-    blocks keyed by (seed, block).
+    Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in blocks
+    of 100 data, keyed by the seed and the block's number: data that begin a set have the same draws alone as within it.
+    Other subsets have draws of their own, since a random stream for each datum would cost more than the weights.
 
     Args:
         program: any program, or a `Target`.
