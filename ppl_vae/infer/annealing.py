@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_int
+from ppl_vae._checks import check_choice, check_int
 from ppl_vae.infer.hmc import HMC, RATE, Chains, Path, Transition, unvalidated
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch
 
+_DRAWS = 4096  # of prior and guide each, which importance sampling holds against the chains
 _WARM = 20  # moves at the base before the preliminary run climbs
 
 
@@ -37,24 +38,21 @@ def inverse_temperatures(temperatures: int, schedule: Literal["linear", "sigmoid
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse 2017).
     """
+    check_choice("schedule", schedule, ("linear", "sigmoid"))
     even = torch.linspace(0, 1, check_int("temperatures", temperatures) + 1, dtype=torch.float64)
     if schedule == "sigmoid":
         bent = torch.sigmoid(4 * (2 * even - 1))
         even = (bent - bent[0]) / (bent[-1] - bent[0])
-    elif schedule != "linear":
-        raise ValueError(f"Expected `schedule` to be 'linear' or 'sigmoid'; got {schedule!r}.")
     return even.tolist()
 
 
-def anneal(
-    chains: Chains, betas: list[float], transition: Transition, *, reverse: bool = False
-) -> tuple[Tensor, Chains]:
+def anneal(chains: Chains, betas: list[float], move: Transition, *, reverse: bool = False) -> tuple[Tensor, Chains]:
     r"""Take chains up the path, or down it, and collect their weights.
 
     Args:
         chains: drawn from the base; for the way down, from the posterior.
         betas: inverse temperatures, rising.
-        transition: a move that leaves :math:`f_\beta` invariant, called with the chains, beta and its number. On the
+        move: a transition that leaves :math:`f_\beta` invariant, called with the chains, beta and its number. On the
             way down it must be the reverse of the one on the way up.
         reverse: go down.
 
@@ -65,10 +63,10 @@ def anneal(
     weights = torch.zeros_like(chains.tilt)
     for number in range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas)):
         if reverse:
-            chains = transition(chains, betas[number], number)
+            chains = move(chains, betas[number], number)
         weights = weights + (betas[number] - betas[number - 1]) * chains.tilt
         if not reverse:
-            chains = transition(chains, betas[number], number)
+            chains = move(chains, betas[number], number)
     return weights, chains
 
 
@@ -80,11 +78,14 @@ class Annealing:
         log_weights: of each chain and datum, (k, n) in nats, in double precision.
         latents: where each chain ended, (k, n, z): weighted draws from p(z|x).
         acceptance: mean rate of accepted moves, (n,).
+        floor: what importance sampling from prior or guide finds log p(x) to be at least, four errors below its
+            estimate, (n,) in nats; None if it was not asked.
     """
 
     log_weights: Tensor
     latents: Tensor
     acceptance: Tensor
+    floor: Tensor | None = None
 
     @property
     def log_evidence(self) -> Tensor:
@@ -111,8 +112,9 @@ class Annealing:
         A datum has settled if the variance of log weights over chains is below 1.2 for the median datum, at 95 %
         confidence, and below 4 for the datum itself; or if 100 chains are effective. With normal log weights, k chains
         would then be about :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. The median counts
-        because few chains tell little of a datum's own variance, and data of one program anneal alike. A mode that no
-        chain has reached leaves no trace.
+        because few chains tell little of a datum's own variance, and data of one program anneal alike. Nor has a datum
+        settled for which importance sampling finds surely more (`floor`). A mode that neither chains nor these draws
+        reach leaves no trace: in many dimensions chains can all settle in one of several modes.
         """
         free = (len(self.log_weights) - 1) * self.log_weights.shape[1]
         if free < 1:
@@ -120,7 +122,10 @@ class Annealing:
         cube = 1 - 2 / (9 * free) - 1.645 * math.sqrt(2 / (9 * free))
         most = 1.2 * max(cube, 0.0) ** 3  # of a sample's variance: the 5 % quantile of chi-squared (Wilson, Hilferty)
         variance = self.log_weights.var(0)
-        return ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
+        steady = ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
+        if self.floor is None:
+            return steady
+        return steady & (self.log_evidence + 4 * self.error.nan_to_num(0.0) >= self.floor)
 
     @property
     def shares(self) -> Tensor:
@@ -224,12 +229,12 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
     how, blocks = AnnealingSettings(**settings), []
     for joint, sizes, key in _blocks(Target.of(program, x), how, seed):
         with unvalidated(joint, *key):
-            blocks.append(_climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes))
-    return Annealing(
-        torch.cat([block.log_weights for block in blocks], 1),
-        torch.cat([block.latents for block in blocks], 1),
-        torch.cat([block.acceptance for block in blocks]),
-    )
+            climbed = _climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes)
+            blocks.append(
+                (*climbed, _floor(joint, max(1, how.entries // ((joint.target.features + joint.size) * joint.n))))
+            )
+    weights, latents, rates, floors = zip(*blocks, strict=True)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), torch.cat(floors))
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
@@ -259,7 +264,7 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
                 batch, z = simulate_twice(given.target, *key, "simulate")
             path = Path(Joint(given.target.with_batch(batch)), how.start)
             move = _tuned(path, how, sizes[0])
-            up = _climb(move, how, sizes).log_weights
+            up, *_ = _climb(move, how, sizes)
             truth = path.joint.place(z.unsqueeze(0))
             ends = [path.at(truth.expand(k, -1, -1)) for k in sizes]
             down = torch.cat([anneal(end, how.betas, move, reverse=True)[0] for end in ends])
@@ -306,8 +311,8 @@ def _tuned(path: Path, how: AnnealingSettings, most: int) -> HMC:
     return move
 
 
-def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> Annealing:
-    """Anneal blocks of chains from the base, one after the other."""
+def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Anneal blocks of chains from the base, one after the other; returns the parts of an `Annealing`."""
     rates: list[Tensor] = []
 
     def counted(chains: Chains, beta: float, number: int) -> Chains:
@@ -318,4 +323,25 @@ def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> Annealing:
     climbs = [anneal(move.path.draw(k), how.betas, counted) for k in sizes]
     latents = [move.path.joint.latents(chains.u) for _, chains in climbs]
     rate = torch.stack(rates).unflatten(0, (len(sizes), -1)).mean(1).mean(0)
-    return Annealing(torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate)
+    return torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate
+
+
+@torch.no_grad()
+def _floor(joint: Joint, size: int) -> Tensor:
+    """Four errors below the importance-sampling estimate of log p(x), (n,), from the prior or the guide, the higher."""
+    floor = torch.full((joint.n,), -math.inf, dtype=torch.float64, device=joint.device)
+    draws = min(_DRAWS, 64 * size)
+    starts: tuple[Literal["prior", "guide"], ...] = ("prior",) if joint.auxiliary else ("prior", "guide")
+    for start in starts:
+        parts = []
+        for begun in range(0, draws, size):
+            u = joint.draw(start, min(size, draws - begun))
+            prior, likelihood = joint.log_probs(u)
+            try:
+                parts.append(likelihood if start == "prior" else prior + likelihood - joint.log_guide(u))
+            except ValueError:  # of a guide that cannot score its draws
+                return floor
+        weights = torch.cat(parts).nan_to_num(-math.inf, neginf=-math.inf)
+        estimate = weights.logsumexp(0) - math.log(draws)
+        floor = torch.maximum(floor, (estimate - 4 * _delta(weights)).nan_to_num(-math.inf))
+    return floor

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ppl_vae.reports.style import BLUE, VERMILLION, axes_for, curve, flat_rows, mosaic, panels, ticks_at
+from ppl_vae.reports import style
 
 
 def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, ax: Axes | None = None) -> Axes:
@@ -26,9 +26,9 @@ def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, a
     """
     if not len(elbo):
         raise ValueError("Expected at least one epoch; got none.")
-    ax = axes_for(ax)
+    ax = style.axes_for(ax)
     finite = []
-    for bounds, label, colour in ((elbo, "training", BLUE), (validation, "validation", VERMILLION)):
+    for bounds, label, colour in ((elbo, "training", style.BLUE), (validation, "validation", style.VERMILLION)):
         values = np.array([float(value) for value in bounds])
         if len(values):
             ax.plot(np.arange(1, len(values) + 1), values, color=colour, label=label, marker="o" * (len(values) == 1))
@@ -41,7 +41,7 @@ def training_curve(elbo: Sequence[float], validation: Sequence[float] = (), *, a
     last = max(len(elbo), len(validation))
     margin = max(0.5, 0.03 * last)
     ax.set(xlim=(1 - margin, last + margin), xlabel="epoch", ylabel="ELBO (nats per datum)")
-    ax.xaxis.set_major_locator(ticks_at(8))
+    ax.xaxis.set_major_locator(style.ticks_at(8))
     ax.grid(axis="y", color="0.92")
     if len(validation):
         ax.legend(frameon=False, loc="lower right")
@@ -62,20 +62,20 @@ def reconstructions(x: Tensor, means: Tensor, *, shape: Sequence[int] | None = N
     """
     if x.shape != means.shape:
         raise ValueError(f"Expected data and means of one shape; got {tuple(x.shape)} and {tuple(means.shape)}.")
-    data, fitted = flat_rows(x, count), flat_rows(means, count)
+    data, fitted = style.flat_rows(x, count), style.flat_rows(means, count)
     n = len(data)
     if shape is not None:
         columns = min(n, 10)
         blocks = [np.pad(part, ((0, -n % columns), (0, 0)), constant_values=np.nan) for part in (data, fitted)]
         pairs = np.stack([part.reshape(-1, columns, part.shape[1]) for part in blocks], 1)
-        figure, ax, at, _ = mosaic(pairs.reshape(-1, data.shape[1]), shape, columns, left=1.15, limits=data)
+        figure, ax, at, _ = style.mosaic(pairs.reshape(-1, data.shape[1]), shape, columns, left=1.15, limits=data)
         ax.set_yticks(at, ["data", "reconstruction"] * len(pairs))
         return figure
     size = (1.5, 1.3) if n > 1 else (3.3, 2.2)
-    figure, axes = panels(n, ("feature", "value"), size=size, gap=(0.2, 0.15), top=0.4, most=5, share=True)
+    figure, axes = style.panels(n, ("feature", "value"), size=size, gap=(0.2, 0.15), top=0.4, most=5, share=True)
     for ax, one, other in zip(axes, data, fitted, strict=True):
-        curve(ax, one, color="0.3", label="data")
-        curve(ax, other, color=VERMILLION, label="reconstruction")
+        style.curve(ax, one, color="0.3", label="data")
+        style.curve(ax, other, color=style.VERMILLION, label="reconstruction")
     figure.legend(handles=list(axes[0].lines), loc="upper center", ncols=2, frameon=False)
     return figure
 
@@ -91,11 +91,11 @@ def samples(x: Tensor, *, shape: Sequence[int] | None = None, count: int = 64) -
     Raises:
         ValueError: If there are no samples, or the shape does not fit.
     """
-    data = flat_rows(x, count)
+    data = style.flat_rows(x, count)
     if shape is not None:
-        return mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
-    ax = axes_for(None)
-    ax.set(xlabel="feature", ylabel="value")
+        return style.mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
+    figure = Figure((7, 4), dpi=120, layout="constrained")
+    ax = figure.add_subplot(xlabel="feature", ylabel="value")
     for row in data:
-        curve(ax, row, color=BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
-    return ax.get_figure(root=True)
+        style.curve(ax, row, color=style.BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
+    return figure

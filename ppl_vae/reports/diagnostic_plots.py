@@ -10,22 +10,8 @@ from torch import Tensor
 
 from ppl_vae.evaluation.bounds import BoundCurve
 from ppl_vae.evaluation.calibration import Calibration
+from ppl_vae.reports import style
 from ppl_vae.reports.diagnostics import rank_counts
-from ppl_vae.reports.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    VERMILLION,
-    Array,
-    as_array,
-    axes_for,
-    bare,
-    check_some,
-    legend_above,
-    number,
-    panels,
-    ticks_at,
-)
 
 _SIZE = (6.4, 4.2)  # inches
 
@@ -39,13 +25,14 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
         ax: where to draw, by default in a new figure.
     """
     n = curve.bound.shape[1]
-    check_some(n)
-    ax = axes_for(ax, _SIZE)
-    error = as_array((curve.error.square().sum(1).sqrt() / n).nan_to_num(0.0))
-    style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 4, "capsize": 3}
-    ax.errorbar(as_array(curve.counts), as_array(curve.bound.mean(1)), 2 * error, label="bound, ± 2 errors", **style)
+    style.check_some(n)
+    ax = style.axes_for(ax, _SIZE)
+    error = style.as_array((curve.error.square().sum(1).sqrt() / n).nan_to_num(0.0))
+    counts, mean = style.as_array(curve.counts), style.as_array(curve.bound.mean(1))
+    look: dict[str, Any] = {"color": style.BLUE, "marker": "o", "markersize": 4, "capsize": 3}
+    ax.errorbar(counts, mean, 2 * error, label="bound, ± 2 errors", **look)
     if truth is not None:
-        ax.axhline(float(truth.mean()), color=VERMILLION, label="log p(x)")
+        ax.axhline(float(truth.mean()), color=style.VERMILLION, label="log p(x)")
         ax.legend(frameon=False, loc="lower right")
     ax.set(xscale="log", xlabel="samples K", ylabel="bound of log p(x), nats per datum")
     ax.ticklabel_format(axis="y", useOffset=False)
@@ -59,13 +46,14 @@ def tail_shapes(pareto_k: Tensor, *, ax: Axes | None = None) -> Axes:
         pareto_k: (n,); data without a shape (NaN) are left out.
         ax: where to draw, by default in a new figure.
     """
-    values = np.sort(as_array(pareto_k[~pareto_k.isnan()]))
-    check_some(len(values))
-    ax = axes_for(ax, _SIZE)
-    ax.plot((np.arange(len(values)) + 0.5) / len(values), values, color=BLUE, marker=".", markersize=3, linewidth=1)
-    for limit, style, meaning in ((0.5, "--", "0.5: no finite variance above"), (0.7, ":", "0.7: unreliable above")):
-        ax.axhline(limit, color="#666666", linewidth=1, linestyle=style, label=meaning)
-    legend_above(ax)
+    values = np.sort(style.as_array(pareto_k[~pareto_k.isnan()]))
+    style.check_some(len(values))
+    ax = style.axes_for(ax, _SIZE)
+    share = (np.arange(len(values)) + 0.5) / len(values)
+    ax.plot(share, values, color=style.BLUE, marker=".", markersize=3, linewidth=1)
+    for limit, dashes, meaning in ((0.5, "--", "0.5: no finite variance above"), (0.7, ":", "0.7: unreliable above")):
+        ax.axhline(limit, color="#666666", linewidth=1, linestyle=dashes, label=meaning)
+    style.legend_above(ax)
     ax.set(xlabel="fraction of the data", ylabel="tail shape k of the weights", xlim=(0, 1))
     return ax
 
@@ -78,16 +66,16 @@ def gap_parts(approximation: Tensor, amortization: Tensor, *, ax: Axes | None = 
         amortization: the part due to the guide's network, in nats, (n,).
         ax: where to draw, by default in a new figure.
     """
-    family, network = as_array(approximation), as_array(amortization)
-    check_some(len(family))
-    ax = axes_for(ax, _SIZE)
+    family, network = style.as_array(approximation), style.as_array(amortization)
+    style.check_some(len(family))
+    ax = style.axes_for(ax, _SIZE)
     order = np.argsort(family + network)
     at = np.arange(len(order))
-    ax.bar(at, family[order], 1.0, color=BLUE, label=f"approximation, mean {_mean(family)}")
+    ax.bar(at, family[order], 1.0, color=style.BLUE, label=f"approximation, mean {_mean(family)}")
     above = np.maximum(family[order], 0)
-    ax.bar(at, network[order], 1.0, bottom=above, color=VERMILLION, label=f"amortization, mean {_mean(network)}")
-    legend_above(ax)
-    ax.xaxis.set_major_locator(ticks_at())
+    ax.bar(at, network[order], 1.0, bottom=above, color=style.VERMILLION, label=f"amortization, mean {_mean(network)}")
+    style.legend_above(ax)
+    ax.xaxis.set_major_locator(style.ticks_at())
     ax.set(xlabel="datum, in order of its gap", ylabel="log p(x) - ELBO, nats", xlim=(-0.5, len(order) - 0.5))
     return ax
 
@@ -102,25 +90,25 @@ def rank_histograms(calibration: Calibration, *, most: int = 6) -> Figure:
         most: how many latents to show at most, those with the smallest p-values.
     """
     n, latents = calibration.ranks.shape
-    check_some(n)
+    style.check_some(n)
     shown = sorted(calibration.p_values.argsort(stable=True)[:most].tolist())
     edges, counts = rank_counts(calibration)
     rows = [(f"$z_{{{latent}}}$", float(calibration.p_values[latent]), counts[latent]) for latent in shown]
-    joint = np.histogram(as_array(calibration.joint_ranks), edges)[0]
+    joint = np.histogram(style.as_array(calibration.joint_ranks), edges)[0]
     rows.append(("log p(x, z)", calibration.joint_p_value, joint))
-    figure, axes = panels(len(rows) + 1, ("", "count"), size=(1.6, 1.6), gap=(0.55, 0.75), top=0.65)
+    figure, axes = style.panels(len(rows) + 1, ("", "count"), size=(1.6, 1.6), gap=(0.55, 0.75), top=0.65)
     expected, share = n / len(joint), 1 / len(joint)
     spread = 2.58 * math.sqrt(expected * (1 - share))
     for ax, (name, p, bars) in zip(axes, rows, strict=False):
         ax.axhspan(expected - spread, expected + spread, color="#dddddd", linewidth=0)
-        ax.stairs(bars, edges, fill=True, color=BLUE)
-        ax.axhline(expected, color=GREY, linewidth=0.8)
-        ax.yaxis.set_major_locator(ticks_at(4))
+        ax.stairs(bars, edges, fill=True, color=style.BLUE)
+        ax.axhline(expected, color=style.GREY, linewidth=0.8)
+        ax.yaxis.set_major_locator(style.ticks_at(4))
         ax.set_title(f"{name}, p = {p:.2g}", fontsize="medium")
-        bare(ax).set(xlabel="rank of the truth", xlim=(0, edges[-1]), ylim=(0, None))
-    ax = bare(axes[-1])
-    ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-    ax.plot(as_array(calibration.levels), as_array(calibration.coverage), color=GREEN)
+        style.bare(ax).set(xlabel="rank of the truth", xlim=(0, edges[-1]), ylim=(0, None))
+    ax = style.bare(axes[-1])
+    ax.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.8)
+    ax.plot(style.as_array(calibration.levels), style.as_array(calibration.coverage), color=style.GREEN)
     ax.set_title(f"coverage, p = {calibration.coverage_p_value:.2g}", fontsize="medium")
     ax.set(xlabel="nominal", ylabel="found", xlim=(0, 1), ylim=(0, 1))
     note = "grey: where 99 % of the bars lie if the guide is calibrated"
@@ -131,9 +119,9 @@ def rank_histograms(calibration: Calibration, *, most: int = 6) -> Figure:
     return figure
 
 
-def _mean(values: Array) -> str:
+def _mean(values: style.Array) -> str:
     """A mean in two decimals, a small one in two digits, and zero without a minus."""
     mean = float(values.mean())
     if abs(mean) < 1e-6:
         return "0.00"
-    return number(float(f"{mean:.2g}")) if abs(mean) < 0.005 else f"{mean:.2f}".replace("-", "\N{MINUS SIGN}")
+    return style.number(float(f"{mean:.2g}")) if abs(mean) < 0.005 else f"{mean:.2f}".replace("-", "\N{MINUS SIGN}")

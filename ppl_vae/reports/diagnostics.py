@@ -114,7 +114,7 @@ def find_reference(target: Target, diagnostics: Diagnostics, *, seed: int = 0) -
         name = type(target.program).__name__
         raise ValueError(f"Expected a VAE for --gap, since the family of its guide is known; got {name}.")
     if diagnostics.calibration:
-        calibrate(target.program, target.rows(slice(2)).batch, draws=1, simulations=2, seed=seed)
+        calibrate(target.rows(slice(2)), draws=1, simulations=2, seed=seed)
     if method is None:
         return None
     few = target.rows(slice(max_data or MAX_DATA.get(method, 1)))
@@ -139,27 +139,23 @@ def diagnose(
     rows = target.rows(slice((diagnostics.max_data or MAX_DATA[None]) if reference is None else len(reference.loc)))
     kind = None
     if reference is not None:
-        settled = _settled(reference)
-        relied = _relied(reference, settled)
-        report["reference"] = _reference_block(reference, settled, relied, evidence)
+        settled, used = _settled_and_used(reference)
+        report["reference"] = _reference_block(reference, settled, used, evidence)
         kind = report["reference"].get("kind")
         if reference.loc.shape[1] == 2:
             try:
                 more["densities"] = _densities(target, reference, evidence, seed)
             except ValueError as error:
                 more["notes"].append(f"The exact posterior is not drawn. {error}")
-        if bool(relied.any()):
-            more["known"] = _rows(reference, relied)
-            rows = rows.rows(relied.to(rows.device))
+        if bool(used.any()):
+            names = ("log_evidence", "error", "loc", "covariance")
+            more["known"] = dataclasses.replace(reference, **{name: getattr(reference, name)[used] for name in names})
+            rows = rows.rows(used.to(rows.device))
         elif reference.method == "nuts":
             rows = target.rows(slice(MAX_DATA[None]))
     curve = bound_curve(rows, samples=evidence.samples, seed=seed)
-    report["bound"] = {
-        "n": rows.n,
-        "samples": curve.counts.tolist(),
-        "mean": curve.bound.mean(1).tolist(),
-        "mc_se": [mean_error(error) for error in curve.error],
-    }
+    report["bound"] = {"n": rows.n, "samples": curve.counts, "mean": curve.bound.mean(1)}
+    report["bound"]["mc_se"] = [mean_error(error) for error in curve.error]
     report["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
     if diagnostics.gap:
         known = more.get("known")
@@ -169,7 +165,7 @@ def diagnose(
         more["gap"] = inference_gap(rows, log_evidence=known, seed=seed)
         report["gap"] = _gap_block(more["gap"], kind or "lower bound")
     if diagnostics.calibration:
-        more["calibration"] = calibrate(target.program, target.batch, simulations=_SIMULATIONS, seed=seed)
+        more["calibration"] = calibrate(target, simulations=_SIMULATIONS, seed=seed)
         report["calibration"] = _calibration_block(more["calibration"])
     return Results(curve, evidence.pareto_k, finite(report), **more)
 
@@ -184,24 +180,15 @@ def rank_counts(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
     return edges, np.stack([np.histogram(ranks, edges)[0] for ranks in calibration.ranks.cpu().numpy().T])
 
 
-def _settled(reference: Reference) -> Tensor:
-    """Of which data the reference knows log p(x), (n,); annealing must say so itself."""
-    known = reference.log_evidence.isfinite() & reference.error.isfinite()
-    sure = torch.zeros_like(known) if reference.method == "ais" else known
-    return known & reference.diagnostics.get("settled", sure).to(known.device)
+def _settled_and_used(reference: Reference) -> tuple[Tensor, Tensor]:
+    """Of which data the reference knows log p(x), (n,), and of which it is used, annealing's lower bounds if of none.
 
-
-def _relied(reference: Reference, settled: Tensor) -> Tensor:
-    """Whose log p(x) is used, (n,): that of settled data or, if there are none, annealing's lower bounds."""
-    if reference.method == "ais" and not bool(settled.any()):
-        return reference.log_evidence.isfinite() & reference.error.isfinite()
-    return settled
-
-
-def _rows(reference: Reference, which: Tensor) -> Reference:
-    """The reference of some of its data."""
-    parts = {name: getattr(reference, name)[which] for name in ("log_evidence", "error", "loc", "covariance")}
-    return dataclasses.replace(reference, **parts)
+    Annealing must say itself of which data it knows log p(x).
+    """
+    finite = reference.log_evidence.isfinite() & reference.error.isfinite()
+    default = torch.zeros_like(finite) if reference.method == "ais" else finite
+    settled = finite & reference.diagnostics.get("settled", default).to(finite.device)
+    return settled, finite if reference.method == "ais" and not bool(settled.any()) else settled
 
 
 def _densities(target: Target, reference: Reference, evidence: Evidence, seed: int) -> dict[str, Any]:
@@ -231,12 +218,14 @@ def _guide_density(joint: Joint, seed: int) -> tuple[DensityGrid | tuple[Tensor,
     return (q.loc, q.covariance), name
 
 
-def _reference_block(reference: Reference, settled: Tensor, relied: Tensor, evidence: Evidence) -> dict[str, Any]:
-    """Sum up a reference beside the evidence of the same data; means are over the data relied on."""
+def _reference_block(reference: Reference, settled: Tensor, used: Tensor, evidence: Evidence) -> dict[str, Any]:
+    """Sum up a reference beside the evidence of the same data; means are over the data used."""
     method, n = reference.method, len(reference.loc)
     block: dict[str, Any] = {"method": method, "n": n, "converged": reference.converged}
     block["diagnostics"] = {
-        name: _spread(value) if isinstance(value, Tensor) else value
+        name: {pick: float(getattr(value.double(), pick)()) for pick in ("min", "median", "max")}
+        if isinstance(value, Tensor)
+        else value
         for name, value in reference.diagnostics.items()
         if isinstance(value, Tensor | int | float | str | bool) and name != "settled"
     }
@@ -244,24 +233,19 @@ def _reference_block(reference: Reference, settled: Tensor, relied: Tensor, evid
         block["draws"] = len(reference.draws)
     if method == "nuts":
         block["n_settled"] = int(reference.diagnostics["settled"].sum())
-        return {**block, "each": {name: reference.diagnostics[name].tolist() for name in ("r_hat", "ess")}}
+        return {**block, "each": {name: reference.diagnostics[name] for name in ("r_hat", "ess")}}
     block["n_settled"] = int(settled.sum())
     block |= dict.fromkeys(("kind", "log_evidence", "error", "importance_weighted", "gap", "gap_error"))
-    if bool(relied.any()):
-        value, error = reference.log_evidence[relied], reference.error[relied]
+    if bool(used.any()):
+        value, error = reference.log_evidence[used], reference.error[used]
         block["kind"] = "estimate" if bool(settled.any()) else "lower bound"
         block["log_evidence"] = float(value.mean())
         block["error"] = mean_error(error) if method == "ais" else float(error.mean())
-        block["importance_weighted"] = float(evidence.log_evidence[:n][relied].mean())
-        block["gap"] = float((value - evidence.elbo[:n][relied]).mean())
-        block["gap_error"] = math.hypot(mean_error(evidence.elbo_mc_se[:n][relied]), block["error"])
-    block["each"] = {"log_evidence": reference.log_evidence.tolist(), "error": reference.error.tolist()}
+        block["importance_weighted"] = float(evidence.log_evidence[:n][used].mean())
+        block["gap"] = float((value - evidence.elbo[:n][used]).mean())
+        block["gap_error"] = math.hypot(mean_error(evidence.elbo_mc_se[:n][used]), block["error"])
+    block["each"] = {"log_evidence": reference.log_evidence, "error": reference.error}
     return block
-
-
-def _spread(values: Tensor) -> dict[str, float]:
-    values = values.double()
-    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}
 
 
 def _gap_block(gap: Gap, kind: str) -> dict[str, Any]:
@@ -269,21 +253,16 @@ def _gap_block(gap: Gap, kind: str) -> dict[str, Any]:
     block: dict[str, Any] = {"n": len(gap.total), "kind": kind}
     for name, error in (("total", "error"), *((part, f"{part}_error") for part in ("approximation", "amortization"))):
         block |= {name: float(getattr(gap, name).mean()), error: mean_error(getattr(gap, error))}
-    block["each"] = {"approximation": gap.approximation.tolist(), "amortization": gap.amortization.tolist()}
+    block["each"] = {"approximation": gap.approximation, "amortization": gap.amortization}
     return block
 
 
 def _calibration_block(calibration: Calibration) -> dict[str, Any]:
     edges, counts = rank_counts(calibration)
+    names = ("draws", "p_value", "p_values", "coverage_p_value", "joint_p_value", "verdict", "weakest")
     return {
         "simulations": len(calibration.ranks),
-        "draws": calibration.draws,
-        "p_value": calibration.p_value,
-        "p_values": calibration.p_values.tolist(),
-        "coverage_p_value": calibration.coverage_p_value,
-        "joint_p_value": calibration.joint_p_value,
-        "verdict": calibration.verdict,
-        "weakest": calibration.weakest,
+        **{name: getattr(calibration, name) for name in names},
         "ranks": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "coverage": {"nominal": calibration.levels.tolist(), "found": calibration.coverage.tolist()},
+        "coverage": {"nominal": calibration.levels, "found": calibration.coverage},
     }

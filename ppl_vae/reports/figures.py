@@ -13,7 +13,6 @@ from ppl_vae.evaluation.latents import codes
 from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import replayed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.data_plots import reconstructions, samples, training_curve
 from ppl_vae.reports.diagnostic_plots import bound_over_samples, gap_parts, rank_histograms, tail_shapes
@@ -58,7 +57,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     album.add("training.png", curve, "The bound over the epochs of training.")
     part, rows = evaluation_split(program, data)
     whose = "Held-out" if part == "test" else "Training"
-    some, few = target.rows(slice(MOST_DATA)), target.rows(slice(10))
+    few = target.rows(slice(10))
     x = few.batch.get("x")
     if (means := _means(few, seed)) is not None:
         caption = f"{whose} data, and the mean of p(x given z) for one draw of z from the guide."
@@ -69,7 +68,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
         return album
     latents = program.prior.family.event_shape.numel()
-    points = codes(some.program, some.batch, seed=seed)[0]
+    points = codes(target.rows(slice(MOST_DATA)), seed=seed)[0]
     order = points.var(0, correction=0).argsort(descending=True, stable=True).tolist()
     which = "" if latents <= 10 else "The ten latents that vary most over the data. "
     varied = traversals(program, shape=shape, latents=sorted(order[:10]))
@@ -89,10 +88,10 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
         album.add("manifold.png", latent_grid(program, shape=shape), caption)
     try:
         with torch.enable_grad():
-            q, p = gaussians(few, role="guide"), gaussians(few, role="model")
+            p, q = gaussians(target, role="model"), gaussians(target, role="guide")
     except ValueError:
         return album
-    pairs = (q.loc, q.covariance), (p.loc, p.covariance)
+    pairs = [(one.loc[:10], one.covariance[:10]) for one in (q, p)]
     caption = f"The guide's ellipses over the exact posterior's. {whose} data."
     album.add("posteriors.png", ellipses(*pairs, axes=axes, x=x, shape=shape), caption)
     return album
@@ -141,7 +140,7 @@ def _means(target: Target, seed: int) -> Tensor | None:
     program, batch = target.program, target.batch
     if isinstance(program, VAE):
         return program.reconstruct(batch, seed=seed)
-    nodes = replayed(program, batch, seed)[0].nodes
+    nodes: Any = target.replay(seed)[0].nodes
     if "x" not in nodes or "x" not in batch or nodes["x"]["value"].shape != batch["x"].shape:
         return None
     try:

@@ -1,7 +1,6 @@
 """Findings: what the numbers of a report mean in words, and what would help."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,40 +19,16 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         report: the content of `report.json`.
         history: the bound of each epoch.
     """
-    test, train = report["test"], report["train"]
-    bound, value = test["elbo"], test["log_evidence"]
-    findings = []
-    if report["data"]["part"] == "train":
+    test, train, exact = report["test"], report["train"], report["exact"]
+    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report)]
+    if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
+        reason = "the model gives some datum no density. Nothing here can be trusted."
+        return [*findings, f"**Some figures are not finite**: {reason}"]
+    findings += [*_doubt_evidence(test), *_doubt_latents(test), *_doubt_training(train, test["elbo"], history)]
+    if exact and exact["gap"] > 0.1:
         findings.append(
-            "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
-            "nothing here tells how the model does on new data. A network such as `Linear` or `MLP` would."
-        )
-    findings += _doubt_diagnostics(report)
-    if None in (value["mean"], bound["mean"], train["elbo"]):
-        return [
-            *findings,
-            "**Some figures are not finite**: the model gives some datum no density. Nothing here can be trusted.",
-        ]
-    findings += _doubt_evidence(value, test["pareto_k"])
-    if collapsed := test["collapsed"]:
-        names, one = ", ".join(f"z{latent}" for latent in collapsed), len(collapsed) == 1
-        means = f"mean of {names} hardly varies" if one else f"means of {names} hardly vary"
-        findings.append(
-            f"**{len(collapsed)} of {test['latents']} latents {'is' if one else 'are'} collapsed**: the posterior "
-            f"{means} over the data (variance below 0.01), so {'it is' if one else 'they are'} unused. Fewer latents "
-            "would do as well."
-        )
-    findings += _doubt_convergence(history)
-    ahead, noise = train["elbo"] - bound["mean"], math.hypot(bound["se"] or 0.0, train["elbo_se"] or 0.0)
-    if ahead > 3 * noise and ahead > 0.01 * abs(bound["mean"]):
-        findings.append(
-            f"**The training data fit better, by {ahead:.1f} nats**: the model memorises. Fewer parameters, fewer "
-            'epochs (`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
-        )
-    if report["exact"] and report["exact"]["gap"] > 0.1:
-        findings.append(
-            f"**The guide misses the exact posterior** by {report['exact']['gap']:.2f} nats on average. A richer "
-            "family, such as FullNormal, or longer training would come closer."
+            f"**The guide misses the exact posterior** by {exact['gap']:.2f} nats on average. A richer family, such as "
+            "FullNormal, or longer training would come closer."
         )
     return findings
 
@@ -89,22 +64,27 @@ def figure(value: float | None, error: float | None = None, *, digits: int = 3) 
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {margin(error, digits)}")
 
 
-def _doubt_diagnostics(report: Mapping[str, Any]) -> list[str]:
-    findings = []
+def _doubt_data(data: Mapping[str, Any]) -> Iterator[str]:
+    if data["part"] == "train":
+        yield (
+            "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
+            "nothing here tells how the model does on new data. A network such as `Linear` or `MLP` would."
+        )
+
+
+def _doubt_diagnostics(report: Mapping[str, Any]) -> Iterator[str]:
     reference, calibration = report.get("reference"), report.get("calibration")
     if reference and not reference["converged"]:
-        n, settled = reference["n"], reference["n_settled"]
-        findings.append(
-            f"**The reference posterior by {reference['method']} failed its own checks** on {n - settled} of {n} data: "
-            "do not rely on it there. The diagnostics below tell what failed."
+        failed = f"{reference['n'] - reference['n_settled']} of {reference['n']} data"
+        yield (
+            f"**The reference posterior by {reference['method']} failed its own checks** on {failed}: do not rely on "
+            "it there. The diagnostics below tell what failed."
         )
     if calibration and calibration["verdict"] == "miscalibrated":
-        findings.append(
+        yield (
             "**The guide is miscalibrated**: on data simulated from the model, its draws differ from the true latents "
-            f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}, so its means or intervals "
-            f"are off there. {_off_data_too(report)}"
+            f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {_off_data_too(report)}"
         )
-    return findings
 
 
 def _off_data_too(report: Mapping[str, Any]) -> str:
@@ -113,98 +93,116 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
     remedy = "a richer family, such as FullNormal, a larger network or longer training would come closer."
     if gap and (gap["amortization"] or 0.0) > (gap["approximation"] or 0.0):
         remedy = "a larger network or longer training would come closer, a richer family little."
-    known = [(exact.get("gap"), "estimate"), (gap.get("total"), gap.get("kind"))]
     part = "held-out" if report["data"]["part"] == "test" else "training"
-    for value, kind in [*known, (reference.get("gap"), reference.get("kind"))]:
+    for block, name in ((exact, "gap"), (gap, "total"), (reference, "gap")):
+        value, bounded = block.get(name), block.get("kind") == "lower bound"
+        divergence = "its KL, log p(x) - ELBO, is " + ("at least " if bounded else "") + figure(value)
         if value is not None and value > 0.1:
-            least = "at least " if kind == "lower bound" else ""
-            return f"It is off on the {part} data too: its KL, log p(x) - ELBO, is {least}{value:.3f} nats; {remedy}"
-        if value is not None and kind == "estimate":
-            return (
-                f"On the {part} data it is nearly exact: its KL, log p(x) - ELBO, is {value:.3f} nats. The fault shows "
-                "only off them, where simulated data can lie."
-            )
+            return f"It is off on the {part} data too: {divergence} nats; {remedy}"
+        if value is not None and not bounded:
+            return f"On the {part} data it is nearly exact: {divergence} nats. The fault shows only off them."
     return (
-        "Simulated data can lie off the data that it was trained on, where it may be nearly exact; `--reference auto` "
-        f"tells. If it is off there too, {remedy}"
+        f"Simulated data can lie off the {part} data, where it may be nearly exact; `--reference auto` tells. If it is "
+        f"off there too, {remedy}"
     )
 
 
-def _doubt_evidence(value: Mapping[str, Any], shape: Mapping[str, Any]) -> list[str]:
+def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
+    value, shape = test["log_evidence"], test["pareto_k"]
     if value["kind"] == "lower bound":
-        reason = "Too few samples per datum to judge them: at least 25 are needed."
+        reason = (
+            "The tail shapes of the weights are too near 0.5 for so few samples to tell if their variance is finite."
+        )
         if shape["above_0.5"]:
             reason = (
-                f"For {shape['above_0.5']:.0%} of the data the importance weights have a tail shape k above 0.5: their "
-                "variance is infinite, so no error bar would hold."
+                f"For {shape['above_0.5']:.0%} of the data the importance weights have a tail shape k above 0.5: no "
+                "finite variance, so no error bar would hold."
             )
-        elif shape["median"] is not None:
-            reason = (
-                "The tail shapes of the importance weights are too near 0.5 for so few samples to tell whether their "
-                "variance is finite."
-            )
-        return [f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"]
-    if abs(value["bias"]) > max(value["mc_se"], 0.01):
-        return [f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples reduce this."]
-    return []
+        elif shape["median"] is None:
+            reason = "Too few samples per datum to judge the weights: at least 25 are needed."
+        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"
+    elif abs(value["bias"]) > max(value["mc_se"], 0.01):
+        yield f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples reduce this."
 
 
-def _doubt_convergence(history: Sequence[float]) -> list[str]:
+def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
+    count, names = len(test["collapsed"]), ", ".join(f"z{latent}" for latent in test["collapsed"])
+    if count:
+        are, means = (
+            ("is", f"mean of {names} hardly varies") if count == 1 else ("are", f"means of {names} hardly vary")
+        )
+        yield (
+            f"**{count} of {test['latents']} latents {are} collapsed**: the posterior {means} over the data (variance "
+            "below 0.01). Fewer latents would do as well."
+        )
+
+
+def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
     if len(history) < 2:
-        return ["**Only one epoch was trained**, too few to tell whether the bound has converged. Raise `svi.epochs`."]
-    tenth = max(len(history) // 10, 1)
-    last, before = float(np.mean(history[-tenth:])), float(np.mean(history[-2 * tenth : -tenth]))
-    if last - before <= max(0.1, 5e-4 * abs(last)):
-        return []
-    epochs = f"the last {tenth} epochs" if tenth > 1 else "the last epoch"
-    return [f"**The bound was still rising**, by {last - before:.2f} nats over {epochs}. Train longer (`svi.epochs`)."]
+        yield "**Only one epoch was trained**, too few to tell whether the bound has converged. Raise `svi.epochs`."
+    else:
+        tenth = max(len(history) // 10, 1)
+        last, before = float(np.mean(history[-tenth:])), float(np.mean(history[-2 * tenth : -tenth]))
+        if last - before > max(0.1, 5e-4 * abs(last)):
+            rise = f"by {last - before:.2f} nats over the last {f'{tenth} epochs' if tenth > 1 else 'epoch'}"
+            yield f"**The bound was still rising**, {rise}. Train longer (`svi.epochs`)."
+    lead = train.get("lead") or {"elbo": None}
+    if lead["elbo"] is None or lead["log_evidence"] is None:
+        return
+    ahead, least = lead["log_evidence"], 0.01 * abs(bound["mean"])
+    told = f"{figure(ahead, lead['log_evidence_se'], digits=1)} nats of log p(x)"
+    if ahead > max(3 * lead["log_evidence_se"], least):
+        yield (
+            f"**The training data fit better, by {told}**: the model memorises. Fewer parameters, fewer epochs "
+            '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+        )
+    elif lead["elbo"] - ahead > max(3 * lead["elbo_se"], least):
+        yield (
+            f"**The encoder overfits**: its bound is {lead['elbo']:.1f} nats higher on the training data, log p(x) "
+            f"only {told}. The model is not to blame; a smaller encoder or more data for it would help."
+        )
 
 
 def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
     n, settled, method, checks = block["n"], block["n_settled"], block["method"], block["diagnostics"]
     if method == "nuts":
         r_hat, ess = figure(checks["r_hat"]["max"], digits=4), figure(checks["ess"]["min"], digits=0)
-        told = (
+        verdict = (
+            f"**Its own checks failed** on {n - settled} of {n} data. Longer chains (`python inference/nuts.py RUN "
+            "--warmup 1000 --draws 4000`) or fewer data at a time, which move together (`--data 1`), may pass."
+        )
+        return (
             f"**Reference posterior** by NUTS for {counted(n)}: R-hat is at most {r_hat} (required: below 1.01), "
             f"{block['draws']:,} draws are as good as {ess} independent ones or more (above 400), "
-            f"{checks['divergences']} diverged (none)."
+            f"{checks['divergences']} diverged (none). {'It passed its checks.' if block['converged'] else verdict}"
         )
-        if block["converged"]:
-            return f"{told} It passed its checks."
-        return (
-            f"{told} **Its own checks failed** on {n - settled} of {n} data. Longer chains (`python inference/nuts.py "
-            "RUN --warmup 1000 --draws 4000`) or fewer data at a time, which move together (`--data 1`), may pass."
+    why, remedy = "their posteriors are too rough or too wide", "Annealing (`--reference ais`)"
+    if method == "ais":
+        why, remedy = (
+            "their chains differ too much, or importance sampling finds more",
+            "Slower annealing (`ppl-vae evaluate RUN --reference ais ",
         )
-    missing = ""
-    if settled < n:
-        missing = f" **{n - settled} of {n} data did not settle**: "
-        missing += "their chains differ too much." if method == "ais" else "their posteriors are too rough or too wide."
-        missing += " They are left out here and below." if settled or method != "ais" else ""
-        missing += (
-            " Slower annealing (`ppl-vae evaluate RUN --reference ais --temperatures N`, 500 by default) or more "
-            "`--chains` (16) may help."
-            if method == "ais"
-            else " Annealing (`--reference ais`) may help."
-        )
+        remedy += "--temperatures N`, 500 by default) or more `--chains` (16)"
+    left_out = "They are left out here and below. " if settled or method != "ais" else ""
+    missing = (
+        f" **{n - settled} of {n} data did not settle**: {why}. {left_out}{remedy} may help." if settled < n else ""
+    )
     if block["log_evidence"] is None:
         return f"**Reference** by {method}: log p(x) is known for none of {counted(n)}.{missing}"
     error = f"± {margin(block['error']) if method == 'ais' else format(block['error'], '.1g')} nats"
-    error = "nats exactly" if method == "closed-form" else error
-    sure = block["kind"] == "estimate"
+    sure, of = block["kind"] == "estimate", counted(n) if settled in (0, n) else f"the {counted(settled)} that settled"
     told = (
-        f"**Reference** by {method}: log p(x) {'=' if sure else '>='} {figure(block['log_evidence'])} {error} on "
-        f"average over {counted(n) if settled in (0, n) else f'the {counted(settled)} that settled'}, where importance "
-        f"sampling gives {figure(block['importance_weighted'])}"
+        f"**Reference** by {method}: log p(x) {'=' if sure else '>='} {figure(block['log_evidence'])} "
+        f"{'nats exactly' if method == 'closed-form' else error} on average over {of}, where importance sampling gives "
+        f"{figure(block['importance_weighted'])}"
     )
     if with_gap:
         told += f"; the ELBO lies {'' if sure else 'at least '}{figure(block['gap'], block['gap_error'])} below"
     told += "." if sure else ". This is a lower bound on average, not an estimate."
     if method == "ais":
         median, least = (figure(checks["ess"][name], digits=1) for name in ("median", "min"))
-        told += (
-            f" Of its {block['draws']} chains, a median of {median} and at least {least} are effective; "
-            f"{checks['acceptance']['median']:.0%} of the moves were accepted."
-        )
+        told += f" Of its {block['draws']} chains, a median of {median} and at least {least} are effective; "
+        told += f"{checks['acceptance']['median']:.0%} of the moves were accepted."
     return told + missing
 
 

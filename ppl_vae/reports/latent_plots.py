@@ -18,22 +18,9 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.families.elementwise import Normal, StandardNormal
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.style import (
-    BLUE,
-    GREY,
-    OKABE_ITO,
-    Array,
-    as_array,
-    bare,
-    curve,
-    flat_rows,
-    mosaic,
-    number,
-    panels,
-    ticks_at,
-)
+from ppl_vae.reports import style
 
-TWELVE = (*OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as easy to tell apart as Okabe and Ito's
+TWELVE = (*style.OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as easy to tell apart as Okabe and Ito's
 
 
 def latent_scatter(
@@ -57,7 +44,7 @@ def latent_scatter(
         ValueError: If there are no data or fewer than two latents, or sizes do not fit.
     """
     points = latent_pairs(codes, axes)
-    values = None if labels is None else as_array(labels).reshape(-1)
+    values = None if labels is None else style.as_array(labels).reshape(-1)
     if values is not None and len(values) != len(points):
         raise ValueError(f"Expected a label for each of {len(points)} data; got {len(values)}.")
     distinct = np.zeros(0) if values is None else np.unique(values)
@@ -65,30 +52,32 @@ def latent_scatter(
         ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
-    style: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    look: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    across, up = points.T
     if values is None:
-        ax.scatter(*points.T, color=BLUE, label="posterior means", **style)
+        ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)
     elif len(distinct) > len(TWELVE):
-        shown = ax.scatter(*points.T, c=values, cmap="viridis", **style)
+        shown = ax.scatter(across, up, c=values, cmap="viridis", **look)
         ax.figure.colorbar(shown, ax=ax, label="label")
         beside = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     else:
         for value, colour in zip(distinct, TWELVE, strict=False):
-            ax.scatter(*points[values == value].T, color=colour, label=f"{value:g}", **style)
+            which = values == value
+            ax.scatter(across[which], up[which], color=colour, label=f"{value:g}", **look)
     if prior is None:
         drawn = np.array([[-3.0, -3.0], [3.0, 3.0]])
         for radius in (1, 2, 3):
-            ax.add_artist(Circle((0, 0), radius, fill=False, color=GREY, lw=0.9, zorder=0.5))
-        ax.plot([], [], color=GREY, lw=0.9, label="N(0, I), 1–3 sd")
+            ax.add_artist(Circle((0, 0), radius, fill=False, color=style.GREY, lw=0.9, zorder=0.5))
+        ax.plot([], [], color=style.GREY, lw=0.9, label="N(0, I), 1–3 sd")
     else:
         drawn = latent_pairs(prior, axes)
-        ax.scatter(*drawn.T, s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
+        ax.scatter(drawn[:, 0], drawn[:, 1], s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
     ax.legend(frameon=False, markerscale=(30 / area) ** 0.5, **beside)
     low, high = (extreme(np.concatenate([points, drawn]), 0) for extreme in (np.min, np.max))
     (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0
     ax.set(xlim=(left - half, left + half), ylim=(bottom - half, bottom + half), aspect="equal", anchor="W")
     ax.set(xlabel=f"$z_{{{axes[0]}}}$", ylabel=f"$z_{{{axes[1]}}}$")
-    return bare(ax)
+    return style.bare(ax)
 
 
 def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None) -> Figure:
@@ -129,10 +118,11 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
     up, across = torch.meshgrid(points[1].flip(0), points[0], indexing="ij")
     means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2))
     gap = (1 if max(shape) <= 16 else 0) if gap is None else gap
-    figure, ax, rows, columns = mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
+    figure, ax, rows, columns = style.mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
-        ticks = [tick for tick in ticks_at().tick_values(values[0], values[-1]) if values[0] <= tick <= values[-1]]
-        axis.set_ticks(np.interp(ticks, values, at).tolist(), [number(tick) for tick in ticks])
+        low, high = values[0], values[-1]
+        ticks = [tick for tick in style.ticks_at().tick_values(low, high) if low <= tick <= high]
+        axis.set_ticks(np.interp(ticks, values, at).tolist(), [style.number(tick) for tick in ticks])
     ax.set(xlabel="$z_{0}$", ylabel="$z_{1}$")
     return figure
 
@@ -178,18 +168,18 @@ def traversals(
     names = [f"$z_{{{index}}}$" for index in chosen]
     quantity = "value of the latent" if base is None else "offset of the latent from its base"
     if shape is not None:
-        figure, ax, rows, columns = mosaic(means, shape, count, left=0.4, bottom=0.5)
+        figure, ax, rows, columns = style.mosaic(means, shape, count, left=0.4, bottom=0.5)
         ticks = np.unique(np.linspace(0, count - 1, min(count, 5)).round()).astype(int)
-        ax.set_xticks(columns[ticks], [number(float(steps[tick])) for tick in ticks])
+        ax.set_xticks(columns[ticks], [style.number(float(steps[tick])) for tick in ticks])
         ax.set_yticks(rows, names)
         ax.set_xlabel(quantity)
         return figure
     tall = 0.7 if len(chosen) > 3 else 1.5
-    figure, axes = panels(len(chosen), ("feature", ""), size=(6, tall), gap=(0, 0.1), top=0.15, most=1, share=True)
+    figure, axes = style.panels(len(chosen), ("feature", ""), size=(6, tall), gap=(0, 0), top=0, most=1, share=True)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
     for ax, curves, name in zip(axes, means.reshape(len(chosen), count, -1), names, strict=True):
         for row, colour in zip(curves, colours, strict=True):
-            curve(ax, row, color=colour)
+            style.curve(ax, row, color=colour)
         ax.set_ylabel(name, rotation=0, labelpad=10, va="center")
     edge = spread * (1 + 1 / max(count - 1, 1))
     mapping = ScalarMappable(Normalize(-edge, edge), ListedColormap(colours))
@@ -198,13 +188,13 @@ def traversals(
     return figure
 
 
-def latent_pairs(codes: Tensor, axes: tuple[int, int]) -> Array:
+def latent_pairs(codes: Tensor, axes: tuple[int, int]) -> style.Array:
     """Two latents of each datum, (n, 2)."""
     if codes.dim() != 2 or codes.shape[1] < 2:
         raise ValueError(f"Expected codes of shape (n, z) with two latents or more; got {tuple(codes.shape)}.")
     if len(set(axes)) != 2 or not all(0 <= axis < codes.shape[1] for axis in axes):
         raise ValueError(f"Expected `axes` to be two latents from 0 to {codes.shape[1] - 1}; got {axes}.")
-    return flat_rows(codes, max(len(codes), 1))[:, list(axes)]
+    return style.flat_rows(codes, max(len(codes), 1))[:, list(axes)]
 
 
 def _latent_size(vae: VAE) -> int:
@@ -214,8 +204,8 @@ def _latent_size(vae: VAE) -> int:
 
 
 @torch.no_grad()
-def _decode(vae: VAE, z: Tensor) -> Array:
+def _decode(vae: VAE, z: Tensor) -> style.Array:
     """The mean of p(x|z), (n, x), at z, (n, z)."""
     device, dtype = device_and_dtype(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
-    return as_array(vae.likelihood(at).mean.flatten(1))
+    return style.as_array(vae.likelihood(at).mean.flatten(1))

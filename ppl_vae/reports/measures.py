@@ -12,7 +12,6 @@ from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.latents import active_units, rates
-from ppl_vae.networks.table import Table
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.target import Target
@@ -30,7 +29,7 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
         `test` or `train`, and that part.
     """
     if isinstance(program, VAE):
-        indexed = isinstance(program.posterior.network, Table)
+        indexed = program.posterior.wants == "index"
     else:
         indexed = any("index" in inspect.signature(part).parameters for part in (program.model, program.guide))
     return ("train", data.train) if indexed else ("test", data.test)
@@ -58,11 +57,11 @@ def evaluate(
     volume = float(data.protocol.get("log_volume") or 0.0)
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, data.features)
     few = target.rows(slice(MOST_DATA))
-    active = active_units(few.program, few.batch, seed=seed)
+    active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
     test["collapsed"] = (~active).nonzero().flatten().tolist()
     try:
-        test["rates"] = rates(few.program, few.batch, seed=seed).mean(0).tolist()
+        test["rates"] = rates(few, seed=seed).mean(0).tolist()
     except ValueError:  # a site whose marginals have no density
         test["rates"] = None
     exact = _compare_exact(target, test["elbo"])
@@ -70,16 +69,32 @@ def evaluate(
     return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
 
 
-def trained(program: Any, data: Data, *, seed: int = 0) -> dict[str, Any]:
+def trained(target: Target, data: Data, *, seed: int = 0) -> dict[str, Any]:
     """Measure the bound on at most 1,000 of the training data after training.
 
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        seed: of all draws.
+
     Returns:
-        `elbo` and its standard error `elbo_se` over the `n` data, `rate` and `distortion`.
+        `elbo` and its standard error `elbo_se` over the `n` data, `rate` and `distortion`. And by how many nats the
+        training data are ahead of the evaluated ones, `lead`: `elbo` and `log_evidence`, means over at most 300 data of
+        each part by 100 samples, with their standard errors; None if the training data are evaluated.
     """
     some = {key: value[:MOST_DATA] for key, value in data.train.items()}
-    train = log_evidence(program, some, 10, seed=seed).summary()
+    train = log_evidence(target.program, some, 10, seed=seed).summary()
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
-    return finite({**bound, "rate": train["rate"], "distortion": train["distortion"]})  # type: ignore[no-any-return]
+    lead = None
+    if evaluation_split(target.program, data)[0] == "test":
+        few = {key: value[:300] for key, value in data.train.items()}
+        seen = log_evidence(target.program, few, 100, seed=seed).summary()
+        unseen = log_evidence(target.rows(slice(300)), samples=100, seed=seed).summary()
+        lead = {"samples": 100.0}
+        for name in ("elbo", "log_evidence"):
+            lead[name] = seen[name]["mean"] - unseen[name]["mean"]
+            lead[f"{name}_se"] = math.hypot(seen[name]["se"] or 0.0, unseen[name]["se"] or 0.0)
+    return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
 
 
 def measure(target: Target) -> str:
@@ -92,7 +107,9 @@ def measure(target: Target) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by None."""
+    """Replace NaN and infinities, which JSON lacks, by None, and tensors by lists."""
+    if isinstance(value, Tensor):
+        return finite(value.tolist())
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -117,7 +134,7 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     except ValueError:
         return None
     try:
-        comparison = compare_posteriors(target.program, target.batch)
+        comparison = compare_posteriors(target)
     except ValueError:
         gap = kl = value - elbo["mean"]
         error, kind = elbo["mc_se"], "sampled"

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from ppl_vae.infer.density_grid import DensityGrid
+from ppl_vae.reports import style
 from ppl_vae.reports.latent_plots import latent_pairs
-from ppl_vae.reports.style import BLUE, VERMILLION, as_array, as_pictures, check_panels, flat_rows, inset, panels
 
 SHARES = (0.95, 0.5)  # probabilities that the regions hold
 _RADII = tuple(math.sqrt(-2 * math.log1p(-share)) for share in SHARES)  # of a Gaussian's, in standard deviations
 _EXACT: tuple[dict[str, Any], ...] = (
-    {"facecolor": BLUE + "30", "edgecolor": BLUE + "60"},
-    {"facecolor": BLUE + "60", "edgecolor": BLUE + "90"},
+    {"facecolor": style.BLUE + "30", "edgecolor": style.BLUE + "60"},
+    {"facecolor": style.BLUE + "60", "edgecolor": style.BLUE + "90"},
 )
-_APPROXIMATE: tuple[dict[str, Any], ...] = 2 * ({"fill": False, "edgecolor": VERMILLION, "lw": 1.6},)
-_PICTURE, _KL = (0.24, 0.24), (0.62, 0.07)  # sizes, in fractions of a panel
+_APPROXIMATE: tuple[dict[str, Any], ...] = 2 * ({"fill": False, "edgecolor": style.VERMILLION, "lw": 1.6},)
+_PICTURE = 0.24  # side of the small picture, as a fraction of a panel
 _CORNERS = ((1, 1), (0, 1), (0, 0), (1, 0))  # of a panel, by their coordinates
 
 
@@ -58,11 +58,13 @@ def ellipses(
         raise ValueError(f"Expected posteriors of one shape; got {tuple(q.loc.shape)} and {tuple(p.loc.shape)}.")
     two = [MultivariateNormal(one.loc[:, pair], one.covariance_matrix[:, pair][:, :, pair]) for one in (p, q)]
     middle = two[0].loc
-    half = 1.45 * torch.stack([(one.loc - middle).abs() + 2 * one.stddev for one in two]).max().expand(2)
+    half = 1.6 * torch.stack([(one.loc - middle).abs() + 2 * one.stddev for one in two]).max().expand(2)
     inside = [torch.cat(points) for points in zip(*(_disc(one, 2.0) for one in two), strict=True)]
     figure, drawn = _panels(inside, middle, half, kl=kl_divergence(q, p), labels=labels, axes=axes, x=x, shape=shape)
     for index, ax in enumerate(drawn):
-        for one, looks, mark, colour in zip(two, (_EXACT, _APPROXIMATE), "+.", (BLUE, VERMILLION), strict=True):
+        for one, looks, mark, colour in zip(
+            two, (_EXACT, _APPROXIMATE), "+.", (style.BLUE, style.VERMILLION), strict=True
+        ):
             _draw_ellipses(ax, one, index, (2.0, 1.0), looks)
             ax.plot(*one.loc[index].tolist(), marker=mark, ms=7, color=colour)
     return _explain(figure, "exact p(z|x)", "approximate q(z|x)", "ellipses of 1 and 2 sd (39 % and 86 %)")
@@ -104,7 +106,7 @@ def regions(
         raise ValueError(
             f"Expected two latents and {len(exact.points)} data of both; got {locs.shape[-1]} and {len(locs)}."
         )
-    check_panels(len(locs))
+    style.check_panels(len(locs))
     inside = [torch.cat(points) for points in zip(_inside(exact), _inside(q), strict=True)]
     low, high = (torch.stack([pick(points, 0) for points in inside]) for pick in (torch.amin, torch.amax))
     middle, half = (low + high) / 2, 0.72 * (high - low).amax(0)
@@ -131,7 +133,7 @@ def _panels(
     x: Tensor | None,
     shape: Sequence[int] | None,
 ) -> tuple[Figure, list[Axes]]:
-    """Square panels of two latents, a little wider than asked for if the KL or the picture would hide something.
+    """Square panels of two latents, a little wider than asked for if the small picture would hide something.
 
     Args:
         inside: points of each datum that must stay visible, (points, 2).
@@ -148,17 +150,16 @@ def _panels(
     for name, values in (("labels", labels), ("x", x), ("kl", kl), ("error", error)):
         if values is not None and len(values) != n:
             raise ValueError(f"Expected `{name}` for each of {n} data; got {len(values)}.")
-    pictures = None if x is None or shape is None else as_pictures(flat_rows(x, n), shape)
+    pictures = None if x is None or shape is None else style.as_pictures(style.flat_rows(x, n), shape)
     for _ in range(6):
         scaled = [(points - centre) / (2 * half) + 0.5 for points, centre in zip(inside, middle, strict=True)]
-        corners = [_corners(points, picture=pictures is not None, words=kl is not None) for points in scaled]
-        if not any(hidden for *_, hidden in corners):
+        spots = [_emptiest(points) for points in scaled]
+        if pictures is None or not any(hidden for hidden, _ in spots):
             break
         half = 1.06 * half
-    side, down = 1.7 if n > 1 else 3.3, 0.3 if labels is None else 0.55
-    names = f"$z_{{{axes[0]}}}$", f"$z_{{{axes[1]}}}$"
-    figure, drawn = panels(n, names, size=(side, side), gap=(0.45, down), top=0.3 + down)
-    for index, (ax, ((right, top), (across, up), _)) in enumerate(zip(drawn, corners, strict=True)):
+    side, names = 1.7 if n > 1 else 3.3, (f"$z_{{{axes[0]}}}$", f"$z_{{{axes[1]}}}$")
+    figure, drawn = style.panels(n, names, size=(side, side), gap=(0.45, 0.5), top=0.75)
+    for index, (ax, (_, (right, top))) in enumerate(zip(drawn, spots, strict=True)):
         (left, low), (far, high) = (middle[index] - half).tolist(), (middle[index] + half).tolist()
         ax.set(xlim=(left, far), ylim=(low, high), box_aspect=1)
         ax.locator_params(nbins=4)
@@ -168,35 +169,21 @@ def _panels(
             value, doubt = float(kl[index]), 0.0 if error is None else float(error[index])
             nats = f"{value:.2f} ± {doubt:.2f}" if doubt >= 0.005 else f"{value:.2f}"
             nats = "< 0.01" if max(value, doubt) < 0.005 else nats
-            align: dict[str, Any] = {"ha": ("left", "right")[across], "va": ("bottom", "top")[up]}
-            place = 0.03 + 0.94 * across, 0.03 + 0.94 * up
-            ax.text(*place, f"KL {nats} nats", **align, transform=ax.transAxes, fontsize=7.5, color="0.25")
+            ax.set_title(f"KL {nats} nats", loc="right", fontsize="small", color="0.25")
         if labels is not None:
             label = labels[index]
-            ax.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize="medium")
+            ax.set_title(str(label.item() if isinstance(label, Tensor) else label), loc="left", fontsize="medium")
         if pictures is not None:
-            wide, tall = _PICTURE
-            box = 0.03 + (0.94 - wide) * right, 0.03 + (0.94 - tall) * top, wide, tall
-            inset(ax, pictures[index], box, "SN"[top] + "WE"[right])
+            box = 0.03 + (0.94 - _PICTURE) * right, 0.03 + (0.94 - _PICTURE) * top, _PICTURE, _PICTURE
+            style.inset(ax, pictures[index], box, "SN"[top] + "WE"[right])
     return figure, drawn
 
 
-def _corners(points: Tensor, *, picture: bool, words: bool) -> tuple[tuple[int, int], tuple[int, int], bool]:
-    """The corners of the unit square for the picture and for the KL, and whether either hides any of the points.
-
-    Both go where they hide the fewest points; if equal, the picture goes up and the KL down.
-    """
-
-    def emptiest(size: tuple[float, float], corners: Sequence[tuple[int, int]]) -> tuple[int, tuple[int, int]]:
-        reach = torch.tensor(size).to(points) + 0.04
-        hidden = [int(((points - torch.tensor(one).to(points)).abs() < reach).all(-1).sum()) for one in corners]
-        least = min(range(len(corners)), key=hidden.__getitem__)
-        return hidden[least], corners[least]
-
-    some, corner = emptiest(_PICTURE, _CORNERS) if picture else (0, _CORNERS[0])
-    free = [one for one in reversed(_CORNERS) if not picture or one[1] != corner[1]]
-    more, place = emptiest(_KL, free) if words else (0, free[0])
-    return corner, place, some + more > 0
+def _emptiest(points: Tensor) -> tuple[int, tuple[int, int]]:
+    """The corner of the unit square where a picture hides the fewest points, and how many; the first of equals."""
+    apart = [(points - torch.tensor(corner).to(points)).abs() for corner in _CORNERS]
+    hidden = [int((one < _PICTURE + 0.04).all(-1).sum()) for one in apart]
+    return min(hidden), _CORNERS[hidden.index(min(hidden))]
 
 
 def _inside(q: DensityGrid | MultivariateNormal) -> list[Tensor]:
@@ -221,14 +208,15 @@ def _draw_ellipses(
     """Draw a datum's ellipses of so many standard deviations."""
     values, vectors = np.linalg.eigh(q.covariance_matrix[index].numpy())
     angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
+    centre = float(q.loc[index, 0]), float(q.loc[index, 1])
     for radius, look in zip(radii, looks, strict=True):
-        ax.add_patch(Ellipse(q.loc[index].tolist(), *(2 * radius * np.sqrt(values)), angle=angle, **look))
+        ax.add_patch(Ellipse(centre, *(2 * radius * np.sqrt(values)), angle=angle, **look))
 
 
 def _draw_region(ax: Axes, grid: DensityGrid, index: int, looks: Sequence[dict[str, Any]], *, filled: bool) -> None:
     """Draw a datum's regions of highest density."""
-    across, up = as_array(grid.points[index]).transpose(2, 0, 1)
-    density, levels = as_array(grid.density[index]), [float(grid.level(share)[index]) for share in SHARES]
+    across, up = style.as_array(grid.points[index]).transpose(2, 0, 1)
+    density, levels = style.as_array(grid.density[index]), [float(grid.level(share)[index]) for share in SHARES]
     if filled:
         colours = [look["facecolor"] for look in looks]
         ax.contourf(across, up, density, [*levels, 1.01 * density.max()], colors=colours)

@@ -107,7 +107,7 @@ def inset(ax: Axes, picture: Array, box: tuple[float, float, float, float], anch
     _show(ax.inset_axes(box, anchor=anchor), picture)
 
 
-def _show(ax: Axes, picture: Array, **limits: float) -> None:
+def _show(ax: Axes, picture: Array, **limits: Any) -> None:
     ax.imshow(picture, cmap="gray", **limits)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

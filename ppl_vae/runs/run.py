@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppl_vae._checks import check_int
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -193,8 +194,8 @@ def evaluate_run(
     Raises:
         ValueError: If the path is no finished run, its data have changed, or `samples` or the diagnostics will not do.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples}.")
+    if samples is not None:
+        check_int("samples", samples)
     run = load_run(path, trust_code=trust_code)
     storage.check_replaceable(run.path)
     data = run.spec.load_data()
@@ -336,7 +337,7 @@ def _write_report(
             "n_train": len(data.train["x"]),
             "n_test": len(data.test["x"]),
         },
-        "train": {**run.report["train"], **trained(program, data, seed=seed)},
+        "train": {**run.report["train"], **trained(target, data, seed=seed)},
         **blocks,
     }
     captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []

@@ -123,7 +123,7 @@ def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             _refuse(ppca.to_vae(), batch, max_data=count, **asked)
     assert len(_refuse(ppca.to_vae(), batch, reference="auto", max_data=np.int64(30)).loc) == 30
-    with pytest.raises(ValueError, match="one of auto, closed-form.*got 'guess'"):
+    with pytest.raises(ValueError, match="one of 'auto', 'closed-form'.*got 'guess'"):
         _refuse(ppca.to_vae(), batch, reference="guess")
 
 
