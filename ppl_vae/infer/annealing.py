@@ -241,7 +241,8 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
     """Draw data from the model and bound log p(x) of each from both sides.
 
     The chains up start at the base, those down at the z that the datum was drawn with, which is an exact draw from its
-    posterior. The gap bounds the error of either on average, and shows how well annealing does on data like these.
+    posterior. The gap bounds the error of either on average, and together with two errors that of one datum. It shows
+    how well annealing does on data like these.
 
     Args:
         program: any program with continuous latent sites whose observed sites are entries of the batch, or a `Target`.

@@ -63,7 +63,7 @@ def check_whole(folder):
     test = found["test"]
     assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units", "rates"} <= test.keys()
     assert test["elbo"].keys() == {"mean", "se", "mc_se"}
-    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "jackknife"}
+    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "interval", "jackknife"}
     assert test["ess"].keys() == {"median", "min"}
     assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
     assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
