@@ -21,9 +21,15 @@ def keywords(function: Callable[..., Any]) -> list[str]:
 
 def indexed(program: Any) -> bool:
     """Whether a program asks for `index`, the number of each datum, to find the datum's row in a table."""
-    if hasattr(program, "table_rows"):
-        return program.table_rows is not None
-    return any("index" in keywords(part) for part in (program.model, program.guide))
+    return any("index" in keywords(part) and _tables(part) != [] for part in (program.model, program.guide))
+
+
+def _tables(part: Any) -> list[int] | None:
+    """Rows of the table of the `VAE` whose model or guide this is, none without a table; None for other functions."""
+    owner: Any = getattr(part, "__self__", None)
+    if not hasattr(owner, "table_rows"):
+        return None
+    return [] if owner.table_rows is None else [owner.table_rows]
 
 
 def numbered(program: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,8 +74,8 @@ def known_data(program: Any, batch: Mapping[str, Tensor]) -> bool | None:
 
 def _row_counts(program: Any) -> list[int]:
     """How many rows the tables of a program may have: the leading sizes of its parameters."""
-    if getattr(program, "table_rows", None) is not None:
-        return [program.table_rows]
+    if tables := _tables(program.guide):
+        return tables
     tensors: list[Tensor] = list(program.parameters()) if isinstance(program, nn.Module) else []
     tensors += [*own_params(program)["params"].values(), *pyro.get_param_store().get_state()["params"].values()]
     return sorted({len(tensor) for tensor in tensors if tensor.dim()})
