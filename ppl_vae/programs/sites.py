@@ -76,8 +76,11 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
     seen = _read(guide, model)
     _check_particles(program, part, seen.nesting, seed)
     if not whole and n > 1:
-        other = _first(batch, 3 if n > 2 else 1)
-        whole = sizes != _traces(program, other, seed)[2] or _depends_on_place(program, _first(batch, 3), seed)
+        try:
+            whole = sizes != _traces(program, _first(batch, 3 if n > 2 else 1), seed)[2]
+        except _FAILED:
+            whole = True
+        whole = whole or _depends_on_place(program, _first(batch, 3), seed)
     return replace(seen, rows=n if whole else None)
 
 
@@ -175,6 +178,8 @@ def _check_particles(program: Any, batch: Batch, nesting: int, seed: int) -> Non
         with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device_and_dtype(program, first)[0]):
             for trace in trace_pair(twin, batch, 3, nesting):
                 log_density(trace, 3, n)
+    except (KeyError, NotImplementedError):  # of flows without an inverse, which some verbs do not need
+        return
     except _FAILED as error:
         raise ValueError(
             "Expected a program that also runs with dims of particles left of the data's, as evidence needs: shapes "
@@ -191,7 +196,7 @@ def _depends_on_place(program: Any, batch: Batch, seed: int) -> bool:
     for exact in (True, False):
         try:
             return _moves(to_double(program), double, seed, 1e-7) if exact else _moves(program, batch, seed, 1e-3)
-        except _FAILED:
+        except Exception:  # of any kind, as in a flow that cannot be inverted: then there is no telling
             continue
     return False
 
