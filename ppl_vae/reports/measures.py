@@ -1,6 +1,5 @@
 """Measures: the numbers that every report has, ready for JSON."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,8 @@ from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.latents import active_units, rates
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
+from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.vae import VAE
 
 MOST_DATA = 1000  # for figures, latents and the training part
 
@@ -28,11 +27,7 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
     Returns:
         `test` or `train`, and that part.
     """
-    if isinstance(program, VAE):
-        indexed = program.posterior.wants == "index"
-    else:
-        indexed = any("index" in inspect.signature(part).parameters for part in (program.model, program.guide))
-    return ("train", data.train) if indexed else ("test", data.test)
+    return ("train", data.train) if indexed(program) else ("test", data.test)
 
 
 def evaluate(
