@@ -36,6 +36,8 @@ class Normal(Family):
         ValueError: for any other scale.
     """
 
+    normals = "all"
+
     def __init__(
         self, event: int | tuple[int, ...], *, scale: Literal["network", "shared", "feature"] | float = "network"
     ) -> None:
@@ -66,6 +68,15 @@ class Normal(Family):
             with torch.no_grad():
                 self.raw_scale.copy_(unconstrained(scale.square().mean().sqrt() if self.scale == "shared" else scale))
         return loc.flatten()
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        each = precision.diagonal(dim1=-2, dim2=-1)
+        if self.scale == "network":
+            return {"parameters": torch.cat([loc, unconstrained(each.rsqrt())], -1)}
+        if not isinstance(self.scale, str):
+            return {"parameters": loc}
+        scale = (each.mean(-1) if self.scale == "shared" else each.unflatten(-1, self.event_shape)).rsqrt()
+        return {"parameters": loc, "raw_scale": unconstrained(scale)}
 
     def own_scale(self) -> Tensor:
         """Give the scale where it does not come from the network: shape () or the event's."""

@@ -7,6 +7,7 @@ in by whoever builds; its keyword-only parameters are the keys of its table in a
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -53,12 +54,16 @@ class Family(nn.Module, ABC):
     Args:
         event: the shape of an event; an int is short for a 1-tuple.
 
+    Attributes:
+        normals: which of the members are normals, so that `nearest` finds them.
+
     Raises:
         ValueError: for an empty shape or a size below 1.
     """
 
     support: constraints.Constraint = constraints.real
     reparameterised = True
+    normals: Literal["none", "some", "all"] = "none"
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
@@ -83,6 +88,21 @@ class Family(nn.Module, ABC):
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Give parameters `(p,)` that begin at the data `x`, shape (n, *event); set scales of one's own likewise."""
         return self.start()
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        r"""Normal members closest to normals, by the smallest :math:`\mathrm{KL}(q \,\|\, N(\mathrm{loc}, P^{-1}))`.
+
+        Args:
+            loc: means, shape (n, size of the event).
+            precision: inverse covariances P, shape (n, size, size).
+
+        Returns:
+            The unconstrained `parameters` (n, p), and by name the parameters that the family learns itself, (n, ...).
+
+        Raises:
+            NotImplementedError: If the family has no normals.
+        """
+        raise NotImplementedError
 
     def network(self) -> Network:
         """Give the network of a conditional that names none."""

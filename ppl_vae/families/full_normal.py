@@ -3,6 +3,7 @@
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from ppl_vae.families.distributions import FullCovariance, marginal
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
@@ -10,6 +11,8 @@ from ppl_vae.families.family import Family, moments, positive, refuse_constant, 
 
 class FullNormal(Family):
     r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
+
+    normals = "all"
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event)
@@ -27,6 +30,12 @@ class FullNormal(Family):
         loc, scale = moments(x, mask)
         refuse_constant(scale, "of each feature")
         return self._pack(loc, scale)
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        tril = MultivariateNormal(loc, precision_matrix=precision, validate_args=False).scale_tril
+        scale = tril.diagonal(dim1=-2, dim2=-1)
+        raw = tril - torch.diag_embed(scale - unconstrained(scale))
+        return {"parameters": torch.cat([loc, raw[..., self.row, self.column]], -1)}
 
     def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])

@@ -22,6 +22,8 @@ class MixtureNormal(Family):
         ValueError: for fewer than one component.
     """
 
+    normals = "some"
+
     def __init__(self, event: int | tuple[int, ...], *, components: int = 10) -> None:
         super().__init__(event)
         if components < 1:
@@ -36,6 +38,11 @@ class MixtureNormal(Family):
         loc, scale = moments(x, mask)
         refuse_constant(scale, "of each feature")
         return self._pack(loc, scale)
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        raw = unconstrained(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+        copies = [part.repeat(1, self.components) for part in (loc, raw)]
+        return {"parameters": torch.cat([loc.new_zeros(len(loc), self.components), *copies], -1)}
 
     def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Scatter the components about `loc`; equal components would never part."""
