@@ -20,6 +20,7 @@ _PARTICLES = 10  # draws per datum and step of the climb
 _CHECKS = 100  # fixed draws that compare the ends of searches
 _EVERY = 20  # steps between changes of the rates
 _RATE, _LEAST = 0.1, 1e-3  # learning rates: the first, and the one at which a datum is done
+_WORTH = 0.005  # nats by which one end of a search has to exceed another that is preferred
 _LOOKS = 30  # times the particles, for what a climb has left to gain
 
 
@@ -54,7 +55,7 @@ class Members:
         return torch.cat([parts["parameters"], *(parts[name].reshape(len(loc), -1) for name in self.shapes)], 1)
 
     def around(self, centres: Tensor, spread: Tensor) -> Tensor:
-        """Parameters of members that start at points about centres (n, *event), which they lie off by (n, k, *event)."""
+        """Parameters of members fitted to points at distances (n, k, *event) from centres (n, *event)."""
         family, rows = copy.deepcopy(self.original), []
         for points in centres.unsqueeze(1) + spread:
             start = family.fit_start(points)
@@ -108,41 +109,39 @@ class Search:
             The parameters; whether the prior was surely the better start, (n,); nats that are left to gain, (n,); and
             the posterior's widths, (n, z), if the family has normals.
         """
-        normals, start, widths = guide.family.normals, self._prior(guide), None
-        units = torch.ones_like(guide.start)
-        if normals == "all":
-            near, others = (
-                self._newton(guide, guide.start, "guide", steps),
-                [self._newton(guide, start, "prior", steps)],
-            )
-        else:
-            if normals == "some":
-                normal, _, widths = self._polish(guide, self._newton(guide, start, "prior", steps))
-                units = guide.units(normal)
-                with torch.no_grad(), self.target.running(*self.key, "scatter"):
-                    q = guide.at(normal)
-                    start = guide.around(q.mean, torch.stack([q.stddev, -q.stddev], 1))
-            near = self._climb(guide, guide.start, units, "guide", steps)
-            others = [self._climb(guide, start, units, "prior", steps), *([normal] if normals == "some" else [])]
-        best, from_prior = self._choose(guide, near, others)
-        if normals == "all":
+        start, widths = self._prior(guide), None
+        if guide.family.normals == "all":
+            near, far = (self._newton(guide, *each, steps) for each in ((guide.start, "guide"), (start, "prior")))
+            best, from_prior = self._choose(guide, near, [near, far])
             best, left, widths = self._polish(guide, best)
-        else:
-            left = self._left(guide, best, units)
-        return best, from_prior, left, widths
+            return best, from_prior, left, widths
+        units, simple = torch.ones_like(guide.start), []
+        if guide.family.normals == "some":
+            normal, _, widths = self._polish(guide, self._newton(guide, start, "prior", steps))
+            units, simple = guide.units(normal), [normal]
+            with torch.no_grad(), self.target.running(*self.key, "scatter"):
+                q = guide.at(normal)
+                start = guide.around(q.mean, torch.stack([q.stddev, -q.stddev], 1))
+        near, far = (self._climb(guide, *each, units, steps) for each in ((guide.start, "guide"), (start, "prior")))
+        best, from_prior = self._choose(guide, near, [*simple, near, far])
+        return best, from_prior, self._left(guide, best, units), widths
 
-    def _choose(self, guide: Members, near: Tensor, others: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The parameters of highest bound, and whether they are surely not those near the guide's answer."""
-        origin, bound = (self.log_weights(guide, place, _CHECKS, "check") for place in (guide.start, near))
-        lost = _higher(origin, bound)  # to ask for a sure gain would charge small ones to the family
-        best, bound = torch.where(lost.unsqueeze(1), guide.start, near), torch.where(lost, origin, bound)
-        from_prior = torch.zeros_like(lost)
-        for other in others:
-            rival = self.log_weights(guide, other, _CHECKS, "check")
-            from_prior |= _higher(rival, bound)
-            better = rival.mean(0) > bound.mean(0)
-            best, bound = torch.where(better.unsqueeze(1), other, best), torch.where(better, rival, bound)
-        return best, from_prior
+    def _choose(self, guide: Members, near: Tensor, ends: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The end of highest bound, and whether it is surely above the one near the guide's answer.
+
+        A later end has to be worth it: what draws have not seen, such as a component of small weight, flatters it. The
+        guide's own answer has to be surely above the first: small gains would else be charged to the family.
+        """
+        origin, low, *bounds = (
+            self.log_weights(guide, place, _CHECKS, "check") for place in (guide.start, near, *ends)
+        )
+        stays = _higher(origin, bounds[0])
+        best, bound = torch.where(stays.unsqueeze(1), guide.start, ends[0]), torch.where(stays, origin, bounds[0])
+        for end, rival in zip(ends[1:], bounds[1:], strict=True):
+            better = rival.mean(0) > bound.mean(0) + _WORTH
+            best, bound = torch.where(better.unsqueeze(1), end, best), torch.where(better, rival, bound)
+            stays &= ~better
+        return best, _higher(bound, low) & ~stays
 
     def _prior(self, guide: Members) -> Tensor:
         """Start at the prior's draw that explains each datum best, with a tenth of the prior's spread."""
@@ -189,7 +188,7 @@ class Search:
         score = slope(q.log_prob(here), here)
         return torch.autograd.grad(z, place, (self.steep(here)[0] - score) / _PARTICLES)[0].nan_to_num(0.0, 0.0, 0.0)
 
-    def _climb(self, members: Members, start: Tensor, units: Tensor, word: str, steps: int) -> Tensor:
+    def _climb(self, members: Members, start: Tensor, word: str, units: Tensor, steps: int) -> Tensor:
         """Climb the bound of each datum by Adam, in units of its own; return the mean parameters of the last steps."""
         place = start.clone().requires_grad_()
         first, second, total, moved = (torch.zeros_like(start) for _ in range(4))

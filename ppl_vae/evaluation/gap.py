@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.evaluation.best_member import Members, Search
-from ppl_vae.networks.table import Table
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
@@ -162,7 +161,7 @@ def _gap(target: Target, search: Search, truth: Tensor | None, error: Tensor, dr
     """The gap of each datum of a block, from log p(x), if known, and its standard error."""
     with torch.no_grad(), target.running(*search.key, "rows"):
         batch, posterior = target.batch, target.program.posterior
-        context = batch["index" if isinstance(posterior.network, Table) else "x"]
+        context = batch["index" if posterior.wants == "index" else "x"]
         rows = posterior.unconstrained(context, observed=batch.get("mask"))
         width = posterior.family.start().numel()
     guide = Members(posterior.family, rows)
