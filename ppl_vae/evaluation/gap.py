@@ -6,8 +6,8 @@ r"""Inference gap: how far the bound lies below the evidence, and which part is 
         + \underbrace{\mathcal L[q^*] - \mathcal L[q]}_{\text{amortization}}
 
 where :math:`q^*` is the best member of the guide's family for one datum (Inference Suboptimality in Variational
-Autoencoders, Cremer, Li and Duvenaud 2018, equation 5). To find it, each datum gets a row of parameters of its own, and
-climbs its bound while the model stays frozen.
+Autoencoders, Cremer, Li and Duvenaud 2018, equation 5). To find it, each datum gets a row of parameters of its
+own, with the model frozen.
 """
 
 import math
@@ -37,14 +37,14 @@ class Gap:
         total: :math:`\log p(x) - \mathcal L[q]`, the sum of the two parts.
         approximation: :math:`\log p(x) - \mathcal L[q^*]`, lost by the family.
         amortization: :math:`\mathcal L[q^*] - \mathcal L[q]`, lost by the guide's network.
-        error: Monte Carlo standard error of `total`.
-        approximation_error: Monte Carlo standard error of `approximation`.
-        amortization_error: Monte Carlo standard error of `amortization`.
+        error: standard error of `total`: of its draws, of log p(x) and of rounding.
+        approximation_error: the same of `approximation`, with the nats that the search may have missed.
+        amortization_error: the same of `amortization`.
         log_evidence: log p(x): exact, given, or estimated by importance sampling from :math:`q^*`. The estimate is a
             lower bound on average, which makes total and approximation lower bounds too.
         elbo: :math:`\mathcal L[q]`.
         best_elbo: :math:`\mathcal L[q^*]`.
-        from_prior: whether the climb from the prior ended higher than the climb from the guide's answer.
+        from_prior: whether the search from the prior surely ended higher than that from the guide's answer.
     """
 
     total: Tensor
@@ -72,14 +72,19 @@ def inference_gap(
     r"""Split log p(x) - ELBO of each datum into approximation gap and amortization gap.
 
     Each datum gets a row of parameters of the guide's family. A learned scale that the family shares among data becomes
-    the datum's own; networks inside a family stay as they are. Adam climbs the bound of each datum twice, from the
-    guide's answer and from the prior's draw that explains the datum best; the higher end counts. The learning rate of a
-    datum halves when progress is lost in the noise, which shows in the products of its steps with the gradients that
-    follow, whose draws are new. The climb ends when all rates are a hundredth of the first. Then all bounds are
-    estimated anew, with fresh draws that the two guides share.
+    the datum's own; networks inside a family stay as they are. The best member is searched for twice, from the guide's
+    answer and from the prior's draw that explains the datum best; the higher end counts. Then all bounds are estimated
+    anew, with fresh draws that the two guides share.
 
-    Steps are absolute, 0.1 at first and 1e-3 at last, as suits latent variables of scale 1. If a posterior is narrower
-    than about 1e-2, the climb stops short and charges the rest to the family; a warning says so.
+    A family of normals is searched by Newton's method on the bound (`ppl_vae.infer.closest_normal`), which is exact
+    for linear-Gaussian models. Other families climb by Adam, in steps of the posterior's own width if they have
+    normals, as a mixture has. The learning rate of a datum halves when progress is lost in the noise, which shows in
+    the products of its steps with the gradients that follow, whose draws are new; the climb ends when all rates are a
+    hundredth of the first. What the search may have missed nearby is estimated by new draws and is part of the errors
+    of approximation and amortization. It can miss a mode that neither start leads to.
+
+    Scales have a floor of 1e-6. If a posterior is narrower than 1e-5, or than a hundred times its rounding, a warning
+    says so.
 
     Args:
         program: a `VAE`, or a `Target` of one. Its parameters stay untouched, bit by bit.
@@ -88,7 +93,7 @@ def inference_gap(
             standard error as `error` or `mc_se`. By default the closed form if there is one, else the
             importance-weighted estimate from the draws of :math:`q^*`.
         draws: samples per datum of the estimates, at least 2.
-        steps: largest number of steps of each climb.
+        steps: largest number of steps of each search.
         entries: how many numbers the draws of a block of data may hold; this bounds the memory.
         seed: of all draws; the global random state is left alone.
 
@@ -100,10 +105,11 @@ def inference_gap(
         ValueError: If `draws` is below 2, `steps` or `entries` below 1, or data or evidence do not fit or are NaN.
 
     References:
-        Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. The gradient is
-        that of Sticking the Landing (Roeder, Wu, Duvenaud 2017). The products of steps and gradients tell noise from
-        progress as in Non-asymptotic confidence bounds for stochastic approximation algorithms with constant step size
-        (Pflug 1990).
+        Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. Newton's
+        method rests on The Variational Gaussian Approximation Revisited (Opper, Archambeau 2009). The gradient of the
+        climb is that of Sticking the Landing (Roeder, Wu, Duvenaud 2017). The products of steps and gradients tell
+        noise from progress as in Non-asymptotic confidence bounds for stochastic approximation algorithms with constant
+        step size (Pflug 1990).
     """
     target = Target.of(program, x)
     if not isinstance(target.program, VAE):

@@ -39,7 +39,11 @@ class FullNormal(Family):
         return full_covariance(loc, scale_tril, mask)
 
     def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
-        tril = MultivariateNormal(loc, precision_matrix=precision, validate_args=False).scale_tril
+        width = precision.diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(-1)
+        unit = precision * width * width.mT
+        singular = torch.linalg.cholesky_ex(unit).info > 0  # to rounding
+        unit = unit + 1e-10 * singular.reshape(-1, 1, 1) * torch.eye(len(unit[0])).to(unit)
+        tril = width * MultivariateNormal(loc, precision_matrix=unit, validate_args=False).scale_tril
         scale = tril.diagonal(dim1=-2, dim2=-1)
         raw = tril - torch.diag_embed(scale - unconstrained(scale))
         return {"parameters": torch.cat([loc, raw[..., self.row, self.column]], -1)}

@@ -48,11 +48,12 @@ class Average:
         value, gradient = density(self.mean + torch.einsum("nij,kj->kni", self.root, noise))
         gradient = torch.einsum("knj,nji->kni", gradient, self.root)
         self.bound = value.mean(0) + _log_det(self.root)  # less a constant
-        self.slope = gradient.mean(0)
+        slope = gradient.mean(0)
         curvature = -torch.einsum("ki,knj->nij", noise, gradient) / len(noise)
         self.curvature = _definite((curvature + curvature.mT) / 2)
-        lost = ~(self.bound.isfinite() & self.slope.isfinite().all(1))
+        lost = ~(self.bound.isfinite() & slope.isfinite().all(1))
         self.bound = torch.where(lost, -math.inf, self.bound)
+        self.slope = torch.where(lost.unsqueeze(1), 0.0, slope)
 
     def toward(self, rate: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and precision of the normals a part of the way, `rate` from 0 to 1, (n,), to the quadratic."""
