@@ -171,16 +171,22 @@ def _log_det(root: Tensor) -> Tensor:
 
 
 def _definite(matrix: Tensor) -> Tensor:
-    """The matrices, (n, z, z), with eigenvalues made positive: their sizes, none much below the largest."""
+    """The matrices, (n, z, z), with eigenvalues made positive, in units in which their diagonals are 1.
+
+    Eigenvalues keep their sizes, but none is much below the largest.
+    """
     eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(matrix.isfinite().all(-1).all(-1).reshape(-1, 1, 1), matrix, eye)
-    bad = torch.linalg.cholesky_ex(matrix - _LEAST * matrix.abs().amax((1, 2), keepdim=True) * eye).info > 0
+    diagonal = matrix.diagonal(dim1=1, dim2=2).abs()
+    unit = diagonal.maximum(1e-20 * diagonal.amax(1, keepdim=True)).clamp_min(1e-300).sqrt()
+    both = unit.unsqueeze(1) * unit.unsqueeze(2)
+    matrix = matrix / both
+    bad = torch.linalg.cholesky_ex(matrix - _LEAST * eye).info > 0
     if bool(bad.any()):
         values, vectors = torch.linalg.eigh(matrix[bad])
-        size = values.abs()
-        size = size.maximum(_LEAST * size.amax(1, keepdim=True)).clamp_min(_LEAST)
+        size = values.abs().maximum(_LEAST * values.abs().amax(1, keepdim=True))
         matrix = matrix.index_put((bad,), (vectors * size.unsqueeze(1)) @ vectors.mT)
-    return matrix
+    return matrix * both
 
 
 def _like(which: Tensor, value: Tensor) -> Tensor:
