@@ -201,7 +201,7 @@ def _quadrature(
 
 
 def _nuts(
-    target: Target, shapes: Shapes, *, draws: int = 1000, warmup: int = 500, chains: int = 4, seed: int = 0
+    target: Target, shapes: Shapes, *, draws: int = 500, warmup: int = 500, chains: int = 8, seed: int = 0
 ) -> Reference:
     """Sample the latent variables by NUTS, in double precision."""
     draws, warmup, chains = check_int("draws", draws, 4), check_int("warmup", warmup), check_int("chains", chains)
