@@ -195,8 +195,8 @@ def _quadrature(
         joint = Joint(block)
         with unvalidated(joint, seed, number):
             parts.append(integrate(joint, points, tolerance, entries))
-    log_evidence, error, loc, covariance, settled = (torch.cat(part) for part in zip(*parts, strict=True))
-    diagnostics, converged = {"settled": settled}, bool(settled.all())
+    log_evidence, error, loc, covariance, moments, settled = (torch.cat(part) for part in zip(*parts, strict=True))
+    diagnostics, converged = {"settled": settled, "moment_error": moments}, bool(settled.all())
     return Reference(log_evidence, error, loc, covariance, "quadrature", None, shapes, converged, diagnostics)
 
 
