@@ -1,4 +1,4 @@
-"""Keyed randomness: seeds mixed from keys, and draws that leave the global random state alone."""
+"""Keyed randomness: seeds from keys, and draws that leave the global random state alone."""
 
 import hashlib
 import operator
@@ -13,7 +13,7 @@ import torch
 def fold_in(*key: SupportsIndex | str) -> int:
     """Mix a key, such as (seed, epoch) or (seed, "stream", block), into a 63-bit seed for a generator.
 
-    Keys that differ in any entry or in length give seeds that are as good as independent.
+    Keys that differ in any entry or in length give seeds that behave as independent.
 
     Raises:
         ValueError: If an integer is negative or needs more than 64 bits.
@@ -32,7 +32,7 @@ def fold_in(*key: SupportsIndex | str) -> int:
 
 @contextmanager
 def fork_rng(*key: int | str, device: torch.device) -> Iterator[None]:
-    """Draw from the streams of a key, then leave the global random state as it was found."""
+    """Seed the global generators with a key inside a `with` block, and restore their state after it."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         torch.cuda.init()

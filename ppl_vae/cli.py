@@ -23,14 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-UNWRITABLE = {
-    getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "EBUSY", "EMFILE"),
-        *("ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP"),
-    )
-    if hasattr(errno, name)
-}
+DISK = (
+    "ENOSPC EDQUOT EFBIG EIO EACCES EPERM EROFS EBUSY EMFILE ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP".split()
+)
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
@@ -183,7 +178,7 @@ def plainly() -> Iterator[TextIO]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
         raise typer.Exit(1) from None
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if errno.errorcode.get(error.errno or 0) not in DISK:
             raise
         where = f" at {error.filename}" if error.filename else ""
         say(

@@ -19,7 +19,6 @@ from ppl_vae.runs.run import Run, fit_spec
 from ppl_vae.runs.spec import Spec
 
 DIGITS = {"data": {"name": "digits"}, "prior": {"family": "StandardNormal"}}
-CYCLE = {"schedule": "one-cycle"}
 MLP = {"family": "MLP", "hidden": [200, 200]}
 LINEAR = {
     "likelihood": {"family": "Normal", "scale": "shared", "network": {"family": "Linear"}},
@@ -54,7 +53,8 @@ def run_demo(out: Path, *, epochs: float = 1.0, say: Callable[[str], None] = lam
     try:
         rows: list[dict[str, Any]] = []
         for folder, name, parts, latent, elbo, length, rate in ROWS:
-            svi = {"elbo": elbo, "epochs": max(round(length * epochs), 1), "learning_rate": rate, **CYCLE}
+            length = max(round(length * epochs), 1)
+            svi = {"elbo": elbo, "epochs": length, "learning_rate": rate, "schedule": "one-cycle"}
             spec = Spec.from_dict({**DIGITS, **parts, "model": {"latent": latent}, "svi": svi}, f"{folder}.toml")
             data = spec.load_data()
             if all(row["latent"] != latent for row in rows):

@@ -31,7 +31,7 @@ PPCA = str(MODELS / "ppca.toml")
 def _as_users_run(monkeypatch, tmp_path):
     """Single precision, as the command line has it, no pictures, in a folder of its own."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     monkeypatch.chdir(tmp_path)
 
 
@@ -44,21 +44,21 @@ def finished(tmp_path_factory):
 
 def invoke(*arguments):
     handler = signal.getsignal(signal.SIGTERM)
-    found = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert signal.getsignal(signal.SIGTERM) is handler
-    return found
+    return result
 
 
 def refused(*arguments):
     """Run a command that must be refused plainly, whatever is asked for, and give the message."""
     for more in ([], ["--json"]):
-        found = invoke(*arguments, *more)
-        assert found.exit_code == 2, found.output
-        assert found.stdout == ""
-        assert found.stderr.count("ppl-vae: ") == 1
-        assert "Traceback" not in found.stderr
-        assert isinstance(found.exception, SystemExit)
-    return found.stderr
+        result = invoke(*arguments, *more)
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        assert result.stderr.count("ppl-vae: ") == 1
+        assert "Traceback" not in result.stderr
+        assert isinstance(result.exception, SystemExit)
+    return result.stderr
 
 
 def python(*arguments, **more):
@@ -70,18 +70,18 @@ def python(*arguments, **more):
 def test_help_and_a_file_that_is_no_toml_wait_for_neither_torch_nor_pyro(tmp_path):
     (tmp_path / "bad.toml").write_text("[data\n")
     for arguments, status in ((["--help"], 0), (["fit", "bad.toml"], 2), (["check", "none.toml"], 2)):
-        found = python("-X", "importtime", "-m", "ppl_vae", *arguments, cwd=tmp_path)
-        assert found.returncode == status
-        imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines() if "import time:" in line}
+        result = python("-X", "importtime", "-m", "ppl_vae", *arguments, cwd=tmp_path)
+        assert result.returncode == status
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "import time:" in line}
         assert "typer" in imported
         assert not {"torch", "pyro", "matplotlib"} & imported
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in ("fit", "evaluate", "compare", "check", "list", "demo"))])
 def test_each_command_has_help(command):
-    found = invoke(*command, "--help")
-    assert found.exit_code == 0
-    assert "--json" in found.stdout or not command
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout or not command
 
 
 def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypatch):
@@ -98,9 +98,9 @@ def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypat
     }
     said = {}
     for name, arguments in commands.items():
-        found = invoke(*arguments, "--json")
-        assert found.exit_code == 0, found.output
-        said[name] = json.loads(found.stdout), found.stderr
+        result = invoke(*arguments, "--json")
+        assert result.exit_code == 0, result.output
+        said[name] = json.loads(result.stdout), result.stderr
     assert said["fit"][0] == json.loads((tmp_path / "a" / "report.json").read_text())
     assert said["evaluate"][0] == json.loads((finished / "report.json").read_text())
     assert said["evaluate"][0]["test"]["samples"] == 40
@@ -239,7 +239,7 @@ def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path):
 
 
 def part(report, heading):
-    """Give the words under a heading."""
+    """The words under a heading."""
     return report.partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
@@ -249,25 +249,25 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
     asked = ["--reference", "auto", "--gap", "--calibration", "--data", "4"]
     made = invoke("evaluate", "two", *asked, "--json")
     assert made.exit_code == 0, made.output
-    found, text = json.loads((tmp_path / "two" / "report.json").read_text()), Path("two/report.md").read_text()
-    assert found == json.loads(made.stdout)
-    exact = found["reference"]
+    report, text = json.loads((tmp_path / "two" / "report.json").read_text()), Path("two/report.md").read_text()
+    assert report == json.loads(made.stdout)
+    exact = report["reference"]
     assert (exact["method"], exact["n"], exact["converged"]) == ("closed-form", 4, True)
     assert exact["log_evidence"] == pytest.approx(np.mean(exact["each"]["log_evidence"]))
-    assert found["bound"]["samples"] == [1, 2, 5, 10, 20]
-    assert found["bound"]["mean"][0] == pytest.approx(exact["log_evidence"] - exact["gap"], abs=0.5)
-    assert len(found["pareto_k"]) == found["test"]["n"]
-    assert found["gap"]["total"] == pytest.approx(found["gap"]["approximation"] + found["gap"]["amortization"])
-    assert [len(row) for row in found["calibration"]["ranks"]["counts"]] == [20, 20]
+    assert report["bound"]["samples"] == [1, 2, 5, 10, 20]
+    assert report["bound"]["mean"][0] == pytest.approx(exact["log_evidence"] - exact["gap"], abs=0.5)
+    assert len(report["pareto_k"]) == report["test"]["n"]
+    assert report["gap"]["total"] == pytest.approx(report["gap"]["approximation"] + report["gap"]["amortization"])
+    assert [len(row) for row in report["calibration"]["ranks"]["counts"]] == [20, 20]
     for heading in ("**Reference** by closed-form", "**The bound over", "**The gap**", "**Calibration**"):
         assert f"- {heading}" in part(text, "Diagnostics")
-    printed = headline(found).splitlines()[-3:]
+    printed = headline(report).splitlines()[-3:]
     assert printed[0] == f"reference        {exact['log_evidence']:.3f} (closed-form, 4 data)"
     assert re.match(
-        rf"gap              {found['gap']['total']:.3f} ± .* over 4 data: family -?[\d.]+ ± .*, network", printed[1]
+        rf"gap              {report['gap']['total']:.3f} ± .* over 4 data: family -?[\d.]+ ± .*, network", printed[1]
     )
     assert re.match(r"calibration      (no fault found|miscalibrated) \(p = .*, 500 simulations\)$", printed[2])
-    wrong = found["calibration"]["verdict"] == "miscalibrated"
+    wrong = report["calibration"]["verdict"] == "miscalibrated"
     assert ("**The guide is miscalibrated**" in part(text, "What to distrust")) == wrong
     assert "ppl-vae evaluate again --samples 30 --reference auto --gap --calibration --data 4\n" in text
     names = {"reference.png", "bound.png", "pareto_k.png", "gap.png", "calibration.png"}
@@ -281,20 +281,20 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
 
 
 def test_bounds_and_failures_of_a_closer_look_are_printed_as_such():
-    found = {"method": "ais", "n": 50, "n_settled": 0, "converged": False, "kind": "lower bound"}
+    reference = {"method": "ais", "n": 50, "n_settled": 0, "converged": False, "kind": "lower bound"}
     gap = {"kind": "lower bound", "n": 50, "total": 1.5, "error": 0.1}
     gap |= {"approximation": 1.0, "approximation_error": 0.2, "amortization": 0.5, "amortization_error": 0.3}
     assert diagnostic_lines({}) == []
-    assert diagnostic_lines({"reference": {**found, "log_evidence": -9.0, "error": 0.25}, "gap": gap}) == [
+    assert diagnostic_lines({"reference": {**reference, "log_evidence": -9.0, "error": 0.25}, "gap": gap}) == [
         "reference     >= -9.000 ± 0.25 (lower bound on average, ais, 50 data; its own checks failed)",
         "gap           >= 1.500 ± 0.100 over 50 data: family >= 1.000 ± 0.200, network 0.500 ± 0.300",
     ]
-    found |= {"method": "quadrature", "kind": "estimate", "n_settled": 40, "log_evidence": -9.0, "error": 1e-9}
-    assert diagnostic_lines({"reference": found}) == [
+    reference |= {"method": "quadrature", "kind": "estimate", "n_settled": 40, "log_evidence": -9.0, "error": 1e-9}
+    assert diagnostic_lines({"reference": reference}) == [
         "reference        -9.000 ± 1e-09 (quadrature, 40 of 50 data; its own checks failed)"
     ]
-    found |= {"kind": None, "n_settled": 0, "log_evidence": None, "error": None}
-    assert diagnostic_lines({"reference": found}) == [
+    reference |= {"kind": None, "n_settled": 0, "log_evidence": None, "error": None}
+    assert diagnostic_lines({"reference": reference}) == [
         "reference        none settled (quadrature, 50 data; its own checks failed)"
     ]
 
@@ -308,12 +308,12 @@ def test_a_reference_that_did_not_converge_is_told_and_the_status_is_1(finished,
 
     monkeypatch.setattr(diagnostics, "reference_posterior", hasty)
     for more in ([], ["--json"]):
-        found = invoke("evaluate", tmp_path / "run", "--reference", "nuts", "--data", 2, *more)
-        assert found.exit_code == 1
-        assert "Expected a reference that passes its own checks" in found.stderr
-        assert "Traceback" not in found.stderr
+        result = invoke("evaluate", tmp_path / "run", "--reference", "nuts", "--data", 2, *more)
+        assert result.exit_code == 1
+        assert "Expected a reference that passes its own checks" in result.stderr
+        assert "Traceback" not in result.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert json.loads(found.stdout) == report
+    assert json.loads(result.stdout) == report
     assert report["reference"]["converged"] is False
     each = report["reference"]["each"]
     passed = [r_hat < 1.01 and ess > 400 for r_hat, ess in zip(each["r_hat"], each["ess"], strict=True)]
@@ -344,8 +344,8 @@ def test_annealing_takes_its_settings_from_the_command_line(tmp_path, monkeypatc
     monkeypatch.setattr(diagnostics, "reference_posterior", noted)
     asked = ["--data", 2, "--temperatures", 3, "--chains", 5]
     for method in ("ais", "auto"):
-        found = invoke("evaluate", "run", "--reference", method, *asked)
-        assert found.exit_code == 1
+        result = invoke("evaluate", "run", "--reference", method, *asked)
+        assert result.exit_code == 1
         assert (given["method"], given["temperatures"], given["chains"]) == (method, 3, 5)
     report = json.loads(Path("run/report.json").read_text())["reference"]
     assert (report["method"], report["draws"], report["n"], report["n_settled"]) == ("ais", 5, 2, 0)
@@ -419,10 +419,10 @@ def test_a_disk_that_cannot_be_written(code, tmp_path, monkeypatch):
     "arguments", [["fit"], ["fit", PPCA, "--epochs", "3"], ["train"], ["fit", PPCA, "--device", "tpu"]]
 )
 def test_unknown_words(arguments):
-    found = invoke(*arguments)
-    assert found.exit_code == 2
-    assert found.stdout == ""
-    assert "Usage" in found.stderr
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage" in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
@@ -430,9 +430,9 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(run, "fit_spec", broken)
-    found = invoke("fit", PPCA)
-    assert found.exit_code == 1
-    assert isinstance(found.exception, RuntimeError)
+    result = invoke("fit", PPCA)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

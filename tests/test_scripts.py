@@ -23,7 +23,7 @@ SHORT = {"svi.epochs": 2, "evaluation.samples": 30}
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 def main(name, *arguments):
@@ -97,12 +97,12 @@ def test_exact_posterior_prints_the_gap(tmp_path, capsys):
 def table(lines):
     """Read the numbers of lines such as `0 -161.020 0.302 yes`, the first of them a whole number."""
     words = {"yes": 1.0, "no": 0.0}
-    found = [line.split() for line in lines if re.match(r" +\d+ +-?\d", line)]
-    return [[words[cell] if cell in words else float(cell) for cell in row] for row in found]
+    rows = [line.split() for line in lines if re.match(r" +\d+ +-?\d", line)]
+    return [[words[cell] if cell in words else float(cell) for cell in row] for row in rows]
 
 
 def linear(tmp_path, latent):
-    """Give the path of a run of a linear-Gaussian model with an exact guide, its program, and its data."""
+    """Path of a run of a linear-Gaussian model with an exact guide, its program, and its data."""
     fit_spec(ROOT / "models" / "ppca_exact.toml", {**SHORT, "model.latent": latent}, out=tmp_path / "run")
     made = load_run(tmp_path / "run")
     return tmp_path / "run", made.program, made.spec.load_data().test["x"]

@@ -1,27 +1,21 @@
 r"""The aggregate posterior, the guide averaged over data, beside the prior.
 
-The mean rate of data parts into the mutual information of x and z under the guide and the distance of the aggregate
+The mean rate is the sum of two parts: the mutual information of x and z under the guide, and the KL of the aggregate
 posterior :math:`q(z) = \frac1n \sum_i q(z \mid x_i)` from the prior (ELBO Surgery, Hoffman and Johnson 2016).
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
-from ppl_vae.programs._old_draws import layout_of, packed, site_values
-from ppl_vae.programs.latent_vector import Layout
-from ppl_vae.programs.param_store import scope
-from ppl_vae.programs.traces import check_batch, conditioned, log_density, structure, trace_pair
+from ppl_vae.programs.target import BLOCK, Target
 
-_DATA = 100  # data at a time
 _ENTRIES = 2**22  # numbers that latent variables scored against many data may hold
 _PAIRED = 2000  # draws, at the most, whose distances are compared by pairs
 
@@ -32,13 +26,13 @@ class Aggregate:
 
     Args:
         rate: mean of :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`, which is `mutual_information` + `kl`.
-        mutual_information: of z and which of the n data it came from: at most ln n, and on average a lower bound of
-            that of z and x over the population.
+        mutual_information: of z and the datum that it came from: at most ln n, and on average a lower bound of that of
+            z and x over the population.
         upper: the same with each datum left out of its own mixture: on average an upper bound of it.
         kl: :math:`\mathrm{KL}(q(z) \,\|\, p(z))`, for this mixture of n; it shrinks as n grows.
-        error: standard error over the data, with that of the draws in it, the largest of these four.
-        mmd: squared maximum mean discrepancy between q(z) and p(z), unbiased, without unit, by a draw each of at most
-            2,000 data; NaN below four.
+        error: standard error over the data, that of the draws included; the largest of these four.
+        mmd: squared maximum mean discrepancy between q(z) and p(z), unbiased, without unit, from one draw for each of
+            at most 2,000 data; NaN below four.
         mmd_error: its standard error.
         n: data.
 
@@ -58,49 +52,44 @@ class Aggregate:
 
 
 @torch.no_grad()
-def aggregate(program: Any, x: Any, *, draws: int = 1, seed: int = 0) -> Aggregate:
+def aggregate(program: Any, x: Any = None, *, draws: int = 1, seed: int = 0) -> Aggregate:
     """Compare the aggregate posterior with the prior, by sampling.
 
     Each draw is scored under the guide's answer for each datum, so the work grows with the square of the data, while
     memory is that of a block: 10,000 data and 20 latents take some 20 s on one core for a normal guide, minutes for a
-    mixture of ten. Give fewer data where that is too long; all but `rate` and `mmd` depend on how many there are.
+    mixture of ten. If that is too long, use fewer data; all but `rate` and `mmd` depend on how many there are.
 
     Args:
-        program: any program.
-        x: data, a tensor (n, *x) or a batch dict, at least two.
-        draws: samples a datum.
+        program: any program, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict, at least two; none beside a `Target`.
+        draws: samples per datum.
         seed: of the draws; the global random state is left alone.
 
     Returns:
         Rate, mutual information, KL and MMD.
 
     Raises:
-        ValueError: for fewer than two data or one draw, or data that do not fit.
+        ValueError: If there are fewer than two data or one draw, or the data do not fit.
     """
-    draws = check_int("draws", draws)
-    batch = check_batch(program, as_batch(x))
-    first = next(iter(batch.values()))
-    n = len(first)
+    target, draws = Target.of(program, x), check_int("draws", draws)
+    n = target.n
     if n < 2:
         raise ValueError(f"Expected at least two data; got {n}.")
-    found = structure(program, batch, seed=seed)
-    parts = [{key: value[i : i + _DATA] for key, value in batch.items()} for i in range(0, n, _DATA)]
-    layouts, drawn, priors, fresh = [], [], [], []
-    for number, part in enumerate(parts):
-        with scope(program), fork_rng(seed, "aggregate", number, device=first.device):
-            model, _ = trace_pair(program, part, draws, found.nesting)
-            particles = pyro.plate("particles", 1, dim=-1 - found.nesting)
-            fresh.append(packed(poutine.trace(particles(program.model)).get_trace(**part), found)[0])
-        layouts.append(layout_of(model, found))
-        drawn.append(packed(model, found))
-        priors.append(log_density(model, draws, drawn[-1].shape[1], model.stochastic_nodes))
+    drawn, priors, fresh = [], [], []
+    for number, block in enumerate(target.blocks()):
+        with block.running(seed, "aggregate", number):
+            guide = block.trace("guide", draws)
+            model = block.trace("model", draws, partial(poutine.replay, trace=guide))
+            fresh.append(block.flatten(block.trace("model", 1))[0])
+        drawn.append(block.flatten(guide))
+        priors.append(block.log_density(model, draws, model.stochastic_nodes))
     z, prior = torch.cat(drawn, 1).flatten(0, 1), torch.cat(priors, 1).flatten()
-    source = torch.arange(n, device=first.device).repeat(draws)
+    source = torch.arange(n, device=target.device).repeat(draws)
     own, others = torch.empty_like(prior), torch.full_like(prior, -math.inf)
-    for number, (part, layout) in enumerate(zip(parts, layouts, strict=True)):
-        score = _score(program, part, layout, z, seed)
-        column = source - number * _DATA
-        here = (column >= 0) & (column < score.shape[1])
+    for number, block in enumerate(target.blocks()):
+        score = _score(block, z, seed)
+        column = source - number * BLOCK
+        here = (column >= 0) & (column < block.n)
         own[here] = score[here, column[here]]
         score[here, column[here]] = -math.inf
         others = torch.logaddexp(others, score.logsumexp(1))
@@ -108,19 +97,17 @@ def aggregate(program: Any, x: Any, *, draws: int = 1, seed: int = 0) -> Aggrega
     terms = torch.stack([own - prior, own - mixture, own - others + math.log(n - 1), mixture - prior])
     spread = terms.unflatten(1, (draws, n)).mean(1).std(1) / n**0.5
     some = min(n, _PAIRED)
-    distance, doubt = mmd(z[:some], torch.cat(fresh)[:some]) if n >= 4 else (math.nan, math.nan)
+    distance, distance_error = mmd(z[:some], torch.cat(fresh)[:some]) if n >= 4 else (math.nan, math.nan)
     rate, information, upper, kl = terms.mean(1).tolist()
-    return Aggregate(rate, information, upper, kl, float(spread.max()), distance, doubt, n)
+    return Aggregate(rate, information, upper, kl, float(spread.max()), distance, distance_error, n)
 
 
-def _score(program: Any, batch: dict[str, Tensor], layout: Layout, z: Tensor, seed: int) -> Tensor:
-    """Give the guide's log density of each of m latent vectors (m, z) for each datum, in nats, shape (m, n)."""
-    n = len(next(iter(batch.values())))
+def _score(target: Target, z: Tensor, seed: int) -> Tensor:
+    """Log density under the guide of each of m latent vectors (m, z) for each datum, in nats, (m, n)."""
     scores = []
-    for some in z.split(max(1, _ENTRIES // (n * max(z.shape[1], 1)))):
-        values = site_values(program, layout, some.unsqueeze(1).expand(-1, n, -1))
-        with scope(program), fork_rng(seed, "score", device=z.device):
-            scores.append(conditioned(program.guide, values, batch, len(some), layout.nesting))
+    for some in z.split(max(1, _ENTRIES // (target.n * max(z.shape[1], 1)))):
+        with target.running(seed, "score"):
+            scores.append(target.score("guide", some.unsqueeze(1).expand(-1, target.n, -1)))
     return torch.cat(scores)
 
 
@@ -129,17 +116,17 @@ def mmd(first: Tensor, second: Tensor) -> tuple[float, float]:
 
     :math:`\frac{1}{m (m - 1)} \sum_{i \ne j} h_{ij}` with :math:`h_{ij} = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) -
     k(x_j, y_i)` and a Gaussian kernel as wide as the median distance. The error is that of a U-statistic of order two;
-    it holds where the two are equal as well.
+    it also holds if the two distributions are equal.
 
     Args:
         first: independent draws, shape (m, z), at least four.
-        second: as many from the other, independent of these.
+        second: as many draws from the other, independent of these.
 
     Returns:
         The estimate, which may fall below 0, and its standard error.
 
     Raises:
-        ValueError: for shapes that differ or fewer than four draws.
+        ValueError: If the shapes differ, or there are fewer than four draws.
 
     References:
         A Kernel Two-Sample Test (Gretton, Borgwardt, Rasch, Schoelkopf and Smola 2012), lemma 6.

@@ -35,13 +35,13 @@ def bound_curve(
 ) -> BoundCurve:
     r"""Estimate the bound :math:`\mathcal L_K` for several K from one set of draws, those of `log_evidence`.
 
-    It rises with K from the ELBO (K = 1) towards log p(x). Streams over the draws: of each K it keeps the group that
-    is not full yet.
+    It rises with K from the ELBO (K = 1) towards log p(x). The draws are streamed: for each K only the sum of the
+    group that is not full yet is kept.
 
     Args:
-        program: any program.
-        x: data, a tensor (n, *x) or a batch dict.
-        samples: draws a datum in all.
+        program: any program, or a `Target`.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+        samples: draws per datum in all.
         counts: the numbers of samples K; by default 1, 2, 5, 10, 20, ... up to `samples`.
         seed: of the draws; the global random state is left alone.
 
@@ -49,15 +49,15 @@ def bound_curve(
         The bound of each K and datum.
 
     Raises:
-        ValueError: for counts that are not whole or do not rise from at least 1 to at most `samples`, or as in
+        ValueError: If the counts are not integers that rise from at least 1 to at most `samples`, or as in
             `log_evidence`.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), theorem 1.
     """
     samples = check_int("samples", samples)
-    steps = [base * 10**power for power in range(len(str(samples))) for base in (1, 2, 5)]
     if counts is None:
+        steps = (base * 10**power for power in range(len(str(samples))) for base in (1, 2, 5))
         counts = [count for count in steps if count <= samples]
     chosen = [check_int(f"counts[{position}]", count) for position, count in enumerate(counts)]
     if not chosen or chosen != sorted(set(chosen)) or chosen[-1] > samples:
@@ -68,9 +68,8 @@ def bound_curve(
         for weights, _ in draws:
             for group in groups:
                 group.add(weights)
-        parts.append([group.bound() for group in groups])
-    bound, error = (torch.cat([torch.stack([row[which] for row in part]) for part in parts], 1) for which in (0, 1))
-    return BoundCurve(torch.tensor(chosen), bound, error)
+        parts.append(torch.stack([group.bound() for group in groups], 1))
+    return BoundCurve(torch.tensor(chosen), *torch.cat(parts, -1))
 
 
 class _Groups:
@@ -78,22 +77,22 @@ class _Groups:
 
     def __init__(self, count: int) -> None:
         self.count, self.groups, self.filled = count, 0, 0
+        self.open = torch.tensor(-math.inf, dtype=torch.float64)  # log sum of the group that is not full yet
+        self.mean = self.square = torch.zeros((), dtype=torch.float64)
 
-    def add(self, block: Tensor) -> None:
-        if not self.groups and not self.filled:
-            self.open = torch.full_like(block[0], -math.inf)
-            self.mean, self.square = torch.zeros_like(block[0]), torch.zeros_like(block[0])
-        first = min(self.count - self.filled, len(block)) if self.filled else 0
-        if first:
-            self._grow(block[:first])
-        whole = (len(block) - first) // self.count * self.count
+    def add(self, weights: Tensor) -> None:
+        if self.filled:
+            first = self.count - self.filled
+            self._grow(weights[:first])
+            weights = weights[first:]
+        whole = len(weights) // self.count * self.count
         if whole:
-            self._close(block[first : first + whole].unflatten(0, (-1, self.count)).logsumexp(1))
-        if first + whole < len(block):
-            self._grow(block[first + whole :])
+            self._close(weights[:whole].unflatten(0, (-1, self.count)).logsumexp(1))
+        if whole < len(weights):
+            self._grow(weights[whole:])
 
-    def _grow(self, block: Tensor) -> None:
-        self.open, self.filled = torch.logaddexp(self.open, block.logsumexp(0)), self.filled + len(block)
+    def _grow(self, weights: Tensor) -> None:
+        self.open, self.filled = torch.logaddexp(self.open, weights.logsumexp(0)), self.filled + len(weights)
         if self.filled == self.count:
             self._close(self.open.unsqueeze(0))
             self.open, self.filled = torch.full_like(self.open, -math.inf), 0
@@ -103,10 +102,10 @@ class _Groups:
         new, m = sums - math.log(self.count), len(sums)
         mean, total = new.mean(0), self.groups + m
         apart = mean - self.mean
-        self.square += (new - mean).square().sum(0) + apart.square() * self.groups * m / total
+        self.square = self.square + ((new - mean).square().sum(0) + apart.square() * self.groups * m / total)
         self.mean, self.groups = self.mean + apart * m / total, total
 
-    def bound(self) -> tuple[Tensor, Tensor]:
-        if self.groups < 2:
-            return self.mean, torch.full_like(self.mean, math.nan)
-        return self.mean, (self.square / (self.groups - 1) / self.groups).sqrt()
+    def bound(self) -> Tensor:
+        """The mean of the groups and its standard error, (2, n)."""
+        error = (self.square / max(self.groups - 1, 1) / self.groups).sqrt()
+        return torch.stack([self.mean, error if self.groups > 1 else torch.full_like(error, math.nan)])

@@ -1,18 +1,19 @@
-r"""Evidence: importance-weighted estimates of log p(x) that know their error.
+r"""Evidence: importance-weighted estimates of log p(x), with their error.
 
 With weights :math:`w_i = p(x, z_i) / q(z_i \mid x)`, :math:`z_i \sim q`, the estimate
 :math:`\log \frac1k \sum_i w_i` is on average a lower bound of log p(x) that rises with k (Importance Weighted
 Autoencoders, Burda, Grosse and Salakhutdinov 2016). Its error and bias follow from the weights' relative variance
-:math:`\chi^2` (Debiasing Evidence Approximations, Nowozin 2018), and whether that variance exists at all from their
-largest values (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry 2024).
+:math:`\chi^2` (Debiasing Evidence Approximations, Nowozin 2018). The largest weights show whether that variance exists
+at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and Gabry 2024).
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
@@ -54,16 +55,16 @@ class Evidence:
 
     @property
     def rate(self) -> Tensor:
-        r"""Give :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))` of each datum, by the same draws."""
+        r""":math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))` of each datum, from the same draws."""
         return -self.elbo - self.distortion
 
     @property
     def kind(self) -> Literal["estimate", "lower bound"]:
-        r"""Say what the figure of the set is.
+        r"""Whether the mean over the data is an estimate or a lower bound.
 
-        A lower bound as soon as more than 1 % of the data are doubtful. A datum is doubtful where its weights
-        may have no variance, so that an error bar would mean nothing, or cannot be judged for want of samples: where
-        the tail shape :math:`\hat k` of the M largest and its standard error over :math:`\sqrt n` exceed one half,
+        It is a lower bound if more than 1 % of the data are doubtful. A datum is doubtful if its weights may have no
+        variance, so that an error bar would mean nothing, or if there are too few samples to tell: the tail shape
+        :math:`\hat k` of the M largest weights and its standard error over :math:`\sqrt n` exceed one half,
         :math:`\hat k + (1 + \hat k) / \sqrt{M n} > \frac12`. A single datum needs the whole margin; in a set of n the
         worst decide.
 
@@ -71,46 +72,41 @@ class Evidence:
             Estimating Tails of Probability Distributions (Smith 1987), for the error of :math:`\hat k`.
         """
         error = (1 + self.pareto_k) / math.sqrt(tail_length(self.samples) * len(self.pareto_k))
-        untold = self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3))
-        doubtful = (self.pareto_k + error > 0.5) | untold
-        if self.samples < 2:
-            doubtful = torch.ones_like(doubtful)
+        unknown = self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3))
+        doubtful = (self.pareto_k + error > 0.5) | unknown | (self.samples < 2)
         return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
 
     def summary(self) -> dict[str, Any]:
-        """Sum up: means in nats per datum, standard errors over data (`se`) and of the estimate (`mc_se`)."""
+        """Means in nats per datum, with standard errors over data (`se`) and of the estimate (`mc_se`)."""
         n = len(self.log_evidence)
 
         def over_data(values: Tensor, errors: Tensor) -> dict[str, float | None]:
             spread = float(values.std()) / math.sqrt(n) if n > 1 else None
             return {"mean": float(values.mean()), "se": spread, "mc_se": float(errors.square().sum().sqrt()) / n}
 
-        judged = self.pareto_k[~self.pareto_k.isnan()]
-        shape: dict[str, float | None] = dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
-        if len(judged):
-            above = {f"above_{limit}": float((judged > limit).double().sum()) / n for limit in (0.5, 0.7)}
-            shape = {"median": float(judged.median()), "max": float(judged.max()), **above}
+        shapes = self.pareto_k[~self.pareto_k.isnan()]
+        tail: dict[str, float | None] = dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
+        if len(shapes):
+            above = {f"above_{limit}": float((shapes > limit).double().sum()) / n for limit in (0.5, 0.7)}
+            tail = {"median": float(shapes.median()), "max": float(shapes.max()), **above}
+        evidence = over_data(self.log_evidence, self.mc_se)
         return {
             "n": n,
             "samples": self.samples,
             "elbo": over_data(self.elbo, self.elbo_mc_se),
-            "log_evidence": {
-                **over_data(self.log_evidence, self.mc_se),
-                "bias": float(self.bias.mean()),
-                "kind": self.kind,
-            },
+            "log_evidence": {**evidence, "bias": float(self.bias.mean()), "kind": self.kind},
             "rate": float(self.rate.mean()),
             "distortion": float(self.distortion.mean()),
             "ess": {"median": float(self.ess.median()), "min": float(self.ess.min())},
-            "pareto_k": shape,
+            "pareto_k": tail,
         }
 
 
 @torch.no_grad()
 def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Tensor:
-    r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, from the traces of model and guide.
+    r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, read off traces of model and guide.
 
-    Site by site, unscaled and with masks, summed over all dimensions but particles and data. Draws come in fixed
+    Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in fixed
     blocks keyed by (seed, block).
 
     Args:
@@ -131,9 +127,9 @@ def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int =
 
 @torch.no_grad()
 def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Evidence:
-    r"""Estimate log p(x) of each datum by importance sampling from the guide, with its error.
+    r"""Estimate log p(x) of each datum, with its error, by importance sampling from the guide.
 
-    Streams over fixed blocks of data and samples. Beyond a block it keeps the largest weights of each datum, whose
+    Streams over fixed blocks of data and samples. Between blocks it keeps only the largest weights of each datum, whose
     number grows with the square root of the samples.
 
     Args:
@@ -158,9 +154,8 @@ def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int 
         sums = _Sums(samples, rounding)
         for weights, likelihood in draws:
             sums.add(weights, likelihood)
-        parts.append(sums.evidence())
-    names = [field.name for field in fields(Evidence) if field.name != "samples"]
-    return Evidence(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, samples=samples)
+        parts.append(sums.figures())
+    return Evidence(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, samples=samples)
 
 
 def weight_blocks(target: Target, samples: int, seed: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
@@ -172,12 +167,17 @@ def weight_blocks(target: Target, samples: int, seed: int) -> Iterator[Iterator[
 
 
 def _weigh(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        model, guide = target.traces(k, *key, number)
+    for k, model, guide in trace_blocks(target, samples, size, *key):
         likelihood = target.log_density(model, k, model.observation_nodes)
         prior = target.log_density(model, k, model.stochastic_nodes)
         yield prior + likelihood - target.log_density(guide, k), likelihood
+
+
+def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:
+    """Traces of model and guide with at most `size` particles each, and how many they have."""
+    for number, start in enumerate(range(0, samples, size)):
+        k = min(size, samples - start)
+        yield k, *target.traces(k, *key, number)
 
 
 class _Sums:
@@ -188,62 +188,53 @@ class _Sums:
         self.tail = max(tail_length(samples) + 1, _LEFT_OUT)
         self.started = False
 
-    def add(self, block: Tensor, likelihood: Tensor) -> None:
+    def add(self, weights: Tensor, likelihood: Tensor) -> None:
         if not self.started:
             self.started = True
-            self.origin = block.mean(0).nan_to_num(0.0, 0.0, 0.0)
-            self.log_sum = torch.full_like(self.origin, -math.inf)
-            self.log_square, self.log_cube, self.log_fourth = (self.log_sum.clone() for _ in range(3))
-            self.total = torch.zeros_like(self.origin)
-            self.square = torch.zeros_like(self.origin)
-            self.likelihood = torch.zeros_like(self.origin)
-            self.largest = block[:0]
-            self.least = torch.full_like(self.origin, math.inf)
-        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
-        self.log_square = torch.logaddexp(self.log_square, (2 * block).logsumexp(0))
-        self.log_cube = torch.logaddexp(self.log_cube, (3 * block).logsumexp(0))
-        self.log_fourth = torch.logaddexp(self.log_fourth, (4 * block).logsumexp(0))
-        self.total += (block - self.origin).sum(0)
-        self.square += (block - self.origin).square().sum(0)
-        self.likelihood += likelihood.sum(0)
-        both = torch.cat([self.largest, block])
+            self.origin = weights.mean(0).nan_to_num(0.0, 0.0, 0.0)
+            self.log_powers = torch.full_like(self.origin, -math.inf).expand(4, -1)  # of the sums of w, ..., w^4
+            self.total = self.square = self.likelihood = torch.zeros_like(self.origin)
+            self.largest, self.least = weights[:0], torch.full_like(self.origin, math.inf)
+        powers = torch.stack([(power * weights).logsumexp(0) for power in range(1, 5)])
+        self.log_powers = torch.logaddexp(self.log_powers, powers)
+        self.total = self.total + (weights - self.origin).sum(0)
+        self.square = self.square + (weights - self.origin).square().sum(0)
+        self.likelihood = self.likelihood + likelihood.sum(0)
+        both = torch.cat([self.largest, weights])
         self.largest = both.topk(min(self.tail, len(both)), 0).values
-        self.least = torch.minimum(self.least, block.amin(0))
+        self.least = torch.minimum(self.least, weights.amin(0))
 
-    def evidence(self) -> Evidence:
+    def figures(self) -> dict[str, Tensor]:
+        """The fields of `Evidence`, (n,) each."""
         k = self.samples
-        ess = (2 * self.log_sum - self.log_square).exp().clamp(max=k)
-        chi2 = (k / ess - 1).clamp_min(0) * (k / max(k - 1, 1))
-        variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * (k / max(k - 1, 1))
-        spread = self.largest[0] - self.least
-        equal = spread <= self.rounding * self.largest[0].abs().clamp_min(1)
-        shape = pareto_k(self.largest, k)
-        value = self.log_sum - math.log(k)
-        return Evidence(
-            log_evidence=value,
-            elbo=torch.minimum(self.origin + self.total / k, value),
-            mc_se=(chi2 / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
-            bias=-chi2 / (2 * k) if k > 1 else torch.full_like(value, math.nan),
-            ess=ess,
-            pareto_k=torch.where(equal, math.nan, shape),
-            elbo_mc_se=(variance / k).sqrt() if k > 1 else torch.full_like(value, math.nan),
-            distortion=-self.likelihood / k,
-            jackknife=self._jackknife(value),
-            samples=k,
-        )
+        unbiased = k / (k - 1) if k > 1 else math.nan
+        ess = (2 * self.log_powers[0] - self.log_powers[1]).exp().clamp(max=k)
+        chi2 = (k / ess - 1).clamp_min(0) * unbiased
+        variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * unbiased
+        equal = self.largest[0] - self.least <= self.rounding * self.largest[0].abs().clamp_min(1)
+        value = self.log_powers[0] - math.log(k)
+        return {
+            "log_evidence": value,
+            "elbo": torch.minimum(self.origin + self.total / k, value),
+            "mc_se": (chi2 / k).sqrt(),
+            "bias": -chi2 / (2 * k),
+            "ess": ess,
+            "pareto_k": torch.where(equal, math.nan, pareto_k(self.largest, k)),
+            "elbo_mc_se": (variance / k).sqrt(),
+            "distortion": -self.likelihood / k,
+            "jackknife": self._jackknife(value) if k > 1 else torch.full_like(value, math.nan),
+        }
 
     def _jackknife(self, value: Tensor) -> Tensor:
         r"""Leave out each sample: :math:`L_k - (k - 1) [\frac1k \sum_i \log(1 - u_i) - \log(1 - 1 / k)]`.
 
-        :math:`u_i` is the weight's share of the sum: of the largest exactly, of the others, each at most one in
+        :math:`u_i` is the weight's share of the sum. The largest are left out exactly, the others, each at most one in
         `_LEFT_OUT`, to the fourth power.
         """
         k = self.samples
-        if k < 2:
-            return torch.full_like(value, math.nan)
-        shares = (self.largest - self.log_sum).exp()
+        shares = (self.largest - self.log_powers[0]).exp()
         left = torch.log1p(-shares).sum(0)
-        for power, log_sum in enumerate((self.log_sum, self.log_square, self.log_cube, self.log_fourth), 1):
-            rest = (log_sum - power * self.log_sum).exp() - shares.pow(power).sum(0)
+        for power, log_power in enumerate(self.log_powers, 1):
+            rest = (log_power - power * self.log_powers[0]).exp() - shares.pow(power).sum(0)
             left -= rest.clamp_min(0) / power
         return value - (k - 1) * (left / k - math.log1p(-1 / k))

@@ -23,7 +23,6 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae.families.family import Family
 from ppl_vae.infer.hmc import slope
-from ppl_vae.networks.table import Table
 from ppl_vae.programs.capture import Captured
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.target import Target
@@ -209,7 +208,7 @@ class _Climbs:
         """The gap of each datum, from log p(x), if known, and its standard error."""
         with torch.no_grad(), self.target.running(*self.key, "rows"):
             batch, posterior = self.target.batch, self.program.posterior
-            context = batch["index" if isinstance(posterior.network, Table) else "x"]
+            context = batch["index" if posterior.wants == "index" else "x"]
             rows = posterior.unconstrained(context, observed=batch.get("mask"))
             width = posterior.family.start().numel()
         guide = _Members(posterior.family, rows)

@@ -1,6 +1,6 @@
 r"""What the latent variables are used for: codes, active units, rates, and distortion.
 
-The rate of a datum, :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`, is what the latent variables say of it, in nats.
+The rate of a datum, :math:`\mathrm{KL}(q(z \mid x) \,\|\, p(z))`, is what the latent variables say about it, in nats.
 
 In the linear case all of this is known. PPCA's posterior has :math:`\mathrm{Var}_x\, E[z_j \mid x] = 1 - \sigma^2 /
 \lambda_j` and a mean rate of :math:`\frac12 \sum_j \ln (\lambda_j / \sigma^2)`: a latent collapses where the noise
@@ -16,68 +16,51 @@ import torch
 from pyro.distributions import MixtureOfDiagNormals
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import (
-    Categorical,
-    Independent,
-    LowRankMultivariateNormal,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-    kl_divergence,
-)
+from torch import distributions as td
 
 from ppl_vae._checks import check_int
-from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
-from ppl_vae.evaluation.evidence import weight_blocks
-from ppl_vae.programs._old_draws import guide_draws, layout_of
-from ppl_vae.programs.param_store import scope
+from ppl_vae.evaluation.evidence import trace_blocks, weight_blocks
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import check_batch, structure, trace_pair
 
-_DATA = 100  # data at a time
+_DRAWS = 100  # draws at a time
 
 
 @torch.no_grad()
-def codes(program: Any, x: Any, draws: int = 100, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    r"""Give mean and variance of the latent variables under the guide, by sampling.
+def codes(program: Any, x: Any = None, draws: int = 100, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance of the latent variables under the guide, by sampling.
 
     Args:
-        program: any program; several latent sites stand side by side in the model's order.
-        x: data, a tensor (n, *x) or a batch dict.
-        draws: samples a datum, at least 2.
+        program: any program, or a `Target`; several latent sites stand side by side in the model's order.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+        draws: samples per datum, at least 2.
         seed: of the draws; the global random state is left alone.
 
     Returns:
         :math:`E_{q(z \mid x)}[z]` and :math:`\mathrm{Var}_{q(z \mid x)}[z]`, each of shape (n, z), in double precision.
 
     Raises:
-        ValueError: for fewer than two draws, or data that do not fit.
+        ValueError: If there are fewer than two draws, or the data do not fit.
     """
-    draws = check_int("draws", draws, 2)
-    batch = check_batch(program, as_batch(x))
-    found = structure(program, batch, seed=seed)
-    first = next(iter(batch.values()))
-    means, variances = [], []
-    for number, start in enumerate(range(0, len(first), _DATA)):
-        part = {key: value[start : start + _DATA] for key, value in batch.items()}
-        with scope(program), fork_rng(seed, "codes", number, device=first.device):
-            z, _ = guide_draws(program, part, draws, found)
-        means.append(z.mean(0))
-        variances.append(z.var(0))
-    return torch.cat(means), torch.cat(variances)
+    target, draws = Target.of(program, x), check_int("draws", draws, 2)
+    moments = []
+    for number, block in enumerate(target.blocks()):
+        with block.running(seed, "codes", number):
+            z = block.draws(draws)
+        moments.append(torch.stack([z.mean(0), z.var(0)]))
+    mean, variance = torch.cat(moments, 1)
+    return mean, variance
 
 
-def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:
-    r"""Say of each latent whether it is active: :math:`\mathrm{Var}_x\, E_{q(z \mid x)}[z_j]` above a threshold.
+def active_units(program: Any, x: Any = None, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:
+    r"""Whether each latent is active: :math:`\mathrm{Var}_x\, E_{q(z \mid x)}[z_j]` lies above a threshold.
 
-    The variance of the sampled means is freed of what the sampling adds to it.
+    The variance of the sampled means is corrected for what the sampling adds to it.
 
     Args:
-        program: any program.
-        x: data, at least two.
+        program: any program, or a `Target`.
+        x: data, at least two; none beside a `Target`.
         threshold: in units of z squared.
-        draws: samples a datum.
+        draws: samples per datum.
         seed: of the draws.
 
     Returns:
@@ -93,66 +76,58 @@ def active_units(program: Any, x: Any, *, threshold: float = 0.01, draws: int = 
 
 
 @torch.no_grad()
-def rates(program: Any, x: Any, *, draws: int = 100, seed: int = 0) -> Tensor:
-    r"""Give the rate of each latent, :math:`\mathrm{KL}(q(z_j \mid x) \,\|\, p(z_j))`, of the marginals.
+def rates(program: Any, x: Any = None, *, draws: int = 100, seed: int = 0) -> Tensor:
+    r"""Rate of each latent, :math:`\mathrm{KL}(q(z_j \mid x) \,\|\, p(z_j))`, of the marginals.
 
-    A normal against a normal, correlated or not, is in closed form, given the latents it depends on; anything else is
-    sampled. Where the prior factorises, the sum falls short of the rate of all latents by what they tell of each other
-    under the guide, its total correlation :math:`\mathrm{KL}(q(z \mid x) \,\|\, \prod_j q(z_j \mid x))`; so it is the
-    rate where the guide factorises too.
+    For a normal against a normal, correlated or not, it is in closed form, given the latents it depends on; anything
+    else is sampled. If the prior factorises, the sum falls short of the rate of all latents by their total correlation
+    under the guide, :math:`\mathrm{KL}(q(z \mid x) \,\|\, \prod_j q(z_j \mid x))`; so it is that rate if the guide
+    factorises too.
 
     Args:
-        program: any program whose latent sites have marginals with a density in guide and model: elementwise
-            distributions, multivariate normals, mixtures of these.
-        x: data, a tensor (n, *x) or a batch dict.
-        draws: samples a datum, for what is not in closed form.
+        program: any program, or a `Target`, whose latent sites have marginals with a density in guide and model:
+            elementwise distributions, multivariate normals, mixtures of these.
+        x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
+        draws: samples per datum, for what is not in closed form.
         seed: of the draws; the global random state is left alone.
 
     Returns:
-        Nats, shape (n, z), in double precision; sampled ones may fall below 0.
+        Nats, shape (n, z), in double precision; sampled rates may fall below 0.
 
     Raises:
-        ValueError: for a site whose marginals have no known density, such as a flow's, or as in `codes`.
+        ValueError: If the marginals of a site have no known density, as those of a flow, or as in `codes`.
     """
-    draws = check_int("draws", draws)
-    batch = check_batch(program, as_batch(x))
-    found = structure(program, batch, seed=seed)
-    first = next(iter(batch.values()))
+    target, draws = Target.of(program, x), check_int("draws", draws)
     parts = []
-    for number, start in enumerate(range(0, len(first), _DATA)):
-        part = {key: value[start : start + _DATA] for key, value in batch.items()}
+    for number, block in enumerate(target.blocks()):
         total: Any = 0.0
-        for block, done in enumerate(range(0, draws, _DATA)):
-            with scope(program), fork_rng(seed, "rates", number, block, device=first.device):
-                model, guide = trace_pair(program, part, min(_DATA, draws - done), found.nesting)
-            terms = {name: _rate(name, guide.nodes[name], model.nodes[name]) for name in found.latents}
-            total = total + layout_of(model, found).pack(terms).double().sum(0)
+        for _, model, guide in trace_blocks(block, draws, _DRAWS, seed, "rates", number):
+            terms = {name: _rate(name, guide.nodes[name], model.nodes[name]) for name in block.structure.latents}
+            total = total + block.layout.pack(terms).double().sum(0)
         parts.append(total / draws)
     return torch.cat(parts)
 
 
 def _rate(name: str, q: Any, p: Any) -> Tensor:
-    """Give the KL of each element of a site, sampled where it has no closed form, in the shape of its value."""
-    value, each = p["value"], []
-    for role, site in (("guide", q), ("model", p)):
-        marginals = _marginals(site["fn"])
+    """KL of each element of a site, sampled if it has no closed form, in the shape of the site's value."""
+    guide, prior = _marginals(q["fn"]), _marginals(p["fn"])
+    for role, site, marginals in (("guide", q, guide), ("model", p, prior)):
         if marginals is None:
             raise ValueError(
                 "Expected latents whose marginals have a density, for a rate of each; site "
                 f"'{name}' of the {role} is a {type(site['fn']).__name__}. "
                 "log_evidence(program, x, samples).rate is that of all of them."
             )
-        each.append(marginals)
-    guide, prior = each
-    if isinstance(guide, Normal) and isinstance(prior, Normal):
-        terms = _masked(_masked(kl_divergence(guide, prior), q), p)
+    value = p["value"]
+    if isinstance(guide, td.Normal) and isinstance(prior, td.Normal):
+        terms = _masked(_masked(td.kl_divergence(guide, prior), q), p)
     else:
         terms = _masked(guide.log_prob(value), q) - _masked(prior.log_prob(value), p)
     return terms.expand(value.shape)
 
 
 def _masked(terms: Tensor, site: Any) -> Tensor:
-    """Drop what a site's mask hides, as the evidence does."""
+    """Zero the terms that a site's mask hides, as the evidence does."""
     mask = site["mask"]
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * site["fn"].event_dim)
@@ -160,29 +135,29 @@ def _masked(terms: Tensor, site: Any) -> Tensor:
 
 
 def _marginals(fn: Any) -> Any:
-    """Give the distribution of each element of an event by itself, `None` where its density is not known."""
-    if isinstance(fn, Independent):
+    """Distribution of each element of an event by itself, or None if its density is not known."""
+    if isinstance(fn, td.Independent):
         return _marginals(fn.base_dist)
-    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
-        return Normal(fn.loc, fn.variance.sqrt())
+    if isinstance(fn, td.MultivariateNormal | td.LowRankMultivariateNormal):
+        return td.Normal(fn.loc, fn.variance.sqrt())
     if isinstance(fn, MixtureOfDiagNormals):
-        weights, parts = fn.categorical, Normal(fn.locs, fn.coord_scale)
-    elif isinstance(fn, MixtureSameFamily) and fn.event_shape:
+        weights, parts = fn.categorical, td.Normal(fn.locs, fn.coord_scale)
+    elif isinstance(fn, td.MixtureSameFamily) and fn.event_shape:
         weights, parts = fn.mixture_distribution, _marginals(fn.component_distribution)
     else:
         return None if fn.event_shape else fn
-    if not isinstance(parts, Normal):
+    if not isinstance(parts, td.Normal):
         return None
     component = weights.logits.dim() - 1
     loc, scale = (value.movedim(component, -1) for value in (parts.loc, parts.scale))
     between = (1,) * (loc.dim() - weights.logits.dim())
     logits = weights.logits.reshape(*weights.logits.shape[:-1], *between, -1)
-    return MixtureSameFamily(Categorical(logits=logits.expand(loc.shape)), Normal(loc, scale))
+    return td.MixtureSameFamily(td.Categorical(logits=logits.expand(loc.shape)), td.Normal(loc, scale))
 
 
 @dataclass(frozen=True)
 class RateDistortion:
-    r"""Rate and distortion over a setting, such as the observation scale or beta; nats a datum, shape (s,).
+    r"""Rate and distortion over a setting, such as the observation scale or beta, in nats per datum, shape (s,).
 
     Args:
         settings: the settings.
@@ -206,20 +181,20 @@ class RateDistortion:
 def rate_distortion(
     refit: Callable[[float], Any], settings: Iterable[float], x: Any, *, draws: int = 100, seed: int = 0
 ) -> RateDistortion:
-    """Trace the rate-distortion curve of a family of programs, a point a setting.
+    """Compute the rate-distortion curve of a family of programs, one point per setting.
 
     Args:
-        refit: gives the program at a setting, fitted; called once each, with gradients on.
+        refit: returns the fitted program at a setting; called once for each, with gradients on.
         settings: such as observation scales or betas.
         x: data, a tensor (n, *x) or a batch dict.
-        draws: samples a datum, at least 2; the same ones at each setting.
+        draws: samples per datum, at least 2; the same ones at each setting.
         seed: of the draws; the global random state is left alone.
 
     Returns:
         Rate and distortion at each setting, with their errors.
 
     Raises:
-        ValueError: for fewer than two draws, no setting, or data that do not fit.
+        ValueError: If there are fewer than two draws or no settings, or the data do not fit.
 
     Example:
         >>> import torch

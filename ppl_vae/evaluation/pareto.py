@@ -7,22 +7,23 @@ from torch import Tensor
 
 
 def tail_length(samples: int) -> int:
+    """How many of the weights count as their tail."""
     return math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
 
 
 def pareto_k(log_weights: Tensor, samples: int | None = None) -> Tensor:
     r"""Estimate the shape k of the generalised Pareto tail of weights; their moments of order below 1/k exist.
 
-    The posterior mean of the profile likelihood over the largest :math:`\min(k/5, 3\sqrt{k})` weights (A New and
-    Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), drawn weakly
-    towards one half.
+    It is the posterior mean under the profile likelihood of the largest :math:`\min(k/5, 3\sqrt{k})` weights (A New and
+    Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), shrunk weakly towards
+    one half.
 
     Args:
         log_weights: shape (k, n); only the largest are read.
         samples: how many weights these are the largest of; all of them by default.
 
     Returns:
-        The shape of each datum, (n,); NaN below 25 samples, or where the tail is constant.
+        The shape of each datum, (n,); NaN below 25 samples, or if the tail is constant.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 3 and appendix C.

@@ -1,28 +1,27 @@
 """`Conditional`: a family and a network. Prior, likelihood and approximate posterior are three uses of it."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.families.family import Family
-from ppl_vae.networks.network import Free, Network, join
-from ppl_vae.networks.table import Table
+from ppl_vae.networks.network import Network, join
 
 
 class Conditional(nn.Module):
     r"""A conditional distribution: a network turns the context into parameters, a family these into a distribution.
 
     Args:
-        family: what the distribution is.
-        network: how its parameters depend on the context; none for `Free` parameters. Any module that maps a context
-            `(*batch, c)` to parameters `(*batch, p)` will do.
-        context: the shapes of what it is conditioned on, an int being short for a 1-tuple. A `VAE` fills them in.
+        family: The kind of distribution.
+        network: How its parameters depend on the context; `Free` parameters by default. Any module that maps a context
+            (*batch, c) to parameters (*batch, p) will do.
+        context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
 
     Raises:
-        TypeError: where `family` is no family or `network` no module.
-        ValueError: where the network cannot take the context, or already belongs to another conditional.
+        TypeError: If `family` is not a family or `network` not a module.
+        ValueError: If the network cannot take the context, or already belongs to another conditional.
 
     Example:
         >>> from ppl_vae import Conditional, families, networks
@@ -49,63 +48,74 @@ class Conditional(nn.Module):
         self.context: tuple[torch.Size, ...] | None = None
         if context is not None:
             self.bind(*([context] if isinstance(context, int) else context))
-        elif isinstance(network, Free):
+        elif self.wants is None:
             self.bind()
 
+    @property
+    def wants(self) -> Literal["context", "index"] | None:
+        """What to call this with: the `context`, the `index` of each datum in its data set, or nothing (None)."""
+        return self.network.wants if isinstance(self.network, Network) else "context"
+
     def bind(self, *context: int | tuple[int, ...]) -> Self:
-        """Say what this is conditioned on, which gives the network its sizes; to bind the same again is idle."""
+        """Set the shapes of the context, from which the network takes its sizes. Binding again to the same is allowed.
+
+        Raises:
+            ValueError: If the conditional is bound to other shapes, or the network cannot take them.
+        """
         shapes = tuple(torch.Size([shape] if isinstance(shape, int) else shape) for shape in context)
         if self.context == shapes:
             return self
-        if self.context is not None and not (isinstance(self.network, Free) and shapes):
-            raise ValueError(f"Expected a context of shapes {_plain(self.context)}, as built; got {_plain(shapes)}.")
+        if self.context is not None and not (self.wants is None and shapes):
+            bound, asked = ([tuple(shape) for shape in each] for each in (self.context, shapes))
+            raise ValueError(f"Expected a context of shapes {bound}, as built; got {asked}.")
+        start = self.family.start()
         if isinstance(self.network, Network):
             if self.context is None and any(True for _ in self.network.parameters()):
                 raise ValueError(
                     f"Expected a network of its own for each conditional; got a {type(self.network).__name__} that "
-                    f"is built already. "
-                    "Write it anew, or use copy.deepcopy before it is built."
+                    f"is built already. Write it anew, or use copy.deepcopy before it is built."
                 )
-            self.network.build(sum(shape.numel() for shape in shapes), self.family.start())
+            self.network.build(sum(shape.numel() for shape in shapes), start)
         self.context = shapes
-        self._width = self.family.start().numel()
+        self._width = start.numel()
         return self
 
     def unconstrained(self, *context: Tensor, observed: Tensor | None = None) -> Tensor:
-        """Give the family's parameters, shape (*batch, p), from contexts of shapes `batch + shape`.
+        """Parameters of the family, shape (*batch, p), from contexts of shapes `batch + shape`.
 
         Args:
-            context: as many tensors as were bound; for a `Table` the index of each datum instead.
-            observed: boolean, as the one context; where false, its entry is unknown and does not count.
+            context: As many tensors as were bound; if the network wants the index, the index of each datum instead.
+            observed: Boolean, as the one context; where it is false, the entry is unknown and does not count.
         """
         if self.context is None:
             raise ValueError(
                 "Expected a conditional that is built: give it `context=`, call bind(), or put it into a VAE."
             )
-        if not self.context or isinstance(self.network, Table):
-            return self.network(*context)  # type: ignore[no-any-return]
+        network: Any = self.network
+        if not self.context or self.wants == "index":
+            return network(*context)
         joined = join(context, self.context)
         if observed is None:
-            parameters = self.network(joined)
-        elif isinstance(self.network, Network):
-            parameters = self.network(joined, join([observed], self.context))
-        else:
-            parameters = self.network(torch.where(join([observed], self.context), joined, 0.0))
-        return parameters  # type: ignore[no-any-return]
+            return network(joined)
+        observed = join([observed], self.context)
+        own = isinstance(network, Network)
+        return network(joined, observed) if own else network(torch.where(observed, joined, 0.0))
 
     def forward(
-        self, *context: Tensor, observed: Tensor | None = None, mask: Tensor | None = None
+        self, *context: Tensor, observed: Tensor | None = None, mask: Tensor | None = None, **given: Tensor
     ) -> TorchDistribution:
-        """Give the distribution at these contexts; `observed` masks a context's entries, `mask` the event's."""
+        """Distribution at these contexts.
+
+        Args:
+            context: What to condition on, as in `unconstrained`.
+            observed: Masks a context's entries.
+            mask: Masks the event's entries.
+            given: What the family's `distribution` takes from the batch beside its parameters.
+        """
         parameters = self.unconstrained(*context, observed=observed)
-        if not isinstance(self.network, Network) and parameters.shape[-1] != self._width:
+        if parameters.shape[-1] != self._width and not isinstance(self.network, Network):
             raise ValueError(
-                f"Expected the network to answer {self._width} parameters for "
-                f"{type(self.family).__name__}"
+                f"Expected the network to answer {self._width} parameters for {type(self.family).__name__}"
                 f"{tuple(self.family.event_shape)}; got {parameters.shape[-1]}."
             )
-        return self.family.distribution(parameters, mask)
-
-
-def _plain(shapes: tuple[torch.Size, ...]) -> list[tuple[int, ...]]:
-    return [tuple(shape) for shape in shapes]
+        return self.family.distribution(parameters, mask, **given)

@@ -1,4 +1,4 @@
-"""Distributions that Pyro lacks: full covariance with its KL, mixtures with moments, and masks that hold NaN at bay."""
+"""Distributions that Pyro lacks: masks that keep NaN out, mixtures with moments, full covariance with its KL."""
 
 import math
 from typing import Any
@@ -9,13 +9,33 @@ from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistr
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
+from ppl_vae.families.supports import value_inside
+
+
+def elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
+    """Turn the last dimensions of independent entries into an event, and hide those where `mask` is false."""
+    return (base if mask is None else Filled(base, mask)).to_event(event_dims)
+
+
+class Filled(MaskedDistribution):
+    """A masked distribution that first fills hidden entries: a NaN under a mask would poison gradients."""
+
+    _mask: Any
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Filled":
+        batch_shape = torch.Size(batch_shape)
+        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(torch.where(self._mask, value, value_inside(self.base_dist.support)))
+
 
 class Mixture(dist.MixtureOfDiagNormals):
-    """Pyro's mixture, with moments, and with samples of any shape where there is a batch."""
+    """Pyro's mixture of diagonal normals, with moments, and with draws of any shape under any batch."""
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         if not sample_shape:
-            return super().rsample()  # type: ignore[no-any-return]
+            return super().rsample()
         return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
 
     @property
@@ -28,52 +48,35 @@ class Mixture(dist.MixtureOfDiagNormals):
         return (self.categorical.probs.unsqueeze(-1) * spread).sum(-2)
 
 
-class Filled(MaskedDistribution):
-    """A masked distribution whose hidden entries are filled first: a NaN under a mask would poison gradients."""
-
-    _mask: Any
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Filled":
-        batch_shape = torch.Size(batch_shape)
-        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self._mask, value, 0.0))
-
-
-def elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
-    """Make an event of elementwise distributions, under a mask where there is one. Zero is in every support here."""
-    return (base if mask is None else Filled(base, mask)).to_event(event_dims)
-
-
 class FullCovariance(dist.MultivariateNormal):
-    """A multivariate normal that has its analytic KL to independent normals, which Pyro lacks."""
+    """A multivariate normal with an analytic KL to independent normals."""
 
 
 class Marginal(FullCovariance):
-    """The marginal of the entries in `mask`; the others stand apart with a density of one where they are filled."""
+    """The marginal of the observed entries; hidden ones are filled, and add a density of one."""
 
     observed: Tensor
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Marginal":
         new = super().expand(batch_shape, self._get_checked_instance(Marginal, _instance))
         new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        return new  # type: ignore[no-any-return]
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(torch.where(self.observed, value, self.loc))
 
 
-def marginal(loc: Tensor, scale_tril: Tensor, mask: Tensor) -> Marginal:
-    """Give the marginal of a normal's observed entries; hidden ones stand apart with a density of one."""
-    shape = torch.broadcast_shapes(loc.shape, mask.shape)
-    mask = mask.expand(shape)
+def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> FullCovariance:
+    """Multivariate normal, or the marginal of its observed entries under a mask."""
+    if mask is None:
+        return FullCovariance(loc, scale_tril=scale_tril)
+    mask = mask.expand(torch.broadcast_shapes(loc.shape, mask.shape))
     both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     apart = torch.diag_embed((~mask).to(loc.dtype) / (2 * math.pi))
     covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
-    found = Marginal(loc.expand(shape), scale_tril=torch.linalg.cholesky(covariance))
-    found.observed = mask
-    return found
+    marginal = Marginal(loc.expand(mask.shape), scale_tril=torch.linalg.cholesky(covariance))
+    marginal.observed = mask
+    return marginal
 
 
 @register_kl(FullCovariance, dist.Independent)
@@ -81,7 +84,7 @@ def _kl_full_independent(q: FullCovariance, p: Any) -> Tensor:
     base = p.base_dist
     if not isinstance(base, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
-    return kl_divergence(
-        torch.distributions.MultivariateNormal(q.loc, scale_tril=q.scale_tril, validate_args=False),
-        torch.distributions.MultivariateNormal(base.loc, scale_tril=torch.diag_embed(base.scale), validate_args=False),
+    full = torch.distributions.MultivariateNormal(
+        base.loc, scale_tril=torch.diag_embed(base.scale), validate_args=False
     )
+    return kl_divergence(q, full)

@@ -1,94 +1,147 @@
 """Families whose entries are independent given the parameters."""
 
 import math
-from typing import Literal
+from abc import abstractmethod
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from ppl_vae.families.distributions import elementwise
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.supports import bounds, typical_moments
+
+Source = Literal["network", "shared", "feature"] | float
 
 
-class StandardNormal(Family):
-    r"""Independent standard normals, :math:`N(0, I)`; no parameters."""
+class Elementwise(Family):
+    """Independent entries, each with a distribution of one class.
+
+    To write such a family, list the parameters of the class and where each comes from in the constructor, and write
+    `from_moments`. The class's `arg_constraints` say which parameters are positive: these are mapped by `positive`. The
+    others must be real, so choose logits over probabilities.
+
+    Args:
+        event: The shape of an event; an int is short for a 1-tuple.
+        kind: The class, one of `pyro.distributions`.
+        sources: Where each parameter comes from: `network` (one per feature, from the context), `shared` (one learned
+            number), `feature` (one learned number per feature), or a number that stays fixed.
+
+    Raises:
+        ValueError: If a source is none of these.
+    """
+
+    def __init__(self, event: int | tuple[int, ...], kind: Any, /, **sources: Source) -> None:
+        super().__init__(event)
+        self.kind, self.sources = kind, sources
+        self.support, self.reparameterised = kind.support, kind.has_rsample
+        self._positive = [name for name in sources if bounds(kind.arg_constraints[name]) == (0, math.inf)]
+        for name, source in sources.items():
+            if source in ("shared", "feature"):
+                shape = self.event_shape if source == "feature" else ()
+                self.register_parameter(f"raw_{name}", nn.Parameter(torch.empty(shape)))
+            elif source != "network":
+                least, wanted = (0.0, "a positive number") if name in self._positive else (-math.inf, "a number")
+                if isinstance(source, str | bool | None) or not least < source < math.inf:
+                    raise ValueError(f"Expected `{name}` to be network, shared, feature or {wanted}; got {source!r}.")
+                self.register_buffer(f"fixed_{name}", torch.tensor(float(source)), persistent=False)
+        self._set_learned(*map(torch.tensor, typical_moments(self.support)))
+
+    @abstractmethod
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Parameters of the distribution with this mean and standard deviation, or near them."""
 
     def start(self) -> Tensor:
-        return torch.zeros(0)
+        return self._pack(self.from_moments(*map(torch.tensor, typical_moments(self.support))))
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mean, scale = moments(x, mask)
+        for name in self._positive if not self.support.is_discrete else ():
+            if self.sources[name] in ("network", "feature"):
+                refuse_constant(scale, name)
+        self._set_learned(mean, scale)
+        return self._pack(self.from_moments(mean, scale))
+
+    def own(self, name: str) -> Tensor:
+        """Value of a parameter that does not come from the network: shape () or the event's."""
+        if isinstance(self.sources[name], str):
+            return self._constrain(name, getattr(self, f"raw_{name}"))
+        return getattr(self, f"fixed_{name}")
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        loc = parameters.new_zeros(()).expand(parameters.shape[:-1] + self.event_shape)
-        return elementwise(dist.Normal(loc, torch.ones_like(loc)), len(self.event_shape), mask)
+        dims, shape = len(self.event_shape), parameters.shape[:-1] + self.event_shape
+        raw = iter(parameters.unflatten(-1, (-1, *self.event_shape)).unbind(-1 - dims))
+        values = {
+            name: self._constrain(name, next(raw)) if source == "network" else self.own(name).expand(shape)
+            for name, source in self.sources.items()
+        }
+        return elementwise(self.kind(**values), dims, mask)
+
+    def _constrain(self, name: str, raw: Tensor) -> Tensor:
+        return positive(raw) if name in self._positive else raw
+
+    def _unconstrain(self, name: str, value: Tensor) -> Tensor:
+        return unconstrained(value) if name in self._positive else value
+
+    @torch.no_grad()
+    def _set_learned(self, mean: Tensor, scale: Tensor) -> None:
+        """Set the parameters that the family learns itself; a shared one is that of the pooled standard deviation."""
+        each, pooled = self.from_moments(mean, scale), self.from_moments(mean, scale.square().mean().sqrt())
+        for name, source in self.sources.items():
+            if source in ("shared", "feature"):
+                value = each[name] if source == "feature" else pooled[name].mean()
+                getattr(self, f"raw_{name}").copy_(self._unconstrain(name, value))
+
+    def _pack(self, values: dict[str, Tensor]) -> Tensor:
+        """Unconstrained parameters (p,) of those that come from the network."""
+        names = [name for name, source in self.sources.items() if source == "network"]
+        raw = [self._unconstrain(name, values[name]).expand(self.event_shape).flatten() for name in names]
+        return torch.cat(raw) if raw else torch.zeros(0)
 
 
-class Normal(Family):
+class StandardNormal(Elementwise):
+    r"""Independent standard normals, :math:`N(0, I)`; no parameters."""
+
+    def __init__(self, event: int | tuple[int, ...]) -> None:
+        super().__init__(event, dist.Normal, loc=0.0, scale=1.0)
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+class Normal(Elementwise):
     r"""Independent normals, :math:`\prod_j N(x_j;\, \mathrm{loc}_j, \mathrm{scale}_j^2)`.
 
     Args:
-        event: the shape of an event.
-        scale: where the standard deviation comes from: `network` (one a feature, from the context), `shared` (one
-            learned number), `feature` (one learned number a feature), or a positive number that stays fixed.
+        event: The shape of an event; an int is short for a 1-tuple.
+        scale: Where the standard deviation comes from: `network` (one per feature, from the context), `shared` (one
+            learned number), `feature` (one learned number per feature), or a positive number that stays fixed.
 
     Raises:
-        ValueError: for any other scale.
+        ValueError: If `scale` is none of these.
     """
 
-    def __init__(
-        self, event: int | tuple[int, ...], *, scale: Literal["network", "shared", "feature"] | float = "network"
-    ) -> None:
-        super().__init__(event)
-        known = isinstance(scale, str) and scale in ("network", "shared", "feature")
-        if not known and not (isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf):
-            raise ValueError(f"Expected `scale` to be network, shared, feature or a positive number; got {scale!r}.")
+    raw_scale: nn.Parameter
+
+    def __init__(self, event: int | tuple[int, ...], *, scale: Source = "network") -> None:
+        super().__init__(event, dist.Normal, loc="network", scale=scale)
         self.scale = scale
-        one = unconstrained(torch.ones(()))
-        if scale == "shared":
-            self.raw_scale = nn.Parameter(one)
-        elif scale == "feature":
-            self.raw_scale = nn.Parameter(one.repeat(self.event_shape))
-        elif not isinstance(scale, str):
-            self.register_buffer("fixed_scale", torch.tensor(float(scale)), persistent=False)
 
-    def start(self) -> Tensor:
-        loc = torch.zeros(self.event_shape.numel())
-        return torch.cat([loc, unconstrained(torch.ones_like(loc))]) if self.scale == "network" else loc
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        if self.scale in ("network", "feature"):
-            refuse_constant(scale, str(self.scale))
-        if self.scale == "network":
-            return torch.cat([loc.flatten(), unconstrained(scale).flatten()])
-        if isinstance(self.scale, str):
-            with torch.no_grad():
-                self.raw_scale.copy_(unconstrained(scale.square().mean().sqrt() if self.scale == "shared" else scale))
-        return loc.flatten()
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"loc": mean, "scale": scale}
 
     def own_scale(self) -> Tensor:
-        """Give the scale where it does not come from the network: shape () or the event's."""
-        return positive(self.raw_scale) if isinstance(self.scale, str) else self.fixed_scale  # type: ignore[return-value]
-
-    def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        loc, *raw = self._split(parameters)
-        scale = positive(raw[0]) if raw else self.own_scale()
-        return elementwise(dist.Normal(loc, scale), len(self.event_shape), mask)
+        """Scale that does not come from the network: shape () or the event's."""
+        return self.own("scale")
 
 
-class Bernoulli(Family):
+class Bernoulli(Elementwise):
     r"""Independent Bernoullis, :math:`\prod_j p_j^{x_j} (1 - p_j)^{1 - x_j}`, by their logits."""
 
-    support = constraints.boolean
-    reparameterised = False
+    def __init__(self, event: int | tuple[int, ...]) -> None:
+        super().__init__(event, dist.Bernoulli, logits="network")
 
-    def start(self) -> Tensor:
-        return torch.zeros(self.event_shape.numel())
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return moments(x, mask)[0].clamp(1e-3, 1 - 1e-3).logit().flatten()
-
-    def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        (logits,) = self._split(parameters)
-        return elementwise(dist.Bernoulli(logits=logits), len(self.event_shape), mask)
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"logits": mean.clamp(1e-3, 1 - 1e-3).logit()}

@@ -7,13 +7,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from ppl_vae.families.conditional import Conditional
-from ppl_vae.families.distributions import FullCovariance, marginal
+from ppl_vae.families.distributions import FullCovariance, full_covariance
 from ppl_vae.families.elementwise import Normal, StandardNormal
 from ppl_vae.families.family import Family
 from ppl_vae.families.full_normal import FullNormal
 from ppl_vae.families.linear_gaussian import LinearGaussian
 from ppl_vae.networks.linear import Linear
-from ppl_vae.networks.network import Given, Network
+from ppl_vae.networks.network import Identity, Network
 
 
 class ExactNormal(Family):
@@ -24,38 +24,38 @@ class ExactNormal(Family):
     weight then equals p(x).
 
     Args:
-        prior: a `Conditional` with a Gaussian family and no context.
-        likelihood: a `Conditional` of a `Normal` whose scale is not from the network, on `Linear`.
+        prior: A `Conditional` with a Gaussian family and no context.
+        likelihood: A `Conditional` of a `Normal` whose scale is not from the network, on `Linear`.
+
+    Raises:
+        ValueError: If the pair is not linear-Gaussian.
     """
 
-    def __init__(self, prior: "Conditional", likelihood: "Conditional") -> None:
+    def __init__(self, prior: Conditional, likelihood: Conditional) -> None:
         super().__init__(tuple(prior.family.event_shape))
         self._vector()
         likelihood.bind(tuple(self.event_shape))
-        self._tied = (prior, likelihood)  # a tuple, so that neither is registered a second time
+        self.tied = (prior, likelihood)  # a tuple, so that neither is registered a second time
         linear_gaussian(prior, likelihood)
 
     def start(self) -> Tensor:
         return torch.zeros(0)
 
     def network(self) -> Network:
-        return Given()
+        return Identity()
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        pair = linear_gaussian(*self._tied)
-        features = pair.bias.shape[0]
-        x, *observed = parameters.split(features, -1)
+        pair = linear_gaussian(*self.tied)
+        x, *observed = parameters.split(pair.bias.shape[0], -1)
         exact = pair.posterior(x, observed[0] > 0 if observed else None)
-        if mask is not None:
-            return marginal(exact.loc, exact.scale_tril, mask)
-        return FullCovariance(exact.loc, scale_tril=exact.scale_tril)
+        return full_covariance(exact.loc, exact.scale_tril, mask)
 
 
-def linear_gaussian(prior: "Conditional", likelihood: "Conditional") -> LinearGaussian:
+def linear_gaussian(prior: Conditional, likelihood: Conditional) -> LinearGaussian:
     """Read the linear-Gaussian model off a prior and a likelihood, differentiably.
 
     Raises:
-        ValueError: where the pair is not linear-Gaussian; the message says why.
+        ValueError: If the pair is not linear-Gaussian; the message says why.
     """
     family, network = likelihood.family, likelihood.network
     if not isinstance(family, Normal) or family.scale == "network":
@@ -68,13 +68,8 @@ def linear_gaussian(prior: "Conditional", likelihood: "Conditional") -> LinearGa
     if not isinstance(prior.family, StandardNormal | Normal | FullNormal):
         raise ValueError(f"Expected a Gaussian prior, for a closed form; got {type(prior.family).__name__}.")
     start: Any = prior()
-    loc = start.mean.flatten()
     tril = start.scale_tril if isinstance(start, FullCovariance) else torch.diag(start.stddev.flatten())
     weight = network.weight / network.scale
-    return LinearGaussian(
-        loc=loc,
-        scale_tril=tril,
-        weight=weight,
-        bias=network.bias - weight @ network.shift,
-        scale=family.own_scale().expand(family.event_shape).flatten(),
-    )
+    bias = network.bias - weight @ network.shift
+    scale = family.own_scale().expand(family.event_shape).flatten()
+    return LinearGaussian(start.mean.flatten(), tril, weight, bias, scale)

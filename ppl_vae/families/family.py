@@ -1,8 +1,8 @@
-r"""Families: from an unconstrained parameter tensor to a distribution. One final class a family, whatever its role.
+r"""Families: from an unconstrained parameter tensor to a distribution. One final class per family, whatever its role.
 
-The same `Normal` is a prior, a likelihood and an approximate posterior; who may play which role follows from its
-support and from its being reparameterised. A constructor's positional parameters are sizes and collaborators, filled
-in by whoever builds; its keyword-only parameters are the keys of its table in a spec.
+The same `Normal` is a prior, a likelihood and an approximate posterior; which role a family can play follows from its
+support and from whether it is reparameterised. A constructor's positional parameters are sizes and collaborators,
+filled in by whoever builds the family; its keyword-only parameters are the keys of its table in a spec.
 """
 
 import math
@@ -19,12 +19,12 @@ FLOOR = 1e-6
 
 
 def positive(raw: Tensor) -> Tensor:
-    """Map the reals to scales: softplus plus a floor of 1e-6."""
+    """Map the reals to positive numbers: softplus plus a floor of 1e-6."""
     return nn.functional.softplus(raw) + FLOOR
 
 
 def unconstrained(scale: Tensor) -> Tensor:
-    """Invert `positive`; scales at or below twice the floor count as that."""
+    """Invert `positive`; values up to twice the floor count as twice the floor."""
     above = (scale - FLOOR).clamp_min(FLOOR)
     return above + torch.log(-torch.expm1(-above))
 
@@ -47,14 +47,30 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
+def refuse_constant(scale: Tensor, name: str = "scale") -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+    constant = (scale.flatten() == 0).nonzero().flatten().tolist()
+    if constant:
+        shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
+        raise ValueError(
+            f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
+            f"(columns {shown}), where the density grows without bound. "
+            f'Use {name} = "shared" or a number, or leave these features out.'
+        )
+
+
 class Family(nn.Module, ABC):
     """A family of distributions over events of one shape.
 
     Args:
-        event: the shape of an event; an int is short for a 1-tuple.
+        event: The shape of an event; an int is short for a 1-tuple.
+
+    Attributes:
+        support: The values that an entry of an event can take.
+        reparameterised: Whether gradients flow through its draws.
 
     Raises:
-        ValueError: for an empty shape or a size below 1.
+        ValueError: If the shape is empty or a size is below 1.
     """
 
     support: constraints.Constraint = constraints.real
@@ -68,47 +84,38 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def start(self) -> Tensor:
-        """Give the unconstrained parameters `(p,)` to begin with; their number is the network's size."""
+        """Unconstrained parameters (p,) to begin with; their number is the size of the network's output."""
 
     @abstractmethod
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        """Turn parameters `(*batch, p)` into a distribution with that batch shape and this event shape.
+        """Distribution with the batch shape of the parameters (*batch, p) and this event shape.
+
+        A family that needs more of the batch than its parameters, such as each row's total, takes it as an optional
+        keyword of this method; `Conditional.forward` passes on what it is given.
 
         Args:
-            parameters: unconstrained.
-            mask: boolean, broadcastable to `(*batch, *event)`; entries where it is false do not count, whatever stands
+            parameters: Unconstrained.
+            mask: Boolean, broadcastable to (*batch, *event); entries where it is false do not count, whatever stands
                 there, NaN included.
         """
 
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Give parameters `(p,)` that begin at the data `x`, shape (n, *event); set scales of one's own likewise."""
+        """Parameters (p,) that start at the data `x`, shape (n, *event); parameters the family learns itself are set.
+
+        Raises:
+            ValueError: If the density of the data has no bound.
+        """
         return self.start()
 
     def network(self) -> Network:
-        """Give the network of a conditional that names none."""
+        """Network of a conditional that names none."""
         return Free()
 
-    def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
-        """Cut `(*batch, j * size)` into j tensors of shape `(*batch, *event)`."""
-        parts = parameters.unflatten(-1, (-1, *self.event_shape))
-        return parts.unbind(-1 - len(self.event_shape))
-
     def _vector(self) -> int:
+        """Size of an event, which must be a vector."""
         if len(self.event_shape) > 1:
             raise ValueError(
                 f"Expected {type(self).__name__} to have a vector for its event; got shape "
                 f"{tuple(self.event_shape)}. Flatten it."
             )
         return self.event_shape[0]
-
-
-def refuse_constant(scale: Tensor, owner: str) -> None:
-    constant = (scale.flatten() == 0).nonzero().flatten().tolist()
-    if constant:
-        shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
-        raise ValueError(
-            f"Expected features that vary, for a scale {owner if owner.startswith('of') else f'of kind {owner}'}; "
-            f"got {len(constant)} "
-            f"constant features (columns {shown}), where the density grows without bound as the scale falls. "
-            'Use scale = "shared" or a number, or leave these features out.'
-        )

@@ -4,12 +4,15 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from ppl_vae.families.distributions import FullCovariance, marginal
+from ppl_vae.families.distributions import full_covariance
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
 
 
 class FullNormal(Family):
     r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
+
+    row: Tensor
+    column: Tensor
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event)
@@ -17,19 +20,13 @@ class FullNormal(Family):
         self.register_buffer("row", row, persistent=False)
         self.register_buffer("column", column, persistent=False)
 
-    row: Tensor
-    column: Tensor
-
     def start(self) -> Tensor:
         return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
 
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         loc, scale = moments(x, mask)
-        refuse_constant(scale, "of each feature")
+        refuse_constant(scale)
         return self._pack(loc, scale)
-
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
-        return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         size = self.event_shape[0]
@@ -37,4 +34,7 @@ class FullNormal(Family):
         lower = parameters.new_zeros(*parameters.shape[:-1], size, size)
         lower[..., self.row, self.column] = raw
         scale_tril = lower.tril(-1) + torch.diag_embed(positive(lower.diagonal(dim1=-2, dim2=-1)))
-        return FullCovariance(loc, scale_tril=scale_tril) if mask is None else marginal(loc, scale_tril, mask)
+        return full_covariance(loc, scale_tril, mask)
+
+    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])

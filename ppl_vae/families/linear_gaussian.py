@@ -1,7 +1,7 @@
-r"""The linear-Gaussian model, once: :math:`z \sim N(m, S)`, :math:`x \mid z \sim N(W z + b, \mathrm{diag}(s^2))`.
+r"""The linear-Gaussian model: :math:`z \sim N(m, S)`, :math:`x \mid z \sim N(W z + b, \mathrm{diag}(s^2))`.
 
 Its posterior and evidence are known in closed form (Pattern Recognition and Machine Learning, Bishop 2006, equations
-2.113-2.117), which is what keeps the rest of the library honest. With the prior whitened, :math:`S = L L^\top` and
+2.113-2.117), so the rest of the library is tested against them. With the prior whitened, :math:`S = L L^\top` and
 :math:`B = \mathrm{diag}(1/s)\, W L`, everything needs one Cholesky factor of the z-by-z matrix :math:`I + B^\top B`
 (Woodbury's identity): no x-by-x matrix is ever formed, so constant features and n < x do no harm.
 """
@@ -19,11 +19,11 @@ class LinearGaussian:
     """A Gaussian prior and a linear-Gaussian likelihood.
 
     Args:
-        loc: mean of the prior, shape (z,).
+        loc: Mean of the prior, shape (z,).
         scale_tril: Cholesky factor of the prior's covariance, shape (z, z).
         weight: W, shape (x, z).
         bias: b, shape (x,).
-        scale: standard deviation of the noise of each feature, shape (x,).
+        scale: Standard deviation of the noise of each feature, shape (x,).
     """
 
     loc: Tensor
@@ -33,48 +33,42 @@ class LinearGaussian:
     scale: Tensor
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> MultivariateNormal:
-        r"""Give :math:`p(z \mid x) = N(m + L C^{-1} B^\top r,\; L C^{-1} L^\top)`, with :math:`C = I + B^\top B`.
+        r"""Posterior :math:`p(z \mid x) = N(m + L C^{-1} B^\top r,\; L C^{-1} L^\top)`, with :math:`C = I + B^\top B`.
 
         Args:
-            x: data, shape (*batch, x).
-            mask: boolean, as `x`; where false, the entry is not observed and the answer conditions on the others.
+            x: Data, shape (*batch, x).
+            mask: Boolean, as `x`; entries where it is false are not conditioned on.
 
         Returns:
             A multivariate normal with that batch shape and event shape (z,).
         """
-        whitened, residual = self._whitened(x, mask)
-        factor = self._factor(whitened)
-        moment = (whitened.mT @ residual.unsqueeze(-1)).squeeze(-1)
-        code = torch.cholesky_solve(moment.unsqueeze(-1), factor).squeeze(-1)
+        _, projected, factor = self._solve(x, mask)
+        code = torch.cholesky_solve(projected, factor).squeeze(-1)
         root = torch.linalg.solve_triangular(factor, self.scale_tril.mT.expand(factor.shape), upper=False)
         return MultivariateNormal(
             self.loc + code @ self.scale_tril.mT, scale_tril=torch.linalg.cholesky(root.mT @ root)
         )
 
     def log_evidence(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        r"""Give :math:`\log p(x) = \log N(x;\, W m + b,\; W S W^\top + \mathrm{diag}(s^2))` in nats, shape (*batch,).
+        r"""Log evidence :math:`\log N(x;\, W m + b,\; W S W^\top + \mathrm{diag}(s^2))` in nats, shape (*batch,).
 
         Args:
-            x: data, shape (*batch, x).
-            mask: boolean, as `x`; the evidence is that of the observed entries.
+            x: Data, shape (*batch, x).
+            mask: Boolean, as `x`; the evidence is that of the entries where it is true.
         """
-        whitened, residual = self._whitened(x, mask)
-        factor = self._factor(whitened)
-        moment = (whitened.mT @ residual.unsqueeze(-1)).squeeze(-1)
-        half = torch.linalg.solve_triangular(factor, moment.unsqueeze(-1), upper=False).squeeze(-1)
+        residual, projected, factor = self._solve(x, mask)
+        half = torch.linalg.solve_triangular(factor, projected, upper=False).squeeze(-1)
         entry = math.log(2 * math.pi) + 2 * self.scale.log()
         count = entry.sum() if mask is None else torch.where(mask, entry, 0.0).sum(-1)
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (count + log_det + (residual**2).sum(-1) - (half**2).sum(-1))
 
-    def _whitened(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _solve(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Residual :math:`r` in units of the noise, :math:`B^\top r` as a column, and the Cholesky factor of C."""
         whitened = self.weight @ self.scale_tril / self.scale.unsqueeze(-1)
         residual = (x - self.bias - self.weight @ self.loc) / self.scale
-        if mask is None:
-            return whitened, residual
-        return torch.where(mask.unsqueeze(-1), whitened, 0.0), torch.where(mask, residual, 0.0)
-
-    def _factor(self, whitened: Tensor) -> Tensor:
-        latents = self.loc.shape[-1]
-        identity = torch.eye(latents, dtype=self.loc.dtype, device=self.loc.device)
-        return torch.linalg.cholesky(identity + whitened.mT @ whitened)
+        if mask is not None:
+            whitened, residual = torch.where(mask.unsqueeze(-1), whitened, 0.0), torch.where(mask, residual, 0.0)
+        identity = torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
+        factor = torch.linalg.cholesky(identity + whitened.mT @ whitened)
+        return residual, whitened.mT @ residual.unsqueeze(-1), factor

@@ -5,6 +5,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
+from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Mixture, elementwise
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
 
@@ -12,21 +13,19 @@ from ppl_vae.families.family import Family, moments, positive, refuse_constant, 
 class MixtureNormal(Family):
     r"""A mixture of diagonal normals, :math:`\sum_c \pi_c \prod_j N(x_j;\, \mathrm{loc}_{cj}, \mathrm{scale}_{cj}^2)`.
 
-    Samples are reparameterised (Pathwise Derivatives for Multivariate Distributions, Jankowiak and Karaletsos 2018).
+    Draws are reparameterised (Pathwise Derivatives for Multivariate Distributions, Jankowiak and Karaletsos 2018).
 
     Args:
-        event: the size of an event, a vector; as an approximate posterior at least 2.
-        components: the number of components.
+        event: The size of an event, a vector; at least 2 for an approximate posterior.
+        components: The number of components.
 
     Raises:
-        ValueError: for fewer than one component.
+        ValueError: If there is not at least one component.
     """
 
     def __init__(self, event: int | tuple[int, ...], *, components: int = 10) -> None:
         super().__init__(event)
-        if components < 1:
-            raise ValueError(f"Expected `components` to be at least 1; got {components}.")
-        self.components = components
+        self.components = check_int("components", components)
         self.reparameterised = self._vector() > 1
 
     def start(self) -> Tensor:
@@ -34,14 +33,8 @@ class MixtureNormal(Family):
 
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         loc, scale = moments(x, mask)
-        refuse_constant(scale, "of each feature")
+        refuse_constant(scale)
         return self._pack(loc, scale)
-
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Scatter the components about `loc`; equal components would never part."""
-        locs = loc + scale * torch.randn(self.components, *self.event_shape).to(loc)
-        scales = scale.expand_as(locs)
-        return torch.cat([loc.new_zeros(self.components), locs.flatten(), unconstrained(scales).flatten()])
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         logits, rest = parameters[..., : self.components], parameters[..., self.components :]
@@ -52,3 +45,9 @@ class MixtureNormal(Family):
         each = elementwise(dist.Normal(locs, scales), 1, mask.unsqueeze(-2))
         weights = dist.Categorical(logits=logits.expand(each.batch_shape))
         return dist.MixtureSameFamily(weights, each, validate_args=False)  # which would refuse a NaN under the mask
+
+    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Scatter the components about `loc`; equal components would never part."""
+        locs = loc + scale * torch.randn(self.components, *self.event_shape).to(loc)
+        scales = scale.expand_as(locs)
+        return torch.cat([loc.new_zeros(self.components), locs.flatten(), unconstrained(scales).flatten()])

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_int
+from ppl_vae._checks import check_choice, check_int
 from ppl_vae.infer.hmc import HMC, RATE, Chains, Path, Transition, unvalidated
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.simulation import simulate_twice
@@ -37,24 +37,21 @@ def inverse_temperatures(temperatures: int, schedule: Literal["linear", "sigmoid
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse 2017).
     """
+    check_choice("schedule", schedule, ("linear", "sigmoid"))
     even = torch.linspace(0, 1, check_int("temperatures", temperatures) + 1, dtype=torch.float64)
     if schedule == "sigmoid":
         bent = torch.sigmoid(4 * (2 * even - 1))
         even = (bent - bent[0]) / (bent[-1] - bent[0])
-    elif schedule != "linear":
-        raise ValueError(f"Expected `schedule` to be 'linear' or 'sigmoid'; got {schedule!r}.")
     return even.tolist()
 
 
-def anneal(
-    chains: Chains, betas: list[float], transition: Transition, *, reverse: bool = False
-) -> tuple[Tensor, Chains]:
+def anneal(chains: Chains, betas: list[float], move: Transition, *, reverse: bool = False) -> tuple[Tensor, Chains]:
     r"""Take chains up the path, or down it, and collect their weights.
 
     Args:
         chains: drawn from the base; for the way down, from the posterior.
         betas: inverse temperatures, rising.
-        transition: a move that leaves :math:`f_\beta` invariant, called with the chains, beta and its number. On the
+        move: a transition that leaves :math:`f_\beta` invariant, called with the chains, beta and its number. On the
             way down it must be the reverse of the one on the way up.
         reverse: go down.
 
@@ -65,10 +62,10 @@ def anneal(
     weights = torch.zeros_like(chains.tilt)
     for number in range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas)):
         if reverse:
-            chains = transition(chains, betas[number], number)
+            chains = move(chains, betas[number], number)
         weights = weights + (betas[number] - betas[number - 1]) * chains.tilt
         if not reverse:
-            chains = transition(chains, betas[number], number)
+            chains = move(chains, betas[number], number)
     return weights, chains
 
 
@@ -225,11 +222,8 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
     for joint, sizes, key in _blocks(Target.of(program, x), how, seed):
         with unvalidated(joint, *key):
             blocks.append(_climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes))
-    return Annealing(
-        torch.cat([block.log_weights for block in blocks], 1),
-        torch.cat([block.latents for block in blocks], 1),
-        torch.cat([block.acceptance for block in blocks]),
-    )
+    weights, latents, rates = zip(*blocks, strict=True)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates))
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
@@ -258,7 +252,7 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
                 batch, z = simulate_twice(given.target, *key, "simulate")
             path = Path(Joint(given.target.with_batch(batch)), how.start)
             move = _tuned(path, how, sizes[0])
-            up = _climb(move, how, sizes).log_weights
+            up, *_ = _climb(move, how, sizes)
             truth = path.joint.place(z.unsqueeze(0))
             ends = [path.at(truth.expand(k, -1, -1)) for k in sizes]
             down = torch.cat([anneal(end, how.betas, move, reverse=True)[0] for end in ends])
@@ -305,8 +299,8 @@ def _tuned(path: Path, how: AnnealingSettings, most: int) -> HMC:
     return move
 
 
-def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> Annealing:
-    """Anneal blocks of chains from the base, one after the other."""
+def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Anneal blocks of chains from the base, one after the other; returns the parts of an `Annealing`."""
     rates: list[Tensor] = []
 
     def counted(chains: Chains, beta: float, number: int) -> Chains:
@@ -317,4 +311,4 @@ def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> Annealing:
     climbs = [anneal(move.path.draw(k), how.betas, counted) for k in sizes]
     latents = [move.path.joint.latents(chains.u) for _, chains in climbs]
     rate = torch.stack(rates).unflatten(0, (len(sizes), -1)).mean(1).mean(0)
-    return Annealing(torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate)
+    return torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate

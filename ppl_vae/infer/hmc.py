@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppl_vae._checks import check_choice
 from ppl_vae.programs.capture import Captured
 from ppl_vae.programs.joint import Joint
 
@@ -50,8 +51,7 @@ class Path:
     """
 
     def __init__(self, joint: Joint, start: Literal["prior", "guide"] = "prior") -> None:
-        if start not in ("prior", "guide"):
-            raise ValueError(f"Expected `start` to be 'prior' or 'guide'; got {start!r}.")
+        check_choice("start", start, ("prior", "guide"))
         if start == "guide" and joint.auxiliary:
             raise ValueError(f"Expected a guide without auxiliary sites for start='guide'; got {joint.auxiliary[0]!r}.")
         self.joint, self.start = joint, start
@@ -67,10 +67,9 @@ class Path:
         u = u.detach().contiguous()
         return Chains(u, *self._both(u))
 
-    def slopes(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def slopes(self, u: Tensor) -> tuple[Tensor, ...]:
         """Gradients of both ends, `base_slope` and `tilt_slope`, for less work than `at`."""
-        base, tilt = self._steep(u.detach())
-        return base, tilt
+        return self._steep(u.detach())
 
     def _ends(self, u: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -89,9 +88,8 @@ def slope(value: Tensor, u: Tensor) -> Tensor:
     """Gradient of the sum of `value` with respect to u."""
     if not value.requires_grad:
         return torch.zeros_like(u)
-    ones = torch.ones(
-        value.shape, dtype=value.dtype, device=value.device
-    )  # ones_like keeps `value` in a captured graph
+    # ones_like would keep `value` in a captured graph
+    ones = torch.ones(value.shape, dtype=value.dtype, device=value.device)
     gradient = torch.autograd.grad(value, u, ones, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(u) if gradient is None else gradient
 

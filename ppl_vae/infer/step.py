@@ -36,21 +36,26 @@ class History:
     best_epoch: int | None = None
 
 
+@dataclass
 class State:
     """State of a training run: what it learns, the optimiser, the schedule and the history.
 
     Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
     keyed by seed and epoch.
+
+    Args:
+        learned: the tensors that are learned.
+        optimizer: of these tensors.
+        scheduler: of the optimiser's learning rate.
+        history: of the run.
+        best: values of the learned tensors that were kept, if any.
     """
 
-    def __init__(
-        self,
-        learned: list[Tensor],
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ) -> None:
-        self.learned, self.optimizer, self.scheduler, self.history = learned, optimizer, scheduler, History()
-        self.best: list[Tensor] | None = None
+    learned: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    history: History = field(default_factory=History)
+    best: list[Tensor] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
-from ppl_vae._checks import check_int
+from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.data.loading import Data
@@ -40,7 +41,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     validation: Any = None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: Callable[..., Optimizer] | None = None,
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, "State"], None] | None = None,
@@ -156,8 +157,8 @@ def check_settings(**given: Any) -> None:
     """
     choices = {"elbo": tuple(OBJECTIVES), "schedule": get_args(Schedule), "keep": get_args(Keep)}
     for key, value in given.items():
-        if key in choices and value not in choices[key]:
-            raise ValueError(f"Expected `{key}` to be one of {', '.join(choices[key])}; got {value!r}.")
+        if key in choices:
+            check_choice(key, value, choices[key])
         if key in ("epochs", "batch_size", "particles"):
             check_int(key, value)
         if key == "learning_rate" and not 0 < value < math.inf:
@@ -178,11 +179,9 @@ def _parameters(target: Target) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
 
 
-def _scheduler(
-    schedule: str, optimizer: torch.optim.Optimizer, rate: float, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(schedule: Schedule, optimizer: Optimizer, rate: float, steps: int) -> lr_scheduler.LRScheduler:
     if schedule == "one-cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
     if schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -4,3 +4,5 @@ from .network import Free as Free
 from .network import Network as Network
 from .network import join as join
 from .table import Table as Table
+
+__all__: list[str]

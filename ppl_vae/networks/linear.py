@@ -15,16 +15,14 @@ class Linear(Amortized):
     model; `weight` is then of shape (x, z).
     """
 
-    def build(self, context: int, start: Tensor) -> None:
-        self.register_buffer("shift", torch.zeros(context))
-        self.register_buffer("scale", torch.ones(()))
+    def build_layers(self, context: int, start: Tensor) -> None:
         self.weight = nn.Parameter(torch.empty(start.numel(), context))
         self.bias = nn.Parameter(start.clone())
         nn.init.uniform_(self.weight, -1 / math.sqrt(max(context, 1)), 1 / math.sqrt(max(context, 1)))
 
+    @torch.no_grad()
     def restart(self, start: Tensor) -> None:
-        with torch.no_grad():
-            self.bias.copy_(start)
+        self.bias.copy_(start)
 
-    def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
-        return nn.functional.linear(self._standardise(context, observed), self.weight, self.bias)
+    def apply_layers(self, standard: Tensor) -> Tensor:
+        return nn.functional.linear(standard, self.weight, self.bias)

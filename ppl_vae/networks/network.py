@@ -1,32 +1,34 @@
 r"""Networks: from a context to an unconstrained parameter tensor.
 
 A network says how a distribution's parameters depend on what it is conditioned on. `Free` depends on nothing (a
-learnable prior), `Linear` and `MLP` are amortized, `Table` keeps one row a datum. A network is written as a recipe,
+learnable prior), `Linear` and `MLP` are amortized, `Table` keeps one row per datum. A network is written as a recipe,
 with its settings alone; its sizes follow from the family and the context when a `Conditional` builds it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 
 def join(contexts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:
-    """Flatten the event of each context, broadcast their batches against each other and put them side by side.
+    """Flatten the event of each context, broadcast the batches and concatenate.
 
     Args:
-        contexts: tensors of shapes `batch + shape`; batches need only broadcast.
-        shapes: the event shape of each context.
+        contexts: Tensors of shapes `batch + shape`; their batches need only broadcast.
+        shapes: The event shape of each context.
 
     Returns:
         A tensor of shape `(*batch, total size of the shapes)`.
 
     Raises:
-        ValueError: where the number of contexts or an event shape differs from what was declared.
+        ValueError: If the number of contexts or an event shape differs from `shapes`.
     """
     if len(contexts) != len(shapes):
-        raise ValueError(f"Expected {len(shapes)} contexts of shapes {_shown(shapes)}; got {len(contexts)}.")
+        known = ", ".join(str(tuple(shape)) for shape in shapes) or "none"
+        raise ValueError(f"Expected {len(shapes)} contexts of shapes {known}; got {len(contexts)}.")
     flat = []
     for context, shape in zip(contexts, shapes, strict=True):
         batch = context.shape[: context.dim() - len(shape)]
@@ -41,38 +43,42 @@ def join(contexts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:
     return torch.cat([context.expand(*batch, context.shape[-1]) for context in flat], -1)
 
 
-def _shown(shapes: Sequence[torch.Size]) -> str:
-    return ", ".join(str(tuple(shape)) for shape in shapes) or "none"
-
-
 class Network(nn.Module, ABC):
-    """A map from one joined context to the unconstrained parameters of a family."""
+    """A map from one joined context to the unconstrained parameters of a family.
+
+    Attributes:
+        wants: What to call it with: the `context`, the `index` of each datum in its data set, or nothing (None).
+    """
+
+    wants: ClassVar[Literal["context", "index"] | None] = "context"
 
     @abstractmethod
     def build(self, context: int, start: Tensor) -> None:
         """Make the learnable tensors.
 
         Args:
-            context: the size of the joined context.
-            start: the parameters `(p,)` to answer before any training; its length is the size of the answer.
+            context: The size of the joined context.
+            start: The parameters (p,) to return before any training; their number is the size of the output.
         """
 
     @abstractmethod
     def restart(self, start: Tensor) -> None:
-        """Let the answer begin at `start`, shape (p,), whatever the context."""
+        """Set the output to `start`, shape (p,), by the bias alone."""
 
     @abstractmethod
     def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
-        """Answer the parameters `(*batch, p)` for a context `(*batch, c)`.
+        """Parameters (*batch, p) for a context (*batch, c).
 
         Args:
-            context: what to condition on.
-            observed: boolean, as the context; where false, the entry counts as standing at its average.
+            context: What to condition on.
+            observed: Boolean, as the context; an entry where it is false counts as the average.
         """
 
 
 class Free(Network):
     """Parameters that depend on nothing: a learnable prior."""
+
+    wants = None
 
     def build(self, context: int, start: Tensor) -> None:
         if context:
@@ -85,22 +91,23 @@ class Free(Network):
         else:
             self.register_buffer("value", start.clone(), persistent=False)
 
+    @torch.no_grad()
     def restart(self, start: Tensor) -> None:
-        with torch.no_grad():
-            self.value.copy_(start)
+        self.value.copy_(start)
 
     def forward(self, context: Tensor | None = None, observed: Tensor | None = None) -> Tensor:
         return self.value
 
 
-class Given(Network):
-    """The context itself, for a family that reads its parameters off it; entries that are not observed are marked."""
+class Identity(Network):
+    """The context itself, for a family that reads its parameters off it.
 
-    def build(self, context: int, start: Tensor) -> None:
-        self.features = context
+    If `observed` is given, unobserved entries become 0, and the mask follows as further parameters of 0 and 1.
+    """
 
-    def restart(self, start: Tensor) -> None:
-        pass
+    def build(self, context: int, start: Tensor) -> None: ...
+
+    def restart(self, start: Tensor) -> None: ...
 
     def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
         if observed is None:
@@ -109,16 +116,29 @@ class Given(Network):
 
 
 class Amortized(Network):
-    """A network with a standardised input: `(context - shift) / scale`."""
+    """A network with a standardised input, (context - shift) / scale. A subclass writes the layers."""
 
     shift: Tensor
     scale: Tensor
 
-    def _standardise(self, context: Tensor, observed: Tensor | None) -> Tensor:
+    def build(self, context: int, start: Tensor) -> None:
+        self.register_buffer("shift", torch.zeros(context))
+        self.register_buffer("scale", torch.ones(()))
+        self.build_layers(context, start)
+
+    def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
         standard = (context - self.shift) / self.scale
-        return standard if observed is None else torch.where(observed, standard, 0.0)
+        return self.apply_layers(standard if observed is None else torch.where(observed, standard, 0.0))
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
-        """Set the input's shift `(c,)` and scale, one number; both are buffers, not learned."""
+        """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""
         self.shift.copy_(shift)
         self.scale.copy_(scale)
+
+    @abstractmethod
+    def build_layers(self, context: int, start: Tensor) -> None:
+        """Make the learnable tensors, as `build` says."""
+
+    @abstractmethod
+    def apply_layers(self, standard: Tensor) -> Tensor:
+        """Parameters (*batch, p) for a standardised context (*batch, c)."""

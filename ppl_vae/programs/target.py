@@ -14,7 +14,7 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import device_and_dtype, own_params, scope, to_double
-from ppl_vae.programs.traces import Batch, Structure, batch_of, check_batch, log_density, structure, trace_pair
+from ppl_vae.programs.traces import Batch, Structure, batch_of, check_batch, log_density, structure
 
 BLOCK = 100  # data in a block
 
@@ -116,7 +116,14 @@ class Target:
     def traces(self, samples: int, *key: int | str) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, with `samples` particles drawn by a key."""
         with self.running(*key):
-            return trace_pair(self.program, self.batch, samples, self.structure.nesting)
+            guide = self.trace("guide", samples)
+            return self.trace("model", samples, lambda function: poutine.replay(function, trace=guide)), guide
+
+    def replay(self, seed: int) -> tuple[Trace, Trace]:
+        """Trace the model and the guide that it replays, without particles or gradients."""
+        with torch.no_grad(), self.running(seed):
+            guide = poutine.trace(self.program.guide).get_trace(**batch_of(self.program.guide, self.batch))
+            return poutine.trace(poutine.replay(self.program.model, trace=guide)).get_trace(**self.batch), guide
 
     def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
         """Trace the model or the guide alone, under a handler, with particles from the current random state."""

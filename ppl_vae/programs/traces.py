@@ -128,14 +128,6 @@ def _kl_term(q: Any, p: Any) -> str:
     return "analytic"
 
 
-def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting: int) -> tuple[Trace, Trace]:
-    """Trace the guide and, replaying it, the model, with `samples` particles at dim -1 - nesting."""
-    particles = pyro.plate("particles", samples, dim=-1 - nesting)
-    guide = poutine.trace(particles(program.guide)).get_trace(**batch_of(program.guide, batch))
-    model = poutine.trace(poutine.replay(particles(program.model), trace=guide)).get_trace(**batch)
-    return model, guide
-
-
 def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None = None) -> Tensor:
     """Sum the log probabilities of sites, unscaled and with their masks, over all dims but particles and data.
 
@@ -156,23 +148,3 @@ def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None 
         )
         total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
     return total
-
-
-def replayed(program: Any, batch: dict[str, Tensor], seed: int) -> tuple[Any, Any]:
-    """Trace the guide and, replaying it, the model, without particles."""
-    with (
-        torch.no_grad(),
-        scope(program),
-        fork_rng(seed, device=device_and_dtype(program, next(iter(batch.values())))[0]),
-    ):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-        return poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch), guide
-
-
-def conditioned(
-    function: Callable[..., Any], values: dict[str, Tensor], batch: dict[str, Tensor], samples: int, nesting: int
-) -> Tensor:
-    """Score a model or guide at given values of its latent sites, shape (samples, n)."""
-    particles = pyro.plate("particles", samples, dim=-1 - nesting)
-    trace = poutine.trace(particles(poutine.condition(function, data=values))).get_trace(**batch_of(function, batch))
-    return log_density(trace, samples, len(next(iter(batch.values()))))

@@ -11,8 +11,8 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
+from ppl_vae.families.supports import same_support
 from ppl_vae.networks.network import Amortized
-from ppl_vae.networks.table import Table
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.program import unique_name
 from ppl_vae.programs.traces import batch_of, check_batch
@@ -56,7 +56,7 @@ class VAE(nn.Module):
                 f"Expected prior and posterior of one latent shape; got {tuple(z)} and "
                 f"{tuple(posterior.family.event_shape)}."
             )
-        if not posterior.family.reparameterised or posterior.family.support is not prior.family.support:
+        if not (posterior.family.reparameterised and same_support(posterior.family.support, prior.family.support)):
             raise ValueError(
                 f"Expected a reparameterised posterior on the support of the prior {type(prior.family).__name__}; "
                 f"got {type(posterior.family).__name__}{tuple(z)}."
@@ -90,7 +90,7 @@ class VAE(nn.Module):
 
     def approximate(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Any:
         """Approximate posterior q(z|x), of batch shape (n,)."""
-        if not isinstance(self.posterior.network, Table):
+        if self.posterior.wants != "index":
             return self.posterior(x, observed=mask)
         if index is None:
             raise ValueError(
@@ -150,12 +150,10 @@ class VAE(nn.Module):
                 f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."
             )
         check_support("x", family.support, x, mask, type(family).__name__)
-        if isinstance(self.posterior.network, Table) and not bool(
-            ((batch["index"] >= 0) & (batch["index"] < self.posterior.network.rows)).all()
-        ):
+        rows: Any = getattr(self.posterior.network, "rows", None)
+        if self.posterior.wants == "index" and not bool(((batch["index"] >= 0) & (batch["index"] < rows)).all()):
             raise ValueError(
-                f"Expected data whose index is below the table's {self.posterior.network.rows} rows; got "
-                f"{int(batch['index'].max())}. "
+                f"Expected data whose index is below the table's {rows} rows; got {int(batch['index'].max())}. "
                 "A Table knows the data it was fitted to, no others: use a Linear or MLP network for new data."
             )
 

@@ -1,4 +1,4 @@
-"""Pictures of the latent space: codes, the plane, traversals."""
+"""Plots of the latent space: posterior means, the plane of two latents, traversals."""
 
 import math
 from collections.abc import Sequence
@@ -18,22 +18,9 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.families.elementwise import Normal, StandardNormal
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.style import (
-    BLUE,
-    GREY,
-    OKABE_ITO,
-    Array,
-    as_array,
-    bare,
-    curve,
-    flat_rows,
-    mosaic,
-    number,
-    panels_of,
-    ticks_at,
-)
+from ppl_vae.reports import style
 
-TWELVE = (*OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as far apart as those of Okabe and Ito
+TWELVE = (*style.OKABE_ITO, "#882255", "#33FF99", "#0000FF", "#661100")  # as easy to tell apart as Okabe and Ito's
 
 
 def latent_scatter(
@@ -47,55 +34,54 @@ def latent_scatter(
     """Scatter posterior means over the prior, coloured by label.
 
     Args:
-        codes: posterior means, shape (n, z), z >= 2.
-        labels: a number a datum, shape (n,): up to 12 values get a legend, more of them a colour bar.
-        prior: draws of the prior, shape (k, z); none for circles at 1, 2 and 3 standard deviations of N(0, I).
+        codes: posterior means, (n, z) with z at least 2.
+        labels: one number per datum, (n,): up to 12 values get a legend, more get a colour bar.
+        prior: draws of the prior, (k, z); by default circles at 1, 2 and 3 standard deviations of N(0, I).
         axes: the two latents to show, counted from 0.
-        ax: where to draw; the legend stands outside it.
+        ax: where to draw, by default in a new figure; the legend stands outside.
 
     Raises:
-        ValueError: for no data, fewer than two latents, or sizes that do not fit.
+        ValueError: If there are no data or fewer than two latents, or sizes do not fit.
     """
     points = latent_pairs(codes, axes)
-    values = None if labels is None else as_array(labels).reshape(-1)
+    values = None if labels is None else style.as_array(labels).reshape(-1)
     if values is not None and len(values) != len(points):
         raise ValueError(f"Expected a label for each of {len(points)} data; got {len(values)}.")
-    known = np.zeros(0) if values is None else np.unique(values)
+    distinct = np.zeros(0) if values is None else np.unique(values)
     if ax is None:
         ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    style: dict[str, Any] = {
-        "s": float(np.clip(6000 / len(points), 5, 30)),
-        "lw": 0.2 * (len(points) <= 1000),
-        "ec": "0.2",
-    }
+    area = float(np.clip(6000 / len(points), 5, 30))
+    look: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    across, up = points.T
     if values is None:
-        ax.scatter(points[:, 0], points[:, 1], color=BLUE, label="posterior means", **style)
-    elif len(known) > 12:
-        shown = ax.scatter(points[:, 0], points[:, 1], c=values, cmap="viridis", **style)
+        ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)
+    elif len(distinct) > len(TWELVE):
+        shown = ax.scatter(across, up, c=values, cmap="viridis", **look)
         ax.figure.colorbar(shown, ax=ax, label="label")
         beside = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     else:
-        for value, colour in zip(known, TWELVE, strict=False):
-            across, up = points[values == value].T
-            ax.scatter(across, up, color=colour, label=f"{value:g}", **style)
+        for value, colour in zip(distinct, TWELVE, strict=False):
+            which = values == value
+            ax.scatter(across[which], up[which], color=colour, label=f"{value:g}", **look)
     if prior is None:
+        drawn = np.array([[-3.0, -3.0], [3.0, 3.0]])
         for radius in (1, 2, 3):
-            ax.add_artist(Circle((0, 0), radius, fill=False, color=GREY, lw=0.9, zorder=0.5))
-        ax.plot([], [], color=GREY, lw=0.9, label="N(0, I), 1–3 sd")
-    drawn = np.array([[-3.0, -3.0], [3.0, 3.0]]) if prior is None else latent_pairs(prior, axes)
-    if prior is not None:
-        ax.scatter(drawn[:, 0], drawn[:, 1], s=style["s"] / 4, color="0.8", lw=0, zorder=0.5, label="prior")
-    ax.legend(frameon=False, markerscale=(30 / style["s"]) ** 0.5, **beside)
+            ax.add_artist(Circle((0, 0), radius, fill=False, color=style.GREY, lw=0.9, zorder=0.5))
+        ax.plot([], [], color=style.GREY, lw=0.9, label="N(0, I), 1–3 sd")
+    else:
+        drawn = latent_pairs(prior, axes)
+        ax.scatter(drawn[:, 0], drawn[:, 1], s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
+    ax.legend(frameon=False, markerscale=(30 / area) ** 0.5, **beside)
     low, high = (extreme(np.concatenate([points, drawn]), 0) for extreme in (np.min, np.max))
     (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0
     ax.set(xlim=(left - half, left + half), ylim=(bottom - half, bottom + half), aspect="equal", anchor="W")
     ax.set(xlabel=f"$z_{{{axes[0]}}}$", ylabel=f"$z_{{{axes[1]}}}$")
-    return bare(ax)
+    return style.bare(ax)
 
 
 def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None) -> Figure:
-    r"""Tile the mean of p(x|z) over the plane of two latents, even in the prior's probability.
+    r"""Show the mean of p(x|z) over the plane of two latents, at points even in the prior's probability.
 
     Under a `StandardNormal` or `Normal` prior the points are :math:`z = \mathrm{loc} + \mathrm{scale}\,\Phi^{-1}(u)`
     with u the midpoints of a square grid on the unit square; under any other prior they are a linear grid over the
@@ -105,11 +91,11 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
         vae: a `VAE` with two latents.
         shape: of a picture, (height, width).
         size: points along each axis.
-        gap: pixels between pictures; by default one where these are small, else none.
+        gap: pixels between pictures, by default one if they are small, else none.
 
     Raises:
-        TypeError: for a program that is no `VAE`.
-        ValueError: for another number of latents, or a shape that does not fit.
+        TypeError: If the program is not a `VAE`.
+        ValueError: If it has another number of latents, or the shape does not fit.
 
     References:
         Auto-Encoding Variational Bayes (Kingma and Welling 2013), Figure 4.
@@ -132,10 +118,11 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
     up, across = torch.meshgrid(points[1].flip(0), points[0], indexing="ij")
     means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2))
     gap = (1 if max(shape) <= 16 else 0) if gap is None else gap
-    figure, ax, rows, columns = mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
+    figure, ax, rows, columns = style.mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
-        ticks = [tick for tick in ticks_at().tick_values(values[0], values[-1]) if values[0] <= tick <= values[-1]]
-        axis.set_ticks(np.interp(ticks, values, at).tolist(), [number(tick) for tick in ticks])
+        low, high = values[0], values[-1]
+        ticks = [tick for tick in style.ticks_at().tick_values(low, high) if low <= tick <= high]
+        axis.set_ticks(np.interp(ticks, values, at).tolist(), [style.number(tick) for tick in ticks])
     ax.set(xlabel="$z_{0}$", ylabel="$z_{1}$")
     return figure
 
@@ -149,19 +136,19 @@ def traversals(
     latents: Sequence[int] | None = None,
     spread: float = 2.5,
 ) -> Figure:
-    """Draw the mean of p(x|z) while one latent varies, a row a latent: as pictures, or curves coloured by its value.
+    """Show the mean of p(x|z) while one latent varies, one row per latent: as pictures, or curves coloured by value.
 
     Args:
         vae: any `VAE`.
-        shape: of a picture, (height, width); none for other data.
-        base: where the other latents stay, shape (z,); zeros by default.
-        count: values a latent.
-        latents: which ones, counted from 0; the first ten by default.
+        shape: of a picture, (height, width); None draws curves.
+        base: where the other latents stay, (z,), by default zeros.
+        count: values per latent.
+        latents: which ones, counted from 0, by default the first ten.
         spread: the latent goes from -spread to +spread around its base, in units of z.
 
     Raises:
-        TypeError: for a program that is no `VAE`.
-        ValueError: for latents that do not exist, or sizes that do not fit.
+        TypeError: If the program is not a `VAE`.
+        ValueError: If a latent does not exist, or sizes do not fit.
     """
     size = _latent_size(vae)
     chosen = list(range(min(size, 10)) if latents is None else latents)
@@ -181,43 +168,44 @@ def traversals(
     names = [f"$z_{{{index}}}$" for index in chosen]
     quantity = "value of the latent" if base is None else "offset of the latent from its base"
     if shape is not None:
-        figure, ax, rows, columns = mosaic(means, shape, count, left=0.4, bottom=0.5)
+        figure, ax, rows, columns = style.mosaic(means, shape, count, left=0.4, bottom=0.5)
         ticks = np.unique(np.linspace(0, count - 1, min(count, 5)).round()).astype(int)
-        ax.set_xticks(columns[ticks], [number(float(steps[tick])) for tick in ticks])
+        ax.set_xticks(columns[ticks], [style.number(float(steps[tick])) for tick in ticks])
         ax.set_yticks(rows, names)
         ax.set_xlabel(quantity)
         return figure
-    figure, panels = panels_of(len(chosen), 1, 7, 0.8 if len(chosen) > 3 else 1.6)
+    tall = 0.7 if len(chosen) > 3 else 1.5
+    figure, axes = style.panels(len(chosen), ("feature", ""), size=(6, tall), gap=(0, 0), top=0, most=1, share=True)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))
-    for ax, curves, name in zip(panels, means.reshape(len(chosen), count, -1), names, strict=True):
+    for ax, curves, name in zip(axes, means.reshape(len(chosen), count, -1), names, strict=True):
         for row, colour in zip(curves, colours, strict=True):
-            curve(ax, row, color=colour)
+            style.curve(ax, row, color=colour)
         ax.set_ylabel(name, rotation=0, labelpad=10, va="center")
-    panels[-1].set_xlabel("feature")
     edge = spread * (1 + 1 / max(count - 1, 1))
     mapping = ScalarMappable(Normalize(-edge, edge), ListedColormap(colours))
-    figure.colorbar(mapping, ax=panels, label=quantity, fraction=0.03)
+    figure.set_layout_engine("constrained")
+    figure.colorbar(mapping, ax=axes, label=quantity, fraction=0.03)
     return figure
 
 
-def latent_pairs(codes: Tensor, axes: tuple[int, int]) -> Array:
-    """Give two latents of each datum, shape (n, 2)."""
+def latent_pairs(codes: Tensor, axes: tuple[int, int]) -> style.Array:
+    """Two latents of each datum, (n, 2)."""
     if codes.dim() != 2 or codes.shape[1] < 2:
         raise ValueError(f"Expected codes of shape (n, z) with two latents or more; got {tuple(codes.shape)}.")
     if len(set(axes)) != 2 or not all(0 <= axis < codes.shape[1] for axis in axes):
         raise ValueError(f"Expected `axes` to be two latents from 0 to {codes.shape[1] - 1}; got {axes}.")
-    return flat_rows(codes, max(len(codes), 1))[:, list(axes)]
+    return style.flat_rows(codes, max(len(codes), 1))[:, list(axes)]
 
 
 def _latent_size(vae: VAE) -> int:
     if not isinstance(vae, VAE):
-        raise TypeError(f"Expected a VAE, whose likelihood can be asked for its mean; got {type(vae).__name__}.")
+        raise TypeError(f"Expected a VAE, whose likelihood has a mean to show; got {type(vae).__name__}.")
     return vae.prior.family.event_shape.numel()
 
 
 @torch.no_grad()
-def _decode(vae: VAE, z: Tensor) -> Array:
-    """Give the mean of p(x|z), shape (n, x), at z of shape (n, z)."""
+def _decode(vae: VAE, z: Tensor) -> style.Array:
+    """The mean of p(x|z), (n, x), at z, (n, z)."""
     device, dtype = device_and_dtype(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
-    return as_array(vae.likelihood(at).mean.flatten(1))
+    return style.as_array(vae.likelihood(at).mean.flatten(1))

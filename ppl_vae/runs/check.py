@@ -104,7 +104,8 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     counts: Counter[str] = Counter()
     for name, value in parameters.items():
         counts[name.partition(".")[0]] += value.numel()
-    events = {name: tuple(model.nodes[name]["fn"].event_shape) for name in (*sites.latents, *sites.observed)}
+    nodes: Any = model.nodes
+    events = {name: tuple(nodes[name]["fn"].event_shape) for name in (*sites.latents, *sites.observed)}
     gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
     return Check(
         data=data.name,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ppl_vae.reports.findings import counted, margin
+from ppl_vae.reports.findings import counted, figure
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -16,9 +16,9 @@ def headline(report: Mapping[str, Any]) -> str:
         _line("log evidence", f"{_figure(evidence)} ({evidence['kind']}, K = {test['samples']})", evidence),
     ]
     if exact:
-        lines.append(_line("exact", f"{exact['log_evidence']:.3f} ({exact['method']})"))
+        lines.append(_line("exact", f"{figure(exact['log_evidence'])} ({exact['method']})"))
     if baseline:
-        lines.append(_line("PPCA", f"{baseline['ppca']['log_evidence']:.3f} (closed form)"))
+        lines.append(_line("PPCA", f"{figure(baseline['ppca']['log_evidence'])} (closed form)"))
     return "\n".join([*lines, *diagnostic_lines(report)])
 
 
@@ -41,7 +41,7 @@ def diagnostic_lines(report: Mapping[str, Any]) -> list[str]:
     if gap := report.get("gap"):
         errors = {"total": "error", "approximation": "approximation_error", "amortization": "amortization_error"}
         total, family, network = (_figure({"mean": gap[name], "se": gap[error]}) for name, error in errors.items())
-        least = ">= " if gap["kind"] == "lower bound" else ""
+        least = ">= " if _is_bound(gap) else ""
         text = f"{total} over {counted(gap['n'])}: family {least}{family}, network {network}"
         lines.append(_line("gap", text, gap))
     if calibration := report.get("calibration"):
@@ -55,14 +55,16 @@ def comparison(compared: Mapping[str, Any]) -> str:
     rows = [("run", "ELBO", "log evidence", "exact", "PPCA")]
     for run in compared["runs"]:
         evidence, exact, baseline = run["test"]["log_evidence"], run["exact"], run["baseline"]
-        elbo = _figure({**run["test"]["elbo"], "se": None})
-        bound = ">= " if evidence["kind"] == "lower bound" else ""
-        known = f"{exact['log_evidence']:.3f}" if exact else "-"
-        ppca = f"{baseline['ppca']['log_evidence']:.3f}" if baseline else "-"
-        rows.append((run["path"], elbo, f"{bound}{_figure(evidence)}", known, ppca))
+        cells = [
+            _figure({**run["test"]["elbo"], "se": None}),
+            (">= " if _is_bound(evidence) else "") + _figure(evidence),
+            figure(exact and exact["log_evidence"]),
+            figure(baseline and baseline["ppca"]["log_evidence"]),
+        ]
+        rows.append((run["path"], *cells))
     lines = [*table(rows), "", "Differences of log evidence, nats per datum, over the same data, ± standard error:"]
     lines += [f"{one['a']} - {one['b']}: {_figure(one)}" for one in compared["differences"]]
-    if any(run["test"]["log_evidence"]["kind"] == "lower bound" for run in compared["runs"]):
+    if any(_is_bound(run["test"]["log_evidence"]) for run in compared["runs"]):
         lines.append(">= is a lower bound, so a difference may be one of bounds rather than of models.")
     return "\n".join(lines)
 
@@ -90,12 +92,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _line(label: str, text: str, block: Mapping[str, Any] | None = None) -> str:
     """A figure with its label; `>=` marks a lower bound."""
-    return f"{label:<13} {'>=' if block and block['kind'] == 'lower bound' else '  '} {text}"
+    return f"{label:<13} {'>=' if block and _is_bound(block) else '  '} {text}"
+
+
+def _is_bound(block: Mapping[str, Any]) -> bool:
+    return block.get("kind") == "lower bound"
 
 
 def _figure(block: Mapping[str, Any]) -> str:
     """A mean and its standard error over data, if it has one; a lower bound has no interval."""
-    if block["mean"] is None:
-        return "not finite"
-    sure = block["se"] is not None and block.get("kind") != "lower bound"
-    return f"{block['mean']:.3f}" + (f" ± {margin(block['se'])}" if sure else "")
+    return "not finite" if block["mean"] is None else figure(block["mean"], None if _is_bound(block) else block["se"])

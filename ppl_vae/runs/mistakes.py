@@ -23,7 +23,7 @@ def explain(error: ValidationError, name: str, raw: Any, section: Section) -> li
     """Write one line for each mistake in a table.
 
     Args:
-        error: what pydantic found.
+        error: what pydantic raised for it.
         name: name of the table.
         raw: the table as it stands in the file.
         section: what may stand in it.

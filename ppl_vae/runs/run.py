@@ -13,35 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppl_vae._checks import check_int
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
 from ppl_vae.programs.param_store import device_and_dtype
-from ppl_vae.reports.diagnostics import Diagnostics
-from ppl_vae.reports.figures import figures, scrutinise
-from ppl_vae.reports.findings import list_findings
-from ppl_vae.reports.measures import evaluate, evaluation_split, find_reference, finite, measure, trained
-from ppl_vae.reports.page import describe, markdown, rendering
+from ppl_vae.programs.target import Target
+from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
+from ppl_vae.reports.figures import draw_diagnostics, draw_run
+from ppl_vae.reports.measures import evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.page import markdown
+from ppl_vae.runs import storage
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import read
-from ppl_vae.runs.storage import (
-    STATE,
-    check_folder,
-    check_replaceable,
-    digest,
-    is_run,
-    learned_state,
-    load_learned_state,
-    read_metadata,
-    read_metrics,
-    read_report,
-    read_state,
-    replacing,
-    reserved,
-    write_metrics,
-    write_state,
-    write_tensors,
-)
 
 
 @dataclass(frozen=True)
@@ -73,11 +57,11 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
             `trust_code` is not given.
     """
     path = Path(path)
-    check_folder(path, finished=True)
-    report = read_report(path)
+    storage.check_folder(path, finished=True)
+    report = storage.read_report(path)
     spec = _read_spec(path, trust_code)
     program = spec.assemble(features=report["data"]["features"], rows=report["data"]["n_train"])
-    load_learned_state(program, path / "model.safetensors")
+    storage.load_learned_state(program, path / "model.safetensors")
     return Run(path, spec, program, report)
 
 
@@ -110,18 +94,18 @@ def fit_spec(
     if isinstance(source, Spec):
         spec, folder = source, pick_folder(source, out, force)
     elif not Path(source).is_dir():
-        spec = load_spec(source, overrides, trust_code=trust_code or not is_run(Path(source).parent))
+        spec = load_spec(source, overrides, trust_code=trust_code or not storage.is_run(Path(source).parent))
         folder = pick_folder(spec, out, force)
     else:
         resumed, folder = True, Path(source)
-        check_folder(folder, finished=False)
+        storage.check_folder(folder, finished=False)
         if overrides or out is not None:
             raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
         spec = _read_spec(folder, trust_code)
-        check_replaceable(folder)
+        storage.check_replaceable(folder)
     if spec.model.program is not None:
         say(f"runs the code of {spec.model.program}")
-    with reserved(folder):
+    with storage.reserved(folder):
         return _train(spec, folder, pick_device(device), resumed, say)
 
 
@@ -130,25 +114,25 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))
-    learned = learned_state(program)  # refuses what no file can hold, before the work
+    learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     state = None
     if resumed:
-        state = read_state(folder / STATE)
+        state = storage.read_state(folder / storage.STATE)
         _check_same_data(folder, state.pop("protocol"), data)
-        load_learned_state(program, folder / "model.safetensors")
-        learned = learned_state(program)
+        storage.load_learned_state(program, folder / "model.safetensors")
+        learned = storage.learned_state(program)
         say(f"goes on after epoch {len(state['history']['elbo'])} of {spec.svi.epochs}")
     latest = state
 
     def note(epoch: int, now: State) -> None:
         nonlocal latest, learned
-        latest, learned = now.save(), learned_state(program)
+        latest, learned = now.save(), storage.learned_state(program)
 
     def keep(reached: dict[str, Any], when: str) -> str:
         """Write the state of the last whole epoch, and describe how to go on."""
-        with replacing(folder) as partial:
+        with storage.replacing(folder) as partial:
             _write_trained(partial, folder, spec, learned, reached["history"])
-            write_state({**reached, "protocol": data.protocol}, partial / STATE)
+            storage.write_state({**reached, "protocol": data.protocol}, partial / storage.STATE)
         trust = "" if spec.model.program is None else " --trust-code"
         return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}{trust}"
 
@@ -182,9 +166,9 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
         data: its data.
         history: the entries of `History` by name.
     """
-    check_replaceable(folder)
-    with reserved(folder), replacing(folder) as partial:
-        home = _write_trained(partial, folder, spec, learned_state(program), history)
+    storage.check_replaceable(folder)
+    with storage.reserved(folder), storage.replacing(folder) as partial:
+        home = _write_trained(partial, folder, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         run = Run(folder, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
@@ -210,16 +194,16 @@ def evaluate_run(
     Raises:
         ValueError: If the path is no finished run, its data have changed, or `samples` or the diagnostics will not do.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"Expected `samples` to be a whole number, at least 1; got {samples}.")
+    if samples is not None:
+        check_int("samples", samples)
     run = load_run(path, trust_code=trust_code)
-    check_replaceable(run.path)
+    storage.check_replaceable(run.path)
     data = run.spec.load_data()
     _check_same_data(run.path, run.report["data"]["protocol"], data)
     if isinstance(run.program, nn.Module):
         run.program.to(pick_device(device))
-    history = read_metrics(run.path, run.report["train"]["epochs"])
-    with replacing(run.path) as partial:
+    history = storage.read_metrics(run.path, run.report["train"]["epochs"])
+    with storage.replacing(run.path) as partial:
         shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
         return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
 
@@ -242,7 +226,7 @@ def pick_folder(spec: Spec, out: str | Path | None, force: bool | None) -> Path:
             folder = folder.with_name(f"{spec.path.stem}-{number}")
         return folder
     folder = Path(out)
-    check_replaceable(folder)
+    storage.check_replaceable(folder)
     if (folder / "report.json").is_file() and not force:
         remedy = "Choose another" + (", or give --force." if force is False else ".")
         raise ValueError(f"Expected --out to be new; {folder} holds a finished run. {remedy}")
@@ -255,13 +239,13 @@ def _read_spec(path: Path, trust_code: bool) -> Spec:
     Raises:
         ValueError: If the spec or the program file is not what was fitted.
     """
-    known = read_metadata(path / "model.safetensors")
+    known = storage.read_metadata(path / "model.safetensors")
     model = read(path / "spec.toml").get("model")
     own = {}
     if isinstance(model, dict) and isinstance(model.get("program"), str):
         file, colon, name = model["program"].partition(":")
         copy = path / Path(file).name
-        if not copy.is_file() or digest(copy) != known.get("program"):
+        if not copy.is_file() or storage.digest(copy) != known.get("program"):
             raise ValueError(
                 f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
                 f"{'changed' if copy.is_file() else 'missing'}. Fit again."
@@ -305,13 +289,13 @@ def _write_trained(
     if spec.model.program is not None:
         file, colon, name = spec.model.program.partition(":")
         copy = Path(shutil.copy2(file, partial))
-        program = {"program": digest(copy)}
+        program = {"program": storage.digest(copy)}
         own = {"program": f"{folder.resolve() / copy.name}{colon}{name}"}
         home = dataclasses.replace(home, model=spec.model.model_copy(update=own))
     (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
     tensors, constraints = learned
-    write_tensors(tensors, partial / "model.safetensors", spec=_pinned(spec), **program, **constraints)
-    write_metrics(history, partial)
+    storage.write_tensors(tensors, partial / "model.safetensors", spec=_pinned(spec), **program, **constraints)
+    storage.write_metrics(history, partial)
     return home
 
 
@@ -335,10 +319,9 @@ def _write_report(
     device = device_and_dtype(program)[0]
     data = data.to(device)
     part, rows = evaluation_split(program, data)
-    asked = dataclasses.asdict(diagnostics)
-    asked["data"] = asked.pop("max_data")
-    truth = find_reference(program, rows, **asked, seed=seed)
-    blocks, evidence = evaluate(program, data, samples=samples, seed=seed, latent=spec.model.latent)
+    target = Target(program, rows)
+    reference = find_reference(target, diagnostics, seed=seed)
+    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -348,7 +331,7 @@ def _write_report(
         "data": {
             "name": data.name,
             "protocol": data.protocol,
-            "measure": measure(program, rows),
+            "measure": measure(target),
             "part": part,
             "features": data.features,
             "n_train": len(data.train["x"]),
@@ -357,27 +340,16 @@ def _write_report(
         "train": {**run.report["train"], **trained(program, data, seed=seed)},
         **blocks,
     }
-    pictures = figures(program, data, history, partial / "figures", seed=seed)
-    findings: list[str] = []
+    captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []
     if diagnostics != Diagnostics():
-        look = {name: value for name, value in asked.items() if name in ("gap", "calibration", "data")}
-        more, findings, drawn = scrutinise(
-            program, rows, evidence, partial / "figures", truth=truth, shape=data.shape, seed=seed, **look
-        )
-        report.update(finite(more))
-        pictures |= drawn
-    text = markdown(
-        report,
-        title=run.path.resolve().name,
-        words=describe(program, spec),
-        program=rendering(program, rows),
-        doubts=list_findings(report, history["elbo"]),
-        findings=findings,
-        closer=diagnostics.options,
-        pictures=pictures,
-    )
+        results = diagnose(target, evidence, diagnostics, reference, seed=seed)
+        report |= results.report
+        captions |= draw_diagnostics(results, partial / "figures", shape=data.shape)
+        notes = results.notes
+    about = {"title": run.path.resolve().name, "options": diagnostics.options}
+    text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
     table = {f.name: getattr(evidence, f.name) for f in dataclasses.fields(evidence) if f.name != "samples"}
-    write_tensors(table, partial / "evidence.safetensors")
+    storage.write_tensors(table, partial / "evidence.safetensors")
     return dataclasses.replace(run, report=report)

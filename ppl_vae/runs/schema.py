@@ -128,16 +128,20 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
     return {key: value for key, value in known.items() if key in wanted}
 
 
-def _parametric(family: Any) -> bool:
-    """Whether a family has parameters that a network may give."""
-    if needs(family) & set(ROLES):
-        return False
+@cache
+def example(kind: Any) -> Any:
+    """A family over two features, or the class itself if it has keys that must be given."""
     with fork_rng(0, device=CPU):
-        return None in _keys(family).values() or family(2).start().numel() > 0
+        return kind if None in _keys(kind).values() else kind(2)
 
 
-def plays(kind: type[Any], role: str) -> bool:
-    """Whether a family or network can play a role, by what it needs, its support and its being reparameterised."""
+def _parametric(kind: Any) -> bool:
+    """Whether a family has parameters that a network may give."""
+    return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
+
+
+def plays(kind: Any, role: str) -> bool:
+    """Whether a family or network can play a role, by what it needs, its support and whether it is reparameterised."""
     wanted = needs(kind)
     if issubclass(kind, networks.Network):
         amortized = not issubclass(kind, networks.Free)
@@ -145,8 +149,9 @@ def plays(kind: type[Any], role: str) -> bool:
     if tied := wanted & set(ROLES):
         return role not in tied
     if role == "prior":
-        return any(other.reparameterised and other.support is kind.support for other in _classes(families))
-    return _parametric(kind) and (role == "likelihood" or kind.reparameterised)
+        others = [example(other) for other in _classes(families) if not needs(other) & set(ROLES)]
+        return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
+    return _parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
 
 
 def sections(program: type | None = None, *, opened: bool = False) -> dict[str, Section]:
@@ -162,8 +167,8 @@ def sections(program: type | None = None, *, opened: bool = False) -> dict[str, 
 @cache
 def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
     def named(kind: Any, title: str, **more: Any) -> Any:
-        free = _keys(kind) and not needs(kind) & set(ROLES)
-        judge = partial(kind, **filled(kind, event=2, rows=1)) if free else None
+        tied = needs(kind) & set(ROLES)
+        judge = _nothing if tied else partial(kind, **filled(kind, event=2, rows=1))
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
     count = Annotated[int, Field(ge=1)]
@@ -193,8 +198,8 @@ def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[An
     return {name: Section(tables[name], inner.get(name, {}), TypeAdapter(_union(tables[name]))) for name in SECTIONS}
 
 
-def _nothing() -> None:
-    """A constructor without keys."""
+def _nothing(**keys: Any) -> None:
+    """A constructor without keys of its own, which accepts whatever it is given."""
 
 
 def _union(models: dict[str, Any]) -> Any:
@@ -203,7 +208,7 @@ def _union(models: dict[str, Any]) -> Any:
 
 
 def _table(
-    title: str, function: Any, judge: Any = None, /, only: Any = None, opened: bool = False, **fixed: Any
+    title: str, function: Any, judge: Any = _nothing, /, only: Any = None, opened: bool = False, **fixed: Any
 ) -> Any:
     """Make the model of a table from the keyword-only parameters of a function, or `only` some of them.
 
@@ -216,13 +221,12 @@ def _table(
     hints = get_type_hints(body, localns={"Conditional": Conditional})
 
     def alone(key: str, value: Any) -> Any:
-        if judge is not None and required <= {key} and value is not None:
+        if required <= {key} and value is not None:
             judge(**{key: value})
         return value
 
     def together(table: Any) -> Any:
-        if judge is not None:
-            judge(**{key: getattr(table, key) for key in keys})
+        judge(**{key: getattr(table, key) for key in keys})
         return table
 
     def written(hint: Any) -> Any:

@@ -26,7 +26,7 @@ from ppl_vae.programs.program import PyroPair, load_program
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, example, filled, is_path, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, read, show
 
 
@@ -73,8 +73,7 @@ class Spec:
         program = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
         if is_program(path) and program is not None and "latent" in needs(program):
             raw["model"].setdefault("latent", 10)
-        named = isinstance(raw.get("model"), dict) and "program" in raw["model"]
-        known = sections(program, opened=named and program is None)
+        known = sections(program, opened=program is None and "program" in _table(raw, "model"))
         checked: dict[str, Any] = dict.fromkeys(SECTIONS)
         for name, section in known.items():
             if name in raw or name not in ROLES:
@@ -89,7 +88,7 @@ class Spec:
             hint = f" Did you mean {homes[0]}?" if homes else near(name, SECTIONS)
             errors.append(f"{name}: Expected the tables {', '.join(SECTIONS)}; got an unknown name.{hint}")
         spec = cls(path, **checked)
-        errors += _program_conflicts(spec, raw, program) if named else _role_conflicts(spec, raw)
+        errors += _conflicts(spec, raw, program)
         if errors:
             text = errors[0] if len(errors) == 1 else f"{len(errors)} mistakes:\n  " + "\n  ".join(errors)
             raise ValueError(f"{path}: {text}")
@@ -184,15 +183,14 @@ def load_spec(
 
 def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> type | None:
     """Make paths absolute, and load the program's class if there is one."""
-    data, model = raw.get("data"), raw.get("model")
-    if isinstance(data, dict):
-        name, root = data.get("name"), data.get("root")
-        if isinstance(root, str):
-            data["root"] = str((folder / Path(root).expanduser()).resolve())
-        if isinstance(name, str) and is_path(name):
-            places = [place / Path(name).expanduser() for place in (folder, root_folder(None)[0], Path.cwd())]
-            data["name"] = str(next((place for place in places if place.exists()), places[0]).resolve())
-    if not isinstance(model, dict) or not isinstance(model.get("program"), str):
+    data, model = _table(raw, "data"), _table(raw, "model")
+    name, root = data.get("name"), data.get("root")
+    if isinstance(root, str):
+        data["root"] = str((folder / Path(root).expanduser()).resolve())
+    if isinstance(name, str) and is_path(name):
+        places = [place / Path(name).expanduser() for place in (folder, root_folder(None)[0], Path.cwd())]
+        data["name"] = str(next((place for place in places if place.exists()), places[0]).resolve())
+    if not isinstance(model.get("program"), str):
         return None
     file, colon, name = model["program"].partition(":")
     model["program"] = f"{(folder / Path(file).expanduser()).resolve()}{colon}{name}"
@@ -222,46 +220,34 @@ def _unused(data: Any) -> dict[str, str]:
     return unused if data.name.lower().endswith(".npz") else {**unused, "array": "a file that is no .npz"}
 
 
-def _data_conflicts(spec: Spec) -> Iterator[str]:
-    """What has no effect in [data], or is missing there."""
-    if spec.data is None:
-        return
-    for key, owner in _unused(spec.data).items():
-        if key in spec.data.model_fields_set:
-            yield f"data.{key}: Expected no `{key}` for {owner}; got {show(getattr(spec.data, key))}. Leave it out."
-    if spec.svi is not None and spec.svi.keep == "best" and not spec.data.validation_fraction:
-        yield (
-            'svi.keep: Expected validation data for keep = "best"; got data.validation_fraction = 0. Try '
-            '--set data.validation_fraction=0.1, or keep = "last".'
-        )
-
-
-def _program_conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
-    """What is wrong between the tables of a spec with a program file."""
-    yield from _data_conflicts(spec)
-    for role in ROLES:
-        if role in raw:
-            yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
-    if program is None or spec.model is None:
-        return
-    try:
-        takes = filled(program, features=1, latent=spec.model.latent)
-    except ValueError as error:
-        yield f"model.program: {error}"
-        return
-    if ("latent" in takes) != (spec.model.latent is not None):
-        no = "" if "latent" in takes else "no "
-        yield f"model.latent: Expected {no}`latent` for {program.__name__}; got {show(spec.model.latent)}."
-
-
-def _role_conflicts(spec: Spec, raw: dict[str, Any]) -> Iterator[str]:
-    """What is wrong between the tables of a spec with the three roles."""
-    yield from _data_conflicts(spec)
+def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
+    """What is wrong between the tables, and what has no effect."""
     data, model, likelihood, posterior = spec.data, spec.model, spec.likelihood, spec.posterior
+    latent = getattr(model, "latent", None)
+    if data is not None:
+        for key, owner in _unused(data).items():
+            if key in data.model_fields_set:
+                yield f"data.{key}: Expected no `{key}` for {owner}; got {show(getattr(data, key))}. Leave it out."
+        if spec.svi is not None and spec.svi.keep == "best" and not data.validation_fraction:
+            yield 'svi.keep: Expected validation data for "best"; got none. Try --set data.validation_fraction=0.1.'
+    if "program" in _table(raw, "model"):
+        for role in ROLES:
+            if role in raw:
+                yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
+        if program is not None and model is not None:
+            try:
+                takes = filled(program, features=1, latent=latent)
+            except ValueError as error:
+                yield f"model.program: {error}"
+            else:
+                if ("latent" in takes) != (latent is not None):
+                    no = "" if "latent" in takes else "no "
+                    yield f"model.latent: Expected {no}`latent` for {program.__name__}; got {show(latent)}."
+        return
     for role in ROLES:
         if role not in raw:
             yield f"{role}: Expected a table with family {listed(sections()[role].tables)}, or model.program; got none."
-    if model is not None and model.latent is None:
+    if model is not None and latent is None:
         yield "model.latent: Expected the number of latent variables; got none. Try --set model.latent=2."
     if data is not None and _on_table(posterior) and data.validation_fraction:
         yield (
@@ -269,19 +255,30 @@ def _role_conflicts(spec: Spec, raw: dict[str, Any]) -> Iterator[str]:
             f"training data alone; got {data.validation_fraction}. Leave it out, or use Linear or MLP."
         )
     if data is not None and likelihood is not None and data.binarization != "none":
-        real = getattr(families, likelihood.family).support is constraints.real
+        real = families.same_support(_support(likelihood), constraints.real)
         if real and not isinstance(getattr(likelihood, "scale", None), float):
             yield (
-                f"data.binarization: Expected none for a {likelihood.family} likelihood that learns its scale; got "
-                f"{show(data.binarization)}. On zeros and ones its density grows without bound. Try --set "
-                "data.binarization=none, or a Bernoulli, or a fixed scale."
+                f"data.binarization: Expected none for a {likelihood.family} likelihood that learns its scale, whose "
+                f"density of zeros and ones has no bound; got {show(data.binarization)}. Try --set "
+                "data.binarization=none, a Bernoulli, or a fixed scale."
             )
-    if model is not None and model.latent is not None and None not in (spec.prior, likelihood, posterior):
+    if latent is not None and None not in (spec.prior, likelihood, posterior):
         try:
             with fork_rng(0, device=CPU):
-                _assemble(spec, features=2, latent=model.latent, rows=1)
+                _assemble(spec, features=2, latent=latent, rows=1)
         except ValueError as error:
             yield f"posterior: {error}"
+
+
+def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A table as it stands in the file; an empty one if it is no table."""
+    table = raw.get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _support(part: Any) -> Any:
+    """Support of the family that a part names."""
+    return example(getattr(families, part.family)).support
 
 
 def _assemble(spec: Spec, features: int, latent: int, rows: int) -> VAE:
@@ -324,8 +321,7 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
 def _remedy(spec: Spec, data: Data) -> str:
     """The `--set` that fits the data to the likelihood, if there is one."""
     x = data.train["x"]
-    outside = not bool(getattr(families, spec.likelihood.family).support.check(x).all())
-    if outside and data.protocol["maximum"] is not None:
+    if not bool(_support(spec.likelihood).check(x).all()) and data.protocol["maximum"] is not None:
         unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
         return f" Try --set data.binarization=dynamic{unscaled}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):

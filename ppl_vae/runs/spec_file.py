@@ -42,8 +42,8 @@ def read(path: Path) -> dict[str, Any]:
         others = sorted(file.parent.glob("*.py" if is_program(path) else "*.toml"))
         raise ValueError(f"Expected a {kind} at {file.absolute()}; got no such file.{near(file, others)}")
     if file.is_dir():
-        others = [other.name for other in sorted(file.glob("*.toml"))]
-        raise ValueError(f"Expected a file; got the folder {file}, which holds {listed(others)}.")
+        held = listed(sorted(other.name for other in file.glob("*.toml")))
+        raise ValueError(f"Expected a file; got the folder {file}, which holds {held}.")
     if is_program(path):
         return {"data": {"name": "digits"}, "model": {"program": path.name}}
     try:

@@ -48,14 +48,12 @@ def check_folder(path: Path, *, finished: bool) -> None:
         raise ValueError(f"Expected a finished run; {path} was interrupted. Go on with: ppl-vae fit {path}")
     if not finished and STATE not in held and "report.json" in held:
         raise ValueError(
-            f"Expected a spec, a program or an interrupted run; {path} is a finished run. Evaluate or compare it, or "
-            f"fit {path / 'spec.toml'} to train anew."
+            f"Expected a spec or an interrupted run; {path} is a finished run. To train anew, fit its spec.toml."
         )
-    if is_run(path):
-        got = read_metadata(path / "model.safetensors").get("format_version", "none")
-        if got != FORMAT:
-            newer = "from a newer ppl_vae: upgrade" if got.isdigit() else "not written by ppl_vae"
-            raise ValueError(f"Expected a run of format {FORMAT}; {path} has format {got}, {newer}.")
+    got = read_metadata(path / "model.safetensors").get("format_version", "none") if is_run(path) else FORMAT
+    if got != FORMAT:
+        newer = "from a newer ppl_vae: upgrade" if got.isdigit() else "not written by ppl_vae"
+        raise ValueError(f"Expected a run of format {FORMAT}; {path} has format {got}, {newer}.")
     if missing := [name for name in (*ALWAYS, *(FINISHED if finished else (STATE,))) if name not in held]:
         raise ValueError(f"Expected a whole run directory; {path} lacks {' and '.join(missing)}. Fit again.")
 
@@ -80,7 +78,7 @@ def check_replaceable(folder: Path) -> None:
     if others := _others(folder):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ValueError(
-            f"Expected a new or empty directory, or one that holds a run alone; {folder} also holds {shown}. Nothing "
+            f"Expected a new or empty directory, or one that holds only a run; {folder} also holds {shown}. Nothing "
             "there was changed. Choose another place, or move these away."
         )
 

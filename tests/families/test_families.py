@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 from ppl_vae import VAE, Conditional, families
-from ppl_vae.families import Bernoulli, ExactNormal, Family, FullNormal, MixtureNormal, Normal, StandardNormal
+from ppl_vae.families import (
+    Bernoulli,
+    Elementwise,
+    ExactNormal,
+    Family,
+    FullNormal,
+    MixtureNormal,
+    Normal,
+    StandardNormal,
+    same_support,
+)
 from ppl_vae.families.exact_normal import linear_gaussian
 from ppl_vae.families.family import moments, positive, unconstrained
 from ppl_vae.networks import MLP, Linear
@@ -27,7 +37,7 @@ Array = npt.NDArray[np.float64]
 
 
 def _pair(latent: int, features: int, scale: Any = "shared", prior: Family | None = None) -> tuple[Any, Any]:
-    """Give a linear-Gaussian prior and likelihood with random parameters."""
+    """A linear-Gaussian prior and likelihood with random parameters."""
     first = Conditional(StandardNormal(latent) if prior is None else prior)
     second = Conditional(Normal(features, scale=scale), Linear(), context=latent)
     _perturb(first)
@@ -71,11 +81,11 @@ def _width(family: Family) -> int:
 
 
 def _features(family: ExactNormal) -> int:
-    return family._tied[1].family.event_shape[0]
+    return family.tied[1].family.event_shape[0]
 
 
 def _parameters(family: Family, *batch: int) -> Tensor:
-    """Give random parameters; for `ExactNormal` these are the data."""
+    """Random parameters; for `ExactNormal` these are the data."""
     around = 0.0 if isinstance(family, ExactNormal) else family.start()
     return around + 0.6 * torch.randn(*batch, _width(family))
 
@@ -90,7 +100,7 @@ def _softplus(raw: Any) -> Array:
 
 
 def _gaussian(family: Family, parameters: Array) -> tuple[Array, Array]:
-    """Give mean and covariance from unconstrained parameters, by numpy."""
+    """Mean and covariance from unconstrained parameters, by numpy."""
     size = family.event_shape[0]
     if isinstance(family, StandardNormal):
         return np.zeros(size), np.eye(size)
@@ -100,7 +110,7 @@ def _gaussian(family: Family, parameters: Array) -> tuple[Array, Array]:
         lower[np.diag_indices(size)] = _softplus(lower.diagonal())
         return parameters[:size], lower @ lower.T
     if isinstance(family, ExactNormal):
-        prior, likelihood = family._tied
+        prior, likelihood = family.tied
         net = likelihood.network
         return _posterior(
             *_gaussian(prior.family, prior.unconstrained().detach().numpy()),
@@ -127,7 +137,7 @@ def _posterior(m: Array, s: Array, w: Array, b: Array, noise: Array, x: Array) -
 
 
 def _scipy(family: Family, parameters: Tensor, x: Tensor, seen: Any = None) -> float:
-    """Give the log density of the entries in `seen` of one event, from unconstrained parameters, by scipy."""
+    """Log density of the entries in `seen` of one event, from unconstrained parameters, by scipy."""
     raw, value = parameters.detach().numpy(), x.detach().numpy()
     size = family.event_shape[0]
     keep = np.ones(size, bool) if seen is None else np.asarray(seen)
@@ -205,7 +215,7 @@ def test_other_scales_are_refused(scale: Any) -> None:
 
 
 def test_a_mixture_without_components_is_refused() -> None:
-    with pytest.raises(ValueError, match="`components` to be at least 1; got 0"):
+    with pytest.raises(ValueError, match="`components` to be a whole number, at least 1; got 0"):
         MixtureNormal(2, components=0)
 
 
@@ -287,6 +297,178 @@ def test_mixture_gradients_by_sampling_are_those_of_the_exact_moments(components
     assert ((estimate.mean(0) - truth).abs() < 5 * error).all()
 
 
+# Families written on `Elementwise` ------------------------------------------------------------------------------------
+
+
+class Laplace(Elementwise):
+    def __init__(self, event: Any, *, scale: Any = "network") -> None:
+        super().__init__(event, dist.Laplace, loc="network", scale=scale)
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"loc": mean, "scale": scale / math.sqrt(2)}
+
+
+class StudentT(Elementwise):
+    def __init__(self, event: Any, *, df: Any = "shared", scale: Any = "network") -> None:
+        super().__init__(event, dist.StudentT, df=df, loc="network", scale=scale)
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"df": torch.full_like(mean, 5.0), "loc": mean, "scale": scale * math.sqrt(0.6)}
+
+
+class Gamma(Elementwise):
+    def __init__(self, event: Any, *, concentration: Any = "network") -> None:
+        super().__init__(event, dist.Gamma, concentration=concentration, rate="network")
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"concentration": (mean / scale) ** 2, "rate": mean / scale**2}
+
+
+class LogNormal(Elementwise):
+    def __init__(self, event: Any, *, scale: Any = "network") -> None:
+        super().__init__(event, dist.LogNormal, loc="network", scale=scale)
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        variance = (scale / mean).square().log1p()
+        return {"loc": mean.log() - variance / 2, "scale": variance.sqrt()}
+
+
+class Beta(Elementwise):
+    def __init__(self, event: Any) -> None:
+        super().__init__(event, dist.Beta, concentration1="network", concentration0="network")
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        total = mean * (1 - mean) / scale**2 - 1
+        return {"concentration1": mean * total, "concentration0": (1 - mean) * total}
+
+
+class NegativeBinomial(Elementwise):
+    def __init__(self, event: Any, *, total_count: Any = "feature") -> None:
+        super().__init__(event, dist.NegativeBinomial, total_count=total_count, logits="network")
+
+    def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        total = mean**2 / (scale**2 - mean).clamp_min(1e-2 * mean)
+        return {"total_count": total, "logits": (mean / total).log()}
+
+
+def _gamma(concentration: Any, rate: Any) -> Any:
+    return scipy.stats.gamma(concentration, scale=1 / rate)
+
+
+# family, scipy's distribution from the values of its parameters, and the one that data are drawn from
+WRITTEN: dict[str, tuple[Callable[[Any], Elementwise], Callable[..., Any], Any]] = {
+    "Laplace": (Laplace, scipy.stats.laplace, scipy.stats.laplace(2, 1.5)),
+    "StudentT": (StudentT, scipy.stats.t, scipy.stats.t(9, 1, 2)),
+    "StudentT(4)": (lambda event: StudentT(event, df=4.0, scale="feature"), scipy.stats.t, scipy.stats.t(9, 1, 2)),
+    "Gamma": (Gamma, _gamma, _gamma(4, 2)),
+    "LogNormal": (LogNormal, lambda loc, scale: scipy.stats.lognorm(scale, scale=np.exp(loc)), _gamma(4, 2)),
+    "Beta": (Beta, scipy.stats.beta, scipy.stats.beta(2, 5)),
+    "NegativeBinomial": (
+        NegativeBinomial,
+        lambda count, logits: scipy.stats.nbinom(count, 1 - expit(logits)),
+        scipy.stats.nbinom(3, 0.4),
+    ),
+}
+
+
+def _values(family: Elementwise, raw: Tensor) -> list[Array]:
+    """Parameters of the class in the family's order, by numpy, from those of the network and those learned."""
+    parts, values = iter(raw.unflatten(-1, (-1, *family.event_shape)).unbind(-2)), []
+    state: Any = dict(family.named_parameters())
+    for name, source in family.sources.items():
+        if not isinstance(source, str):
+            values.append(np.asarray(source))
+            continue
+        part = (next(parts) if source == "network" else state[f"raw_{name}"]).detach().numpy()
+        values.append(part if name in ("loc", "logits") else _softplus(part))
+    return values
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_family_of_a_few_lines_has_the_density_of_scipy(name: str) -> None:
+    make, oracle, data = WRITTEN[name]
+    family = make(3)
+    _perturb(family)
+    raw = (family.start() + 0.3 * torch.randn(5, family.start().numel())).requires_grad_()
+    x = torch.as_tensor(data.rvs((5, 3), random_state=0), dtype=torch.float64)
+    truth = oracle(*_values(family, raw))
+    each = (truth.logpmf if family.support.is_discrete else truth.logpdf)(x.numpy())
+    np.testing.assert_allclose(family.distribution(raw).log_prob(x).detach(), each.sum(-1), rtol=1e-8)
+    mask = torch.rand(5, 3) < 0.5
+    for hidden in (math.nan, -1e30):
+        masked = family.distribution(raw, mask).log_prob(torch.where(mask, x, hidden))
+        np.testing.assert_allclose(masked.detach(), (each * mask.numpy()).sum(-1), rtol=1e-8)
+        for gradient in torch.autograd.grad(masked.sum(), [raw, *family.parameters()]):
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_family_of_a_few_lines_starts_at_the_moments_of_the_data(name: str, masked: bool) -> None:
+    make, _, data = WRITTEN[name]
+    family = make(3)
+    x = torch.as_tensor(data.rvs((400, 3), random_state=0), dtype=torch.float64)
+    mask = torch.rand(400, 3) < 0.7 if masked else None
+    holes = x if mask is None else torch.where(mask, x, math.nan)
+    raw = family.fit_start(holes, mask)
+    d: Any = family.distribution(raw)
+    assert raw.shape == family.start().shape
+    np.testing.assert_allclose(d.mean.detach(), np.nanmean(holes.numpy(), 0), rtol=1e-5)
+    if name != "StudentT(4)":
+        np.testing.assert_allclose(d.stddev.detach(), np.nanstd(holes.numpy(), 0), rtol=1e-5)
+
+
+def test_constant_features_are_refused_if_a_density_has_no_bound_there() -> None:
+    x = torch.rand(20, 2) + 0.5
+    x[:, 1] = 1.0
+    for family in (Gamma(2), LogNormal(2), Laplace(2, scale="feature")):
+        with pytest.raises(ValueError, match=r"features that vary, for a .* 1 constant features \(columns 1\)"):
+            family.fit_start(x)
+    Laplace(2, scale="shared").fit_start(x)
+
+
+def test_a_family_takes_more_of_the_batch_than_its_parameters() -> None:
+    class Share(Bernoulli):
+        def distribution(self, parameters: Tensor, mask: Tensor | None = None, total: Tensor | None = None) -> Any:
+            assert total is not None
+            return dist.Binomial(total.unsqueeze(-1), logits=parameters).to_event(1)
+
+    conditional, z, total = Conditional(Share(3), Linear(), context=2), torch.randn(5, 2), torch.arange(1.0, 6.0)
+    x = (total.unsqueeze(-1) * torch.rand(5, 3)).round()
+    p = expit(conditional.unconstrained(z).detach().numpy())
+    expected = scipy.stats.binom.logpmf(x.numpy(), total.numpy()[:, None], p).sum(-1)
+    np.testing.assert_allclose(conditional(z, total=total).log_prob(x).detach(), expected, rtol=1e-10)
+    with pytest.raises(TypeError, match="total"):
+        Conditional(Bernoulli(3), Linear(), context=2)(z, total=total)
+
+
+def test_supports_are_compared_by_kind_and_bounds() -> None:
+    equal = [
+        (Gamma(2).support, LogNormal(3).support),
+        (constraints.real, constraints.real_vector),
+        (constraints.boolean, constraints.integer_interval(0, 1)),
+        (constraints.integer_interval(0, 4), dist.Categorical(torch.ones(5)).support),
+        (constraints.interval(0, 1), Beta(1).support),
+        (constraints.simplex, constraints.simplex),
+        (copy.deepcopy(Normal(2)).support, StandardNormal(2).support),
+    ]
+    other = [
+        (Gamma(2).support, Normal(2).support),
+        (Gamma(2).support, NegativeBinomial(2).support),
+        (constraints.boolean, constraints.unit_interval),
+        (constraints.interval(0, 1), constraints.interval(0, 2)),
+        (dist.Categorical(torch.ones(5)).support, dist.Categorical(torch.ones(6)).support),
+        (constraints.simplex, constraints.real_vector),
+        (constraints.simplex, constraints.lower_cholesky),
+    ]
+    for a, b in equal:
+        assert same_support(a, b)
+        assert same_support(b, a)
+    for a, b in other:
+        assert not same_support(a, b)
+        assert not same_support(b, a)
+
+
 # Roles ---------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +477,7 @@ def _roles(family: Family) -> list[str]:
         return ["posterior"]
     sized = family.start().numel() > 0
     able = {
-        "prior": family.support is constraints.real,
+        "prior": same_support(family.support, constraints.real),
         "likelihood": sized,
         "posterior": sized and family.reparameterised,
     }
@@ -357,7 +539,7 @@ def test_density_agrees_between_precisions(name: str) -> None:
     raw, x = _parameters(family, 3), _point(family, 3)
     wide = family.distribution(raw).log_prob(x)
     if isinstance(family, ExactNormal):
-        for part in family._tied:
+        for part in family.tied:
             part.float()
     narrow = family.float().distribution(raw.float()).log_prob(x.float())
     assert narrow.dtype == torch.float32
@@ -558,7 +740,7 @@ def _kl(m: Any, s: Any, n: Any, t: Any) -> float:
 
 
 def _full(loc: Any, covariance: Any) -> Any:
-    """Give a `FullNormal` of that mean and covariance."""
+    """A `FullNormal` of that mean and covariance."""
     lower = np.linalg.cholesky(np.asarray(covariance, float))
     diagonal = np.diag_indices(len(lower))
     lower[diagonal] = unconstrained(torch.tensor(lower[diagonal])).numpy()
@@ -712,7 +894,7 @@ def _tied() -> VAE:
 
 
 def _spread(vae: VAE, x: Tensor) -> float:
-    """Give the range of log p(x, z) - log q(z|x) over draws of z; it is zero for the exact posterior alone."""
+    """Range of log p(x, z) - log q(z|x) over draws of z; it is zero for the exact posterior alone."""
     with torch.no_grad():
         q = vae.approximate(x)
         z = q.sample((50,))

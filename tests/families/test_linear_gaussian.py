@@ -187,8 +187,8 @@ def test_rotated_mean_field_gap_by_determinants(digits: Tensor) -> None:
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(latent), atol=1e-12)
         for weight, expected in ((array(ppca.weight) @ rotation.T, gap), (array(ppca.weight), 0.0)):
             precision = np.eye(latent) + weight.T @ weight / ppca.scale.item() ** 2
-            found = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
-            assert found == pytest.approx(expected, abs=1e-8)
+            loss = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
+            assert loss == pytest.approx(expected, abs=1e-8)
 
 
 # PPCA at the edges

@@ -22,7 +22,7 @@ FEW = sorted(set(TWINS) - {"feature_scale", "more_latents_than_features", "two_l
 
 
 def single(prior: Any, likelihood: Any, proposal: Any) -> Program:
-    """Give the pair of one latent number and one observed number."""
+    """The pair of one latent number and one observed number."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
@@ -37,7 +37,7 @@ def single(prior: Any, likelihood: Any, proposal: Any) -> Program:
 
 
 def nonlinear(family: str, latents: int = 2) -> tuple[VAE, Tensor]:
-    """Give a small VAE with a tanh network, random weights, and data from it."""
+    """A small VAE with a tanh network, random weights, and data from it."""
     kind: Any = Bernoulli(12) if family == "Bernoulli" else Normal(12, scale="shared")
     likelihood, posterior = (Conditional(part, MLP(hidden=[8], activation="tanh")) for part in (kind, Normal(latents)))
     vae = VAE(Conditional(StandardNormal(latents)), likelihood, posterior).double()
@@ -48,27 +48,27 @@ def nonlinear(family: str, latents: int = 2) -> tuple[VAE, Tensor]:
 @pytest.mark.parametrize("twin", TWINS)
 def test_auto_takes_the_closed_form_of_every_twin(twin):
     truth = TWINS[twin]()
-    found = reference_posterior(truth.program, truth.batch, points=10)
-    assert found.method == strongest(truth.program, truth.batch) == "closed-form"
-    assert found.draws is None
-    assert found.converged
-    assert torch.equal(found.error, torch.zeros(6))
-    np.testing.assert_allclose(array(found.log_evidence), truth.log_evidence, atol=1e-9)
-    np.testing.assert_allclose(array(found.loc), truth.loc, atol=1e-9)
-    np.testing.assert_allclose(array(found.covariance), truth.covariance, atol=1e-9)
+    reference = reference_posterior(truth.program, truth.batch, points=10)
+    assert reference.method == strongest(truth.program, truth.batch) == "closed-form"
+    assert reference.draws is None
+    assert reference.converged
+    assert torch.equal(reference.error, torch.zeros(6))
+    np.testing.assert_allclose(array(reference.log_evidence), truth.log_evidence, atol=1e-9)
+    np.testing.assert_allclose(array(reference.loc), truth.loc, atol=1e-9)
+    np.testing.assert_allclose(array(reference.covariance), truth.covariance, atol=1e-9)
 
 
 @pytest.mark.parametrize("twin", FEW)
 def test_quadrature_meets_the_closed_form_of_the_twins(twin):
     truth = TWINS[twin]()
-    found = reference_posterior(truth.program, truth.batch, "quadrature")
-    assert found.method == "quadrature"
-    assert found.converged
-    miss = np.abs(array(found.log_evidence) - truth.log_evidence)
-    assert (miss <= array(found.error)).all()
-    assert (found.error < 1e-6).all()
-    np.testing.assert_allclose(array(found.loc), truth.loc, atol=1e-8)
-    np.testing.assert_allclose(array(found.covariance), truth.covariance, atol=1e-8)
+    reference = reference_posterior(truth.program, truth.batch, "quadrature")
+    assert reference.method == "quadrature"
+    assert reference.converged
+    miss = np.abs(array(reference.log_evidence) - truth.log_evidence)
+    assert (miss <= array(reference.error)).all()
+    assert (reference.error < 1e-6).all()
+    np.testing.assert_allclose(array(reference.loc), truth.loc, atol=1e-8)
+    np.testing.assert_allclose(array(reference.covariance), truth.covariance, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_quadrature_meets_the_closed_form_of_the_twins(twin):
 )
 def test_latent_sites_come_back_by_name(site, shapes):
     truth = TWINS[site]()
-    found = reference_posterior(truth.program, truth.batch)
-    assert {name: tuple(value.shape) for name, value in found.sites.items()} == {
+    reference = reference_posterior(truth.program, truth.batch)
+    assert {name: tuple(value.shape) for name, value in reference.sites.items()} == {
         name: (6, *shape) for name, shape in shapes.items()
     }
-    joined = torch.cat([value.reshape(6, -1) for value in found.sites.values()], 1)
+    joined = torch.cat([value.reshape(6, -1) for value in reference.sites.values()], 1)
     np.testing.assert_allclose(array(joined), truth.loc, atol=1e-9)
 
 
 def folded() -> Program:
-    """Give the pair whose posterior has modes near x and -x, as narrow as the second number of the datum says."""
+    """The pair whose posterior has modes near x and -x, as narrow as the second number of the datum says."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
@@ -105,7 +105,7 @@ def folded() -> Program:
 
 
 def exact_folded(x: Tensor) -> Any:
-    """Give log p(x) of the folded pair: twice the half of a Gaussian that lies above nought."""
+    """Log p(x) of the folded pair: twice the half of a Gaussian that lies above nought."""
     value, scale = array(x).T
     whole = np.sqrt(1 + scale**2)
     return np.log(2) + stats.norm(0, whole).logpdf(value) + stats.norm.logcdf(value / (scale * whole))
@@ -169,33 +169,33 @@ def singles() -> dict[str, tuple[Program, list[float], Any]]:
 def test_quadrature_finds_place_and_width_of_any_posterior(name):
     program, values, exact = singles()[name]
     x = torch.tensor(values).unsqueeze(-1)
-    found = reference_posterior(program, x, "quadrature")
-    miss = np.abs(array(found.log_evidence) - exact(np.array(values)))
+    reference = reference_posterior(program, x, "quadrature")
+    miss = np.abs(array(reference.log_evidence) - exact(np.array(values)))
     assert (miss < 2e-7).all()
-    assert (miss <= array(found.error) + 1e-13).all()
-    assert found.converged
+    assert (miss <= array(reference.error) + 1e-13).all()
+    assert reference.converged
     if name == "two_modes":
-        np.testing.assert_allclose(array(found.loc), 0, atol=1e-9)
-        np.testing.assert_allclose(array(found.covariance).ravel(), np.square(values), rtol=1e-3)
+        np.testing.assert_allclose(array(reference.loc), 0, atol=1e-9)
+        np.testing.assert_allclose(array(reference.covariance).ravel(), np.square(values), rtol=1e-3)
     if name == "gamma_poisson":
-        np.testing.assert_allclose(array(found.loc).ravel(), (np.array(values) + 2) / 2, rtol=1e-7)
-        np.testing.assert_allclose(array(found.covariance).ravel(), (np.array(values) + 2) / 4, rtol=1e-6)
+        np.testing.assert_allclose(array(reference.loc).ravel(), (np.array(values) + 2) / 2, rtol=1e-7)
+        np.testing.assert_allclose(array(reference.covariance).ravel(), (np.array(values) + 2) / 4, rtol=1e-6)
 
 
 def test_quadrature_short_of_points_says_so():
     program, values, _ = singles()["two_modes"]
     x = torch.tensor(values).unsqueeze(-1)
-    found, fine = (reference_posterior(program, x, "quadrature", points=points) for points in (40, 2**18))
-    assert not found.converged
-    assert (found.error > 1).all()
-    assert ((found.log_evidence - fine.log_evidence).abs() <= found.error).all()
+    reference, fine = (reference_posterior(program, x, "quadrature", points=points) for points in (40, 2**18))
+    assert not reference.converged
+    assert (reference.error > 1).all()
+    assert ((reference.log_evidence - fine.log_evidence).abs() <= reference.error).all()
 
 
 def test_blocks_of_quadrature_do_not_change_the_answer():
     truth = TWINS["fixed_scale"]()
     for entries in (12_000, 3_000):  # lattices that are looked at in pieces; blocks of two data
-        found = reference_posterior(truth.program, truth.batch, "quadrature", points=5000, entries=entries)
-        np.testing.assert_allclose(array(found.log_evidence), truth.log_evidence, atol=1e-8)
+        reference = reference_posterior(truth.program, truth.batch, "quadrature", points=5000, entries=entries)
+        np.testing.assert_allclose(array(reference.log_evidence), truth.log_evidence, atol=1e-8)
 
 
 def test_a_datum_has_the_same_answer_alone_and_among_others():
@@ -214,18 +214,18 @@ def test_a_datum_has_the_same_answer_alone_and_among_others():
 
 def test_one_unsettled_datum_leaves_the_others_settled():
     x = torch.tensor([[1.0, 1e-4], [0.5, 0.5], [2.0, 1e-3], [0.2, 0.2]], dtype=torch.float64)
-    found = reference_posterior(folded(), x, "quadrature", points=500, tolerance=1e-5)
-    assert found.diagnostics["settled"].tolist() == [False, True, False, True]
-    assert found.diagnostics["settled"].dtype == torch.bool
-    assert not found.converged
-    miss = np.abs(array(found.log_evidence) - exact_folded(x))
-    assert (miss <= array(found.error)).all()
-    assert (found.error[found.diagnostics["settled"]] < 1e-5).all()
-    assert (found.error[~found.diagnostics["settled"]] > 1e-2).all()
+    reference = reference_posterior(folded(), x, "quadrature", points=500, tolerance=1e-5)
+    assert reference.diagnostics["settled"].tolist() == [False, True, False, True]
+    assert reference.diagnostics["settled"].dtype == torch.bool
+    assert not reference.converged
+    miss = np.abs(array(reference.log_evidence) - exact_folded(x))
+    assert (miss <= array(reference.error)).all()
+    assert (reference.error[reference.diagnostics["settled"]] < 1e-5).all()
+    assert (reference.error[~reference.diagnostics["settled"]] > 1e-2).all()
 
 
 def bent() -> tuple[VAE, Tensor]:
-    """Give a VAE whose posteriors have several bent ridges, and data from it."""
+    """A VAE whose posteriors have several bent ridges, and data from it."""
     kinds: tuple[Any, Any] = Normal(3, scale=0.3), Normal(2)
     likelihood, posterior = (Conditional(kind, MLP(hidden=[12])) for kind in kinds)
     vae = VAE(Conditional(StandardNormal(2)), likelihood, posterior).double()
@@ -241,10 +241,10 @@ def test_the_stated_error_of_quadrature_covers_the_truth(monkeypatch):
     assert fine.converged
 
     def excess(tolerance: float) -> Tensor:
-        found = reference_posterior(vae, x, "quadrature", tolerance=tolerance)
-        assert found.converged
-        assert (found.error < 1.01 * tolerance).all()
-        return (found.log_evidence - fine.log_evidence).abs() - found.error - fine.error
+        reference = reference_posterior(vae, x, "quadrature", tolerance=tolerance)
+        assert reference.converged
+        assert (reference.error < 1.01 * tolerance).all()
+        return (reference.log_evidence - fine.log_evidence).abs() - reference.error - fine.error
 
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-5):
         assert (excess(tolerance) <= 0).all()
@@ -277,30 +277,30 @@ def test_quadrature_annealing_and_nuts_agree_on_a_nonlinear_pair(family):
     assert sampled.converged
     assert sampled.log_evidence.isnan().all()
     spread = lattice.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-    for found in (annealed, sampled):
-        error = spread / found.diagnostics["ess"].sqrt().unsqueeze(-1)
-        assert (found.loc - lattice.loc).abs().lt(5 * error).all()
-        assert found.draws is not None
-        assert (found.draws.mean(0) - lattice.loc).abs().lt(8 * error).all()
-        ratio = (found.covariance.diagonal(dim1=-2, dim2=-1) / spread.square()).log()
+    for reference in (annealed, sampled):
+        error = spread / reference.diagnostics["ess"].sqrt().unsqueeze(-1)
+        assert (reference.loc - lattice.loc).abs().lt(5 * error).all()
+        assert reference.draws is not None
+        assert (reference.draws.mean(0) - lattice.loc).abs().lt(8 * error).all()
+        ratio = (reference.covariance.diagonal(dim1=-2, dim2=-1) / spread.square()).log()
         assert ratio.abs().lt(8 * math.sqrt(2) * error / spread).all()
 
 
 def test_nuts_meets_the_posterior_of_ppca():
     truth = TWINS["ppca_vae"]()
     rows = {key: value[:1] for key, value in truth.batch.items()}
-    found = reference_posterior(truth.program, rows, "nuts", draws=300, warmup=150)
-    assert found.converged
-    assert found.draws is not None
-    assert found.draws.shape == (1200, 1, 3)
-    assert (found.diagnostics["r_hat"] < 1.01).all()
-    assert found.diagnostics["divergences"] == 0
+    reference = reference_posterior(truth.program, rows, "nuts", draws=300, warmup=150)
+    assert reference.converged
+    assert reference.draws is not None
+    assert reference.draws.shape == (2400, 1, 3)
+    assert (reference.diagnostics["r_hat"] < 1.01).all()
+    assert (reference.diagnostics["divergences"] == 0).all()
     exact = truth.covariance[:1]
     spread = np.sqrt(np.diagonal(exact, axis1=1, axis2=2))
-    ess = array(found.diagnostics["ess"])
-    assert (np.abs(array(found.loc) - truth.loc[:1]) < 4 * spread / np.sqrt(ess)[:, None]).all()
+    ess = array(reference.diagnostics["ess"])
+    assert (np.abs(array(reference.loc) - truth.loc[:1]) < 4 * spread / np.sqrt(ess)[:, None]).all()
     variance = spread[:, :, None] ** 2 * spread[:, None] ** 2 + exact**2  # of a product, Gaussian
-    assert (np.abs(array(found.covariance) - exact) < 4 * np.sqrt(variance / ess[:, None, None])).all()
+    assert (np.abs(array(reference.covariance) - exact) < 4 * np.sqrt(variance / ess[:, None, None])).all()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_settings_of_nuts_are_checked(settings, message):
 
 
 def test_nuts_that_did_not_mix_carries_its_failure():
-    found = reference_posterior(
+    reference = reference_posterior(
         single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.abs(), 0.01), dist.Normal(0.0, 1.0)),
         torch.full((1, 1), 2.0),
         "nuts",
@@ -327,17 +327,17 @@ def test_nuts_that_did_not_mix_carries_its_failure():
         warmup=40,
         chains=8,
     )
-    assert not found.converged
-    assert float(found.diagnostics["r_hat"].max()) > 1.01
-    assert not found.diagnostics["settled"].any()
+    assert not reference.converged
+    assert float(reference.diagnostics["r_hat"].max()) > 1.01
+    assert not reference.diagnostics["settled"].any()
 
 
 def test_auto_anneals_many_latents_and_takes_only_its_settings():
     vae, x = nonlinear("Bernoulli", 4)
-    found = reference_posterior(vae, x, chains=4, temperatures=5, leapfrog=2, points=10)
-    assert found.method == strongest(vae, x) == "ais"
-    assert found.loc.shape == (2, 4)
-    assert found.covariance.shape == (2, 4, 4)
+    reference = reference_posterior(vae, x, chains=4, temperatures=5, leapfrog=2, points=10)
+    assert reference.method == strongest(vae, x) == "ais"
+    assert reference.loc.shape == (2, 4)
+    assert reference.covariance.shape == (2, 4, 4)
 
 
 def test_the_answer_follows_from_the_seed_and_nothing_is_left_behind():
@@ -373,7 +373,7 @@ def test_what_a_program_does_not_allow_is_refused_and_the_rest_is_named():
         reference_posterior(vae, x, "closed-form")
     with pytest.raises(ValueError, match="'closed-form' if it is linear-Gaussian"):
         reference_posterior(vae, x, "quadrature")
-    with pytest.raises(ValueError, match="one of auto, closed-form, quadrature, ais, nuts; got 'laplace'"):
+    with pytest.raises(ValueError, match="one of 'auto', 'closed-form', 'quadrature', 'ais', 'nuts'; got 'laplace'"):
         reference_posterior(vae, x, "laplace")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="settings of 'nuts' among chains, draws, warmup; got 'temperatures'"):
         reference_posterior(vae, x, "nuts", temperatures=3)

@@ -19,6 +19,7 @@ from ppl_vae import (
     VAE,
     Conditional,
     Program,
+    Target,
     compare_posteriors,
     data,
     exact_log_evidence,
@@ -65,7 +66,7 @@ def sgd(tensors, lr):
 
 
 def within(estimates, truth, limit=5.0):
-    """Say whether the mean of independent estimates (rows) lies within `limit` standard errors of the truth."""
+    """Whether the mean of independent estimates (rows) lies within `limit` standard errors of the truth."""
     estimates = torch.as_tensor(estimates)
     error = estimates.std(0) / math.sqrt(len(estimates))
     return bool(((estimates.mean(0) - truth).abs() <= limit * error + 1e-12).all())
@@ -243,7 +244,7 @@ def test_both_objectives_agree_on_a_nonlinear_vae():
     with torch.no_grad():
         for p in vae.parameters():
             p += 0.3 * torch.randn_like(p)
-    start, found = state(vae), {}
+    start, runs = state(vae), {}
     for elbo in OBJECTIVES:
         rows = []
         for seed in range(50):
@@ -252,8 +253,8 @@ def test_both_objectives_agree_on_a_nonlinear_vae():
             value = fit(vae, x, elbo=elbo, seed=seed + 100 * OBJECTIVES.index(elbo), **options).elbo
             moved = [(after.detach() - start[name]).flatten() for name, after in vae.named_parameters()]
             rows.append(torch.cat([torch.tensor(value), *moved]))
-        found[elbo] = torch.stack(rows)
-    a, b = found.values()
+        runs[elbo] = torch.stack(rows)
+    a, b = runs.values()
     error = ((a.var(0) + b.var(0)) / 50).sqrt()
     assert ((a.mean(0) - b.mean(0)).abs() <= 5 * error).all()
     assert (b.std(0)[0] < a.std(0)[0]).item()  # the analytic KL takes noise away
@@ -478,6 +479,25 @@ def test_a_tensor_an_array_and_a_dict_are_the_same_data():
         torch.testing.assert_close(runs[0][key], runs[4][key], rtol=1e-10, atol=1e-12)
 
 
+def test_a_target_is_fitted_and_forgets_what_it_knew():
+    torch.manual_seed(5)
+    x = torch.randn(20, 3)
+    start = linear_vae(3, 2)
+    plain, vae = copy.deepcopy(start), copy.deepcopy(start)
+    target = Target(vae, x)
+    before = exact_log_evidence(target)
+    a = fit(plain, x, epochs=2, batch_size=8, learning_rate=0.1)
+    b = fit(target, epochs=2, batch_size=8, learning_rate=0.1)
+    assert a.elbo == b.elbo
+    assert equal(state(plain), state(vae))
+    assert not torch.equal(exact_log_evidence(target), before)
+    assert torch.equal(exact_log_evidence(target), exact_log_evidence(plain, x))
+    with pytest.raises(TypeError, match="target alone, which holds its data"):
+        fit(target, x)
+    with pytest.raises(TypeError, match="data `x` beside a VAE; got none"):
+        fit(plain)
+
+
 def test_missing_entries_do_not_count():
     torch.manual_seed(5)
     x, mask, runs = torch.randn(20, 3), torch.rand(20, 3) < 0.7, []
@@ -570,12 +590,12 @@ def test_bare_parameters_reach_their_optimum():
     x = torch.randn(100, 1) + 2
     program = Program(bare_model, bare_guide)
     fit(program, x, epochs=300, batch_size=100, learning_rate=0.1, schedule="one-cycle", particles=10)
-    found, mean = bare_values(program), float(x.mean())
-    assert {key: float(value) for key, value in found.items()} == pytest.approx(
+    values, mean = bare_values(program), float(x.mean())
+    assert {key: float(value) for key, value in values.items()} == pytest.approx(
         {"loc": mean, "slope": 0.5, "bias": mean / 2, "scale": math.sqrt(0.5)}, abs=0.05
     )
     assert len(pyro.get_param_store()) == 0
-    truth = dist.Normal(found["loc"], math.sqrt(2)).log_prob(x[:, 0])
+    truth = dist.Normal(values["loc"], math.sqrt(2)).log_prob(x[:, 0])
     torch.testing.assert_close(log_evidence(program, x, 500).log_evidence, truth, rtol=0, atol=0.05)
 
 
@@ -732,7 +752,7 @@ def test_learning_rates_are_torchs(schedule):
         linear_vae(3, 2), x, epochs=epochs, batch_size=10, learning_rate=0.02, schedule=schedule, optimizer=record
     )
     other = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.02)
-    plan = {
+    scheduler = {
         "constant": lambda: torch.optim.lr_scheduler.ConstantLR(other, factor=1.0),
         "one-cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(other, 0.02, total_steps=12),
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(other, 12),
@@ -741,7 +761,7 @@ def test_learning_rates_are_torchs(schedule):
     for _ in range(12):
         expected.append(other.param_groups[0]["lr"])
         other.step()
-        plan.step()
+        scheduler.step()
         if len(expected) % 3 == 0:
             assert history.learning_rate[len(expected) // 3 - 1] == pytest.approx(
                 other.param_groups[0]["lr"], abs=1e-12
@@ -989,10 +1009,10 @@ def test_nan_under_dynamic_binarization_replays_the_same_draws():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"elbo": "ELBO"}, "`elbo` to be one of Trace_ELBO, TraceMeanField_ELBO; got 'ELBO'"),
+        ({"elbo": "ELBO"}, "`elbo` to be one of 'Trace_ELBO', 'TraceMeanField_ELBO'; got 'ELBO'"),
         ({"elbo": "RenyiELBO"}, "`elbo`"),
-        ({"schedule": "linear"}, "`schedule` to be one of constant, one-cycle, cosine; got 'linear'"),
-        ({"keep": "first"}, "`keep` to be one of last, best; got 'first'"),
+        ({"schedule": "linear"}, "`schedule` to be one of 'constant', 'one-cycle', 'cosine'; got 'linear'"),
+        ({"keep": "first"}, "`keep` to be one of 'last', 'best'; got 'first'"),
         ({"keep": "best"}, "validation data.*keep"),
         ({"epochs": 0}, "`epochs`.*got 0"),
         ({"epochs": -1}, "`epochs`"),

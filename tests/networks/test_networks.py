@@ -173,7 +173,7 @@ def test_table_answers_the_rows_asked_for() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("again", [False, True], ids=["build", "restart"])
-def test_the_answer_begins_at_start(name: str, again: bool) -> None:
+def test_the_output_begins_at_start(name: str, again: bool) -> None:
     """At the centre of the context for Linear, up to the last layer's weights for MLP, everywhere for the others."""
     network, start = _built(name), torch.arange(3.0)
     context = _context(name, 5)
@@ -261,13 +261,13 @@ def test_mlp_refuses_no_or_empty_layers(hidden: list[int]) -> None:
 
 
 def test_mlp_refuses_unknown_activations() -> None:
-    with pytest.raises(ValueError, match="`activation` to be one of tanh, relu, .*sigmoid; got 'swish'"):
+    with pytest.raises(ValueError, match="`activation` to be one of 'tanh', 'relu', .*'sigmoid'; got 'swish'"):
         MLP(hidden=[3], activation="swish")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rows", [0, -3])
 def test_table_refuses_to_have_no_rows(rows: int) -> None:
-    with pytest.raises(ValueError, match=f"`rows` to be the number of data, at least 1; got {rows}"):
+    with pytest.raises(ValueError, match=f"`rows` to be a whole number, at least 1; got {rows}"):
         Table(rows)
 
 

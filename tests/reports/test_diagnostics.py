@@ -1,4 +1,4 @@
-"""The closer look at a run, on twins whose answers are known, and its pictures."""
+"""The diagnostics of a run, on twins whose answers are known, and their figures."""
 
 import re
 
@@ -11,16 +11,17 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from twins import TWINS
 
-from ppl_vae import PPCA, VAE, Conditional, Program, log_evidence
+from ppl_vae import PPCA, VAE, Conditional, Program, Target, log_evidence
 from ppl_vae.evaluation.bounds import BoundCurve, bound_curve
 from ppl_vae.evaluation.calibration import calibrate
-from ppl_vae.families import ExactNormal, Normal, StandardNormal
-from ppl_vae.infer.density_grid import guide_grid
+from ppl_vae.families import ExactNormal, MixtureNormal, Normal, StandardNormal
+from ppl_vae.infer.density_grid import DensityGrid
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.reports import diagnostic_plots, figures
-from ppl_vae.reports.figures import scrutinise
-from ppl_vae.reports.measures import LOOKED, find_reference
+from ppl_vae.reports import diagnostic_plots, diagnostics
+from ppl_vae.reports.diagnostics import MAX_DATA, Diagnostics, diagnose, find_reference, rank_counts
+from ppl_vae.reports.figures import draw_diagnostics
+from ppl_vae.reports.findings import describe_diagnostics
 
 
 def _digits() -> torch.Tensor:
@@ -35,10 +36,20 @@ def _nonlinear(latent: int) -> VAE:
     )
 
 
-def _look(program, batch, folder, samples=50, reference=None, shape=None, **asked):
-    truth = find_reference(program, batch, reference=reference, **asked)
+def _refuse(program, batch, **asked):
+    return find_reference(Target(program, batch), Diagnostics(**asked))
+
+
+def _diagnose(program, batch, truth, evidence=None, **asked):
+    target = Target(program, batch)
+    results = diagnose(target, evidence or log_evidence(target, samples=40), Diagnostics(**asked), truth)
+    return results, describe_diagnostics(results.report)
+
+
+def _look(program, batch, folder, samples=50, shape=None, **asked):
     evidence = log_evidence(program, batch, samples)
-    return scrutinise(program, batch, evidence, folder, truth=truth, shape=shape, **asked), truth, evidence
+    results, words = _diagnose(program, batch, _refuse(program, batch, **asked), evidence, **asked)
+    return results.report, words, draw_diagnostics(results, folder, shape=shape), evidence
 
 
 def test_the_exact_guide_is_found_right(tmp_path) -> None:
@@ -46,7 +57,7 @@ def test_the_exact_guide_is_found_right(tmp_path) -> None:
     ppca = PPCA.fit(x, 2)
     vae, few = ppca.to_vae(), {"x": x[:60]}  # more than the reference looks at
     asked = {"reference": "auto", "gap": True, "calibration": True}
-    (blocks, words, pictures), _, evidence = _look(vae, few, tmp_path, shape=(8, 8), **asked)
+    blocks, words, pictures, evidence = _look(vae, few, tmp_path, shape=(8, 8), **asked)
     expected = float(ppca.log_evidence(x[: blocks["reference"]["n"]]).mean())
     assert blocks["reference"]["method"] == "closed-form"
     assert blocks["reference"]["log_evidence"] == pytest.approx(expected, abs=1e-9)
@@ -56,7 +67,7 @@ def test_the_exact_guide_is_found_right(tmp_path) -> None:
     assert f"{expected:.3f} nats exactly on average" in words[0]
     assert "the ELBO lies" not in words[0]  # the gap was asked for, and says so
     n = blocks["reference"]["n"]
-    assert blocks["bound"]["n"] == blocks["gap"]["n"] == blocks["reference"]["n_settled"] == n == LOOKED["auto"]
+    assert blocks["bound"]["n"] == blocks["gap"]["n"] == blocks["reference"]["n_settled"] == n == MAX_DATA["auto"]
     assert blocks["bound"]["samples"] == [1, 2, 5, 10, 20, 50]
     np.testing.assert_allclose(blocks["bound"]["mean"][-1], float(evidence.log_evidence[:n].mean()))
     assert len(blocks["pareto_k"]) == 60
@@ -72,18 +83,17 @@ def test_a_narrow_guide_is_found_wrong(tmp_path) -> None:
     q = exact.posterior(x[:1].detach())
     guide = Conditional(Normal(2, scale=0.5 * float(q.stddev.detach()[0, 0])), Linear())
     vae = VAE(exact.prior, exact.likelihood, guide)
-    (blocks, words, _), _, _ = _look(vae, {"x": x[:20]}, tmp_path, calibration=True)
+    blocks, words, _, _ = _look(vae, {"x": x[:20]}, tmp_path, calibration=True)
     assert blocks["calibration"]["verdict"] == "miscalibrated"
     assert "miscalibrated" in words[1]
-    assert f"It shows most in {blocks['calibration']['weakest']}. A guide can be nearly exact on data" in words[1]
 
 
 def test_nonlinear_pairs_have_no_closed_form_and_say_so() -> None:
     vae, batch = _nonlinear(5), {"x": torch.randn(3, 4)}
     with pytest.raises(ValueError, match="allows 'ais', 'nuts'"):
-        find_reference(vae, batch, reference="closed-form")
+        _refuse(vae, batch, reference="closed-form")
     with pytest.raises(ValueError, match="at most 3 latent variables"):
-        find_reference(vae, batch, reference="quadrature")
+        _refuse(vae, batch, reference="quadrature")
 
 
 def test_the_gap_needs_a_family() -> None:
@@ -91,15 +101,15 @@ def test_the_gap_needs_a_family() -> None:
         TWINS["two_level"]() if "two_level" in TWINS else next(make() for name, make in TWINS.items() if "two" in name)
     )
     with pytest.raises(ValueError, match="Expected a VAE for --gap"):
-        find_reference(twin.program, twin.batch, gap=True)
+        _refuse(twin.program, twin.batch, gap=True)
 
 
 def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
     ppca = PPCA.fit(_digits()[:, 1:12], 2)
     batch = {"x": _digits()[:30, 1:12]}
-    (blocks, _, pictures), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=3)
+    blocks, _, _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", max_data=3)
     assert blocks["reference"]["n"] == blocks["bound"]["n"] == 3
-    (_, words, _), _, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", data=1)
+    _, words, pictures, _ = _look(ppca.to_vae(), batch, tmp_path, reference="closed-form", max_data=1)
     assert re.search(r"on average over 1 datum, .*; the ELBO lies -?[\d.]+ ± [\de.-]+ below\.", words[0])
     assert "mean over 1 datum:" in words[1]
     assert "reference.png" in pictures  # where the data are no pictures, too
@@ -111,11 +121,13 @@ def test_how_many_data_are_looked_at_is_a_choice(tmp_path) -> None:
         (3, {"calibration": True}, "--data together with"),
     ):
         with pytest.raises(ValueError, match=message):
-            find_reference(ppca.to_vae(), batch, data=count, **asked)
-    assert len(find_reference(ppca.to_vae(), batch, reference="auto", data=np.int64(30)).loc) == 30
+            _refuse(ppca.to_vae(), batch, max_data=count, **asked)
+    assert len(_refuse(ppca.to_vae(), batch, reference="auto", max_data=np.int64(30)).loc) == 30
+    with pytest.raises(ValueError, match="one of 'auto', 'closed-form'.*got 'guess'"):
+        _refuse(ppca.to_vae(), batch, reference="guess")
 
 
-def test_means_are_over_the_data_that_settled(tmp_path, monkeypatch) -> None:
+def test_means_are_over_the_data_that_settled() -> None:
     x = _digits()[:6]
     ppca = PPCA.fit(_digits(), 2)
     vae, known = ppca.to_vae(), ppca.log_evidence(x)
@@ -133,9 +145,8 @@ def test_means_are_over_the_data_that_settled(tmp_path, monkeypatch) -> None:
         {"settled": settled},
     )
     evidence = log_evidence(vae, x, 40)
-    drawn = {}
-    monkeypatch.setattr(figures, "bound_over_samples", lambda curve, truth: drawn.update(t=truth) or Figure())
-    blocks, words, _ = scrutinise(vae, {"x": x}, evidence, tmp_path, truth=truth, gap=True)
+    results, words = _diagnose(vae, {"x": x}, truth, evidence, gap=True)
+    blocks = results.report
     block = blocks["reference"]
     assert (block["n"], block["n_settled"]) == (6, 4)
     assert block["log_evidence"] == pytest.approx(float(known[settled].mean()))
@@ -143,31 +154,32 @@ def test_means_are_over_the_data_that_settled(tmp_path, monkeypatch) -> None:
     assert block["importance_weighted"] == pytest.approx(float(evidence.log_evidence[settled].mean()))
     assert "over the 4 data that settled" in words[0]
     assert "2 of 6 data did not settle" in words[0]
-    assert torch.equal(drawn["t"], known[settled])
+    assert torch.equal(results.known.log_evidence, known[settled])
     assert blocks["gap"]["n"] == blocks["bound"]["n"] == 4
     assert blocks["gap"]["total"] == pytest.approx(0, abs=1e-6)
     truth.diagnostics["settled"] = torch.zeros(6, dtype=torch.bool)
-    blocks, words, _ = scrutinise(vae, {"x": x}, evidence, tmp_path, truth=truth)
-    assert blocks["reference"]["log_evidence"] is None
-    assert blocks["bound"]["n"] == 6
-    assert drawn["t"] is None
+    results, words = _diagnose(vae, {"x": x}, truth, evidence)
+    assert results.report["reference"]["log_evidence"] is None
+    assert results.report["bound"]["n"] == 6
+    assert results.known is None
     assert "none of 6 data" in words[0]
 
 
 def test_annealing_tells_of_its_chains(tmp_path) -> None:
     vae, batch = _nonlinear(2), {"x": torch.randn(3, 4)}
     truth = reference_posterior(vae, batch, "ais", chains=8, temperatures=20)
-    blocks, words, pictures = scrutinise(vae, batch, log_evidence(vae, batch, 50), tmp_path, truth=truth)
-    found, which = blocks["reference"]["diagnostics"], truth.diagnostics["settled"]
+    results, words = _diagnose(vae, batch, truth)
+    blocks = results.report
+    checks, which = blocks["reference"]["diagnostics"], truth.diagnostics["settled"]
     which = which if which.any() else ~which
-    assert found["ess"]["min"] == pytest.approx(float(truth.diagnostics["ess"].min()))
-    assert found["acceptance"]["median"] == pytest.approx(float(truth.diagnostics["acceptance"].median()))
+    assert checks["ess"]["min"] == pytest.approx(float(truth.diagnostics["ess"].min()))
+    assert checks["acceptance"]["median"] == pytest.approx(float(truth.diagnostics["acceptance"].median()))
     error = float(truth.error[which].square().sum().sqrt()) / int(which.sum())
     assert blocks["reference"]["error"] == pytest.approx(error)
     assert f"± {error:.3f}" in words[0]
-    assert f"{found['ess']['min']:.1f} at the least" in words[0]
-    assert f"{found['acceptance']['median']:.0%} of the moves" in words[0]
-    assert "reference.png" in pictures
+    assert f"at least {checks['ess']['min']:.1f} are effective" in words[0]
+    assert f"{checks['acceptance']['median']:.0%} of the moves" in words[0]
+    assert "reference.png" in draw_diagnostics(results, tmp_path)
 
 
 @pytest.mark.parametrize("settled", [(True, True, True), (True, False, True), (False, False, False), None])
@@ -181,7 +193,8 @@ def test_annealing_is_a_lower_bound_unless_it_has_settled(tmp_path, settled) -> 
     truth = Reference(
         low, torch.full((3,), 0.3), q.mean, q.covariance_matrix, "ais", torch.zeros(16, 3, 5), {"z": (5,)}, False, told
     )
-    blocks, words, pictures = scrutinise(vae, {"x": x}, log_evidence(vae, x, 40), tmp_path, truth=truth, gap=True)
+    results, words = _diagnose(vae, {"x": x}, truth, gap=True)
+    blocks, pictures = results.report, draw_diagnostics(results, tmp_path)
     sure = bool(settled and any(settled))
     used = low[torch.tensor(settled)] if sure else low
     block, kind = blocks["reference"], "estimate" if sure else "lower bound"
@@ -199,7 +212,7 @@ def test_annealing_is_a_lower_bound_unless_it_has_settled(tmp_path, settled) -> 
     assert ("at least" in words[2]) is not sure
 
 
-def test_nuts_says_of_how_many_data_it_is_sure(tmp_path) -> None:
+def test_nuts_says_of_how_many_data_it_is_sure() -> None:
     x = _digits()[:3]
     ppca = PPCA.fit(_digits(), 5)
     vae, q = ppca.to_vae(), ppca.posterior(x)
@@ -207,14 +220,17 @@ def test_nuts_says_of_how_many_data_it_is_sure(tmp_path) -> None:
     told = {"r_hat": torch.tensor([1.0, 1.02, 1.0]), "ess": torch.full((3,), 900.0), "divergences": 0}
     told["settled"] = told["r_hat"] < 1.01
     truth = Reference(none, none, q.mean, q.covariance_matrix, "nuts", torch.zeros(800, 3, 5), {"z": (5,)}, False, told)
-    blocks, words, _ = scrutinise(vae, {"x": x}, log_evidence(vae, x, 40), tmp_path, truth=truth)
+    results, words = _diagnose(vae, {"x": x}, truth)
+    blocks = results.report
     assert blocks["reference"]["n_settled"] == 2
     assert blocks["reference"]["each"] == {"r_hat": told["r_hat"].tolist(), "ess": [900.0] * 3}
-    assert "800 draws are as good as 900 independent ones at the least" in words[0]
+    assert "800 draws are as good as 900 independent ones or more" in words[0]
     assert "**Its own checks failed** on 1 of 3 data" in words[0]
 
 
-def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path, monkeypatch) -> None:
+def _auxiliary() -> Program:
+    """z is N(0, I) and x is z and noise; the guide's z depends on a site that is not part of the model."""
+
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -225,28 +241,56 @@ def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path, monkeypatch
             one = pyro.sample("aid", dist.Normal(x.mean(-1), 1.0), infer={"is_auxiliary": True})
             pyro.sample("z", dist.Normal(torch.stack([one, one**2], -1), 0.5).to_event(1))
 
-    program, batch, drawn = Program(model, guide), {"x": torch.randn(3, 2)}, {}
-    truth = find_reference(program, batch, reference="closed-form")
-    evidence = log_evidence(program, batch, 30)
-    regions = figures.plots.regions
+    return Program(model, guide)
 
-    def noted(exact, approximate, **more):
-        drawn.update(q=approximate, name=more["name"])
-        return regions(exact, approximate, **more)
 
-    monkeypatch.setattr(figures, "regions", noted)
-    scrutinise(program, batch, evidence, tmp_path, truth=truth)
-    assert "moments" in drawn["name"]
-    mean = torch.stack([batch["x"].mean(-1), batch["x"].mean(-1) ** 2 + 1], -1)
-    assert float((drawn["q"][0] - mean).abs().max()) < 5 * (4 * 2.0**2 + 2 + 0.25) ** 0.5 / 1000**0.5
-    monkeypatch.setattr(figures, "_guide", lambda joint, seed: guide_grid(joint, *drawn["q"]))
-    _, words, pictures = scrutinise(program, batch, evidence, tmp_path, truth=truth)
-    assert words[1] == "The exact posterior is not drawn. Expected a guide without auxiliary sites; got 'aid'."
-    assert "reference.png" not in pictures
+def test_a_guide_without_a_density_is_drawn_by_its_moments(tmp_path) -> None:
+    batch = {"x": torch.randn(3, 2)}
+    results, _ = _diagnose(_auxiliary(), batch, _refuse(_auxiliary(), batch, reference="closed-form"))
+    assert "moments" in results.densities["name"]
+    loc, covariance = results.densities["approximate"]
+    middle = batch["x"].mean(-1)
+    mean = torch.stack([middle, middle**2 + 1], -1)
+    spread = torch.stack([torch.full((3,), 1.25), 4 * middle**2 + 2.25], -1).double()  # of a and a^2, a ~ N(m, 1)
+    assert bool(((loc - mean).abs() < 5 * (spread / 1000).sqrt()).all())
+    torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2), spread, rtol=0.5, atol=0)
+    assert "reference.png" in draw_diagnostics(results, tmp_path)
+
+
+def test_a_guide_with_a_density_is_drawn_by_it() -> None:
+    vae = _nonlinear(2)
+    mixture = VAE(vae.prior, vae.likelihood, Conditional(MixtureNormal(2), MLP(hidden=[6])))
+    batch = {"x": torch.randn(3, 4)}
+    results, _ = _diagnose(mixture, batch, _refuse(mixture, batch, reference="quadrature"))
+    assert isinstance(results.densities["approximate"], DensityGrid)
+
+
+def test_posteriors_that_no_grid_resolves_are_not_drawn_and_a_note_says_so(tmp_path, monkeypatch) -> None:
+    def rough(*given):
+        raise ValueError("Expected a smooth density; got a rough one.")
+
+    monkeypatch.setattr(diagnostics, "posterior_grid", rough)
+    batch = {"x": torch.randn(3, 2)}
+    results, _ = _diagnose(_auxiliary(), batch, _refuse(_auxiliary(), batch, reference="closed-form"))
+    assert results.notes == ["The exact posterior is not drawn. Expected a smooth density; got a rough one."]
+    assert "reference.png" not in draw_diagnostics(results, tmp_path)
+
+
+def test_what_is_not_finite_is_described_all_the_same() -> None:
+    spread = {"min": None, "median": None, "max": None}
+    nuts = {"method": "nuts", "n": 2, "n_settled": 0, "converged": False, "draws": 9}
+    nuts["diagnostics"] = {"r_hat": spread, "ess": spread, "divergences": 0}
+    assert "R-hat is at most - (required" in describe_diagnostics({"reference": nuts})[0]
+    exact = {"method": "closed-form", "n": 2, "n_settled": 2, "converged": True, "kind": "estimate", "error": 0.0}
+    exact |= {"log_evidence": -9.0, "importance_weighted": None, "gap": None, "gap_error": None, "diagnostics": {}}
+    assert describe_diagnostics({"reference": exact}) == [
+        "**Reference** by closed-form: log p(x) = -9.000 nats exactly on average over 2 data, where importance "
+        "sampling gives -; the ELBO lies - below."
+    ]
 
 
 def test_a_gap_below_an_estimate_is_at_least_what_it_says(tmp_path) -> None:
-    (blocks, words, _), _, _ = _look(_nonlinear(2), {"x": torch.randn(4, 4)}, tmp_path, gap=True)
+    blocks, words, _, _ = _look(_nonlinear(2), {"x": torch.randn(4, 4)}, tmp_path, gap=True)
     assert blocks["gap"]["kind"] == "lower bound"
     assert "at least" in words[1]
     parts = blocks["gap"]
@@ -277,16 +321,16 @@ def test_gap_bars_stack_in_order() -> None:
 def test_rank_histograms_count_every_simulation() -> None:
     prior = Conditional(StandardNormal(2))
     likelihood = Conditional(Normal(3, scale="shared"), Linear(), context=2)
-    found = calibrate(VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))), simulations=200)
-    figure = diagnostic_plots.rank_histograms(found)
+    calibration = calibrate(VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood))), simulations=200)
+    figure = diagnostic_plots.rank_histograms(calibration)
     assert isinstance(figure, Figure)
-    edges, counts = diagnostic_plots.rank_counts(found)
+    edges, counts = rank_counts(calibration)
     np.testing.assert_array_equal(counts.sum(1), [200, 200])
     for latent in range(2):
         drawn = [patch for patch in figure.axes[latent].patches if hasattr(patch, "get_data")]
         np.testing.assert_array_equal(drawn[0].get_data().values, counts[latent])
         np.testing.assert_array_equal(drawn[0].get_data().edges, edges)
-        first = (found.ranks[:, latent] < edges[1]).sum()
+        first = (calibration.ranks[:, latent] < edges[1]).sum()
         assert counts[latent, 0] == first
     assert len(figure.axes) == 4  # two latents, log p(x, z), the coverage
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Ellipse
+from matplotlib.text import Text
 from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -354,7 +355,7 @@ def test_ellipses_are_the_eigenvectors_and_roots_of_the_eigenvalues() -> None:
     q, p = _pair(6, 3), _pair(6, 3)
     figure = posterior_plots.ellipses(q, p, axes=(2, 0), labels=torch.arange(6) + 4)
     assert len(figure.axes) == 6
-    assert [ax.get_title() for ax in figure.axes] == ["4", "5", "6", "7", "8", "9"]
+    assert [ax.get_title("left") for ax in figure.axes] == ["4", "5", "6", "7", "8", "9"]
     for index, ax in enumerate(figure.axes):
         drawn = [patch for patch in ax.patches if isinstance(patch, Ellipse)]
         assert len(drawn) == 4
@@ -391,11 +392,11 @@ def test_ellipses_name_the_divergence_and_show_the_datum() -> None:
     figure = posterior_plots.ellipses(q, p, x=x, shape=SHAPE)
     kl = kl_divergence(MultivariateNormal(*q), MultivariateNormal(*p))
     for index, ax in enumerate(figure.axes[:3]):
-        assert ax.texts[0].get_text() == f"KL {kl[index]:.2f} nats"
+        assert ax.get_title("right") == f"KL {kl[index]:.2f} nats"
         (inset,) = ax.child_axes
         np.testing.assert_allclose(inset.images[0].get_array(), x[index].reshape(SHAPE))
     same = posterior_plots.ellipses(p, p)
-    assert {ax.texts[0].get_text() for ax in same.axes} == {"KL < 0.01 nats"}
+    assert {ax.get_title("right") for ax in same.axes} == {"KL < 0.01 nats"}
     assert not same.axes[0].child_axes
 
 
@@ -432,9 +433,9 @@ def test_regions_hold_what_they_say_of_either_density() -> None:
 def test_regions_tell_the_divergence_and_its_error() -> None:
     kl, error = torch.tensor([0.123, 0.001, -0.02, 2.0]), torch.tensor([0.001, 0.001, 0.03, 0.004])
     p = _pair(4)
-    found = [ax.texts[0].get_text() for ax in posterior_plots.regions(_plane(*p), p, kl=kl, error=error).axes]
-    assert found == ["KL 0.12 nats", "KL < 0.01 nats", "KL -0.02 ± 0.03 nats", "KL 2.00 nats"]
-    assert not posterior_plots.regions(_plane(*p), p).axes[0].texts
+    titles = [ax.get_title("right") for ax in posterior_plots.regions(_plane(*p), p, kl=kl, error=error).axes]
+    assert titles == ["KL 0.12 nats", "KL < 0.01 nats", "KL -0.02 ± 0.03 nats", "KL 2.00 nats"]
+    assert not posterior_plots.regions(_plane(*p), p).axes[0].get_title("right")
 
 
 def test_regions_have_panels_of_one_width_that_hold_them() -> None:
@@ -460,14 +461,20 @@ def test_regions_are_not_covered_by_the_picture_or_the_words() -> None:
         q, p, n = _pair(8), _pair(8), 8
         p = (torch.where(torch.arange(n)[:, None] < 4, q[0], p[0]), q[1])  # half of them alike
         kl, error = torch.linspace(0, 12.34, n), torch.full((n,), 0.05)
-        figure = posterior_plots.regions(_plane(*p), q, kl=kl, error=error, x=torch.rand(n, 64), shape=(8, 8))
+        more = {"kl": kl, "error": error, "labels": range(n), "x": torch.rand(n, 64), "shape": (8, 8)}
+        figure = posterior_plots.regions(_plane(*p), q, **more)
         figure.draw_without_rendering()
-        for ax in figure.axes:
-            words, picture = ax.texts[0].get_window_extent(), ax.child_axes[0].get_window_extent()
-            assert not words.overlaps(picture)
+        for row, ax in enumerate(figure.axes):
+            box, picture = ax.get_window_extent(), ax.child_axes[0].get_window_extent()
+            written = {one.get_text(): one.get_window_extent() for one in ax.get_children() if isinstance(one, Text)}
+            label, words = (written[ax.get_title(side)] for side in ("left", "right"))
+            assert words.y0 >= box.y1
+            assert box.x0 <= label.x0 < label.x1 < words.x0 < words.x1 <= box.x1 + 1
+            ticks = [tick.get_window_extent() for tick in figure.axes[row - 4].get_xticklabels()] if row >= 4 else []
+            assert not any(tick.overlaps(title) for tick in ticks for title in (label, words))
             paths = [patch.get_transform().transform_path(patch.get_path()) for patch in ax.patches]
             paths += [ax.transData.transform_path(path) for path in ax.collections[1].get_paths()]
-            assert not any(path.intersects_bbox(box, filled=True) for path in paths for box in (words, picture))
+            assert not any(path.intersects_bbox(picture, filled=True) for path in paths)
 
 
 @pytest.mark.parametrize(

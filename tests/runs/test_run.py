@@ -15,13 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch.distributions import MultivariateNormal
 
-from ppl_vae import load_run, load_spec, log_evidence, log_weights
-from ppl_vae.runs import run
-from ppl_vae.runs import storage
-from ppl_vae.runs.compare import compare_runs
+from ppl_vae import Target, load_run, load_spec, log_evidence, log_weights
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.runs.run import evaluate_run
-from ppl_vae.runs.run import fit_spec
+from ppl_vae.runs import run, storage
+from ppl_vae.runs.compare import compare_runs
+from ppl_vae.runs.run import evaluate_run, fit_spec
 from ppl_vae.runs.spec import Spec
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -57,7 +55,7 @@ class Odd:
 def _as_users_run(monkeypatch):
     """Single precision, as the command line has it, and no pictures, which test_report.py draws."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "figures", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 @pytest.fixture(scope="module")
@@ -356,9 +354,9 @@ def test_a_spec_cut_between_tables_is_refused(twin):
         load_run(twin)
 
 
-@pytest.mark.parametrize(("found", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
-def test_other_formats_are_refused(found, match, twin):
-    metadata = {} if found is None else {"format_version": found}
+@pytest.mark.parametrize(("number", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
+def test_other_formats_are_refused(number, match, twin):
+    metadata = {} if number is None else {"format_version": number}
     safetensors.torch.save_file(tensors(twin), twin / "model.safetensors", metadata)
     with pytest.raises(ValueError, match=match):
         load_run(twin)
@@ -443,6 +441,52 @@ def test_a_programs_own_copy_is_used_and_asks_for_trust(tmp_path):
     assert not mark.exists()
 
 
+MODULE = """
+import pyro, torch
+import pyro.distributions as dist
+from ppl_vae.program import unique_name  # where every copy of a program in a run imports it from
+
+class Own(torch.nn.Module):
+    def __init__(self, features, latent, *, hidden: int = 3):
+        super().__init__()
+        self.decoder = torch.nn.Linear(latent, features)
+        self.encoder = torch.nn.Linear(features, latent)
+
+    def model(self, x):
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.decoder.in_features), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 5.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module(unique_name(self), self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+"""
+
+
+def test_a_run_of_format_1_loads(tmp_path):
+    """What lies in a run directory may grow; what lies there now stays readable."""
+    (tmp_path / "own.py").write_text(MODULE)
+    made = fit_spec(tmp_path / "own.py", {**SHORT, "model.latent": 2, "model.hidden": 4}, out=tmp_path / "run")
+    text = [path.name for path in made.path.iterdir() if path.suffix in (".toml", ".json", ".jsonl", ".md", ".py")]
+    assert sorted(text) == ["metrics.jsonl", "own.py", "report.json", "report.md", "spec.toml"]
+    names = {"decoder.weight", "decoder.bias", "encoder.weight", "encoder.bias"}
+    assert tensors(made.path).keys() == names
+    metadata = storage.read_metadata(made.path / "model.safetensors")
+    assert metadata.keys() == {"format_version", "ppl_vae", "spec", "program", "constraints"}
+    assert (metadata["format_version"], metadata["constraints"]) == ("1", "{}")
+    assert json.loads(metadata["spec"])["model"] == {"latent": 2, "hidden": 4}
+    line = json.loads((made.path / "metrics.jsonl").read_text().splitlines()[0])
+    assert list(line) == ["epoch", "elbo", "validation", "learning_rate", "seconds"]
+    assert line["validation"] is None
+    evidence = storage.read_tensors(made.path / "evidence.safetensors")
+    assert {"log_evidence", "elbo", "mc_se", "bias", "ess", "pareto_k"} <= evidence.keys()
+    again = load_run(made.path, trust_code=True)
+    assert (again.spec.to_dict(), again.report) == (made.spec.to_dict(), made.report)
+    assert same(again.program.state_dict(), made.program.state_dict())
+
+
 def test_a_program_is_a_spec_on_the_digits():
     spec = load_spec(MODELS / "vae.py", {"svi.epochs": 2})
     assert (spec.data.name, spec.model.latent, spec.svi.epochs) == ("digits", 10, 2)
@@ -467,17 +511,17 @@ def test_a_table_is_judged_on_its_own_data_and_says_so(finished, tmp_path):
 
 def test_differences_are_paired(finished, twin, tmp_path):
     other = fit_spec(MODELS / "ppca.toml", {**SHORT, "svi.epochs": 1}, out=tmp_path / "other")
-    found = compare_runs([finished.path, other.path, twin])
+    compared = compare_runs([finished.path, other.path, twin])
     x = finished.spec.load_data().test
     a, b = (log_evidence(one.program, x, 30).log_evidence for one in (finished, other))
-    first = found["differences"][0]
+    first = compared["differences"][0]
     assert set(first) == {"a", "b", "mean", "se"}
     assert (first["a"], first["b"]) == (str(finished.path), str(other.path))
     assert first["mean"] == pytest.approx(float((a - b).mean()), abs=0.05)
     assert first["se"] < float(torch.stack([a.std(), b.std()]).norm()) / 297**0.5
-    assert [one["mean"] for one in found["differences"]][1] == 0
-    assert found["differences"][2]["mean"] == pytest.approx(-first["mean"])
-    assert [one["path"] for one in found["runs"]] == [str(finished.path), str(other.path), str(twin)]
+    assert [one["mean"] for one in compared["differences"]][1] == 0
+    assert compared["differences"][2]["mean"] == pytest.approx(-first["mean"])
+    assert [one["path"] for one in compared["runs"]] == [str(finished.path), str(other.path), str(twin)]
 
 
 @pytest.mark.parametrize(
@@ -499,7 +543,7 @@ def test_figures_of_another_measure_do_not_compare(settings, match, finished, tw
     spec = load_spec(MODELS / "ppca.toml", settings)
     data = spec.load_data()
     report["data"]["protocol"] = data.protocol
-    report["data"]["measure"] = run.measure(spec.build(data), data.test)
+    report["data"]["measure"] = run.measure(Target(spec.build(data), data.test))
     (twin / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match=match):
         compare_runs([finished.path, twin])
@@ -521,9 +565,9 @@ def test_a_constraint_that_no_file_can_name_is_refused(tmp_path):
 def test_a_state_round_trips_without_pickles(tmp_path):
     state = {"a": [torch.arange(3), {"b": math.inf, 1: None}], "c": (True, 0.1)}
     storage.write_state(state, tmp_path / "state")
-    found = storage.read_state(tmp_path / "state")
-    assert torch.equal(found["a"][0], state["a"][0])
-    assert (found["a"][1], found["c"]) == (state["a"][1], [True, 0.1])
+    again = storage.read_state(tmp_path / "state")
+    assert torch.equal(again["a"][0], state["a"][0])
+    assert (again["a"][1], again["c"]) == (state["a"][1], [True, 0.1])
     storage.write_tensors({"a": torch.zeros(1)}, tmp_path / "other")
     for name in ("other", "none"):
         with pytest.raises(ValueError, match=name):

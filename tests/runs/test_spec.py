@@ -11,10 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
-from ppl_vae.runs.schema import ROLES
-from ppl_vae.runs.schema import SECTIONS
-from ppl_vae.runs.schema import components
-from ppl_vae.runs.schema import json_schema
+from ppl_vae.runs.schema import ROLES, SECTIONS, components, json_schema
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override
 
@@ -355,13 +352,13 @@ def test_a_table_has_a_row_for_each_datum():
 
 
 def test_check_says_what_is_to_come():
-    found = load_spec(DIGITS, {"svi.batch_size": 15, "svi.epochs": 3}).check(few(load_spec(DIGITS)))
-    assert (found.latents, found.observed, found.kl) == ({"z": (10,)}, {"x": (64,)}, {"z": "analytic"})
-    assert found.steps == 6
-    assert found.parameters["likelihood"] == 11 * 200 + 201 * 200 + 201 * 64 + 1
-    assert found.memory > 4 * 8 * sum(found.parameters.values())
-    assert json.loads(json.dumps(found.to_dict()))["n_train"] == 20
-    assert "z (n, 10) latent, KL analytic; x (n, 64) observed" in str(found)
+    check = load_spec(DIGITS, {"svi.batch_size": 15, "svi.epochs": 3}).check(few(load_spec(DIGITS)))
+    assert (check.latents, check.observed, check.kl) == ({"z": (10,)}, {"x": (64,)}, {"z": "analytic"})
+    assert check.steps == 6
+    assert check.parameters["likelihood"] == 11 * 200 + 201 * 200 + 201 * 64 + 1
+    assert check.memory > 4 * 8 * sum(check.parameters.values())
+    assert json.loads(json.dumps(check.to_dict()))["n_train"] == 20
+    assert "z (n, 10) latent, KL analytic; x (n, 64) observed" in str(check)
     sampled = load_spec(DIGITS, {"prior": {"family": "MixtureNormal"}}).check(few(load_spec(DIGITS)))
     assert sampled.kl == {"z": "sampled"}
     assert load_spec(DIGITS, {"svi.elbo": "Trace_ELBO"}).check(few(load_spec(DIGITS))).kl == {"z": "sampled"}
@@ -416,9 +413,9 @@ def test_an_objective_that_gives_a_wrong_bound_is_refused(tmp_path):
     spec = upward(tmp_path, "*b.shape, 64")
     with pytest.raises(ValueError, match=r"run.toml: Expected model and guide to visit the latent sites in one order"):
         spec.check(few(spec))
-    found = load_spec(spec.path, {"svi.elbo": "Trace_ELBO"}).check(few(spec))
-    assert found.latents == {"a": (), "b": ()}
-    assert "a (n) latent, KL sampled" in str(found)
+    check = load_spec(spec.path, {"svi.elbo": "Trace_ELBO"}).check(few(spec))
+    assert check.latents == {"a": (), "b": ()}
+    assert "a (n) latent, KL sampled" in str(check)
 
 
 def test_a_program_that_takes_no_particles_is_refused(tmp_path):
@@ -440,14 +437,14 @@ def test_the_schema_covers_every_family_and_network():
 
 
 def test_components_are_listed_by_role():
-    found = {role: {c.name: c for c in components(role)} for role in (*ROLES, "network")}
-    assert set(found["network"]) == set(networks.__all__)
-    assert set().union(*(found[role] for role in ROLES)) == set(families.__all__)
-    assert "Bernoulli" not in found["prior"]
-    assert found["likelihood"].keys() & {"StandardNormal", "ExactNormal"} == set()
-    assert "ExactNormal" in found["posterior"]
-    assert found["prior"]["MixtureNormal"].keys == {"components": 10}
-    assert found["network"]["MLP"].keys == {"hidden": None, "activation": "tanh"}
+    listed = {role: {c.name: c for c in components(role)} for role in (*ROLES, "network")}
+    assert set(listed["network"]) == set(networks.__all__)
+    assert set().union(*(listed[role] for role in ROLES)) == set(families.__all__)
+    assert "Bernoulli" not in listed["prior"]
+    assert listed["likelihood"].keys() & {"StandardNormal", "ExactNormal"} == set()
+    assert "ExactNormal" in listed["posterior"]
+    assert listed["prior"]["MixtureNormal"].keys == {"components": 10}
+    assert listed["network"]["MLP"].keys == {"hidden": None, "activation": "tanh"}
     assert all(c.doc.endswith(".") and ":math:" not in c.doc for c in components())
     with pytest.raises(
         ValueError, match="one of prior, likelihood, posterior, network; got 'priors'. Did you mean prior"
