@@ -12,6 +12,7 @@ from ppl_vae.infer.hmc import Path, unvalidated
 from ppl_vae.programs.joint import Joint
 
 _DEEPEST = 10  # doublings of a trajectory
+_EARLY = 5  # doublings before the scale is known
 _WILD = 1000.0  # loss of energy, in nats, that counts as a divergence
 _RATE = 0.8  # of acceptance, which the step size aims at
 _CANDIDATES = 32  # draws of the prior per chain, among which it starts
@@ -55,7 +56,7 @@ class _Sampler:
     """
 
     def __init__(self, path: Path, factor: Tensor) -> None:
-        self.path = path
+        self.path, self.deepest = path, _EARLY
         self.rescale(factor)
 
     def rescale(self, factor: Tensor) -> None:
@@ -94,7 +95,7 @@ class _Sampler:
         weight, rate, leaves = (torch.zeros_like(start) for _ in range(3))
         live = torch.ones_like(start, dtype=torch.bool)
         diverged = torch.zeros_like(live)
-        for depth in range(_DEEPEST):
+        for depth in range(self.deepest):
             if not bool(live.any()):
                 break
             ahead = torch.rand_like(start) < 0.5
@@ -150,8 +151,8 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
         seen: list[Tensor] = []
         divergences = torch.zeros_like(here.height[0])
         for number in range(warmup + draws):
-            if number == warmup and warmup:
-                sampler.step, seen = sampler.average.exp(), []
+            if number == warmup:
+                sampler.step, sampler.deepest, seen = sampler.average.exp(), _DEEPEST, []
             here, rate, diverged = sampler(here)
             seen.append(here.u)
             if number >= warmup:
@@ -160,6 +161,7 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
             sampler.adapt(rate)
             if number + 1 in ends and len(seen) > 1:
                 sampler.rescale(_factor(torch.cat(seen)))
+                sampler.deepest = _DEEPEST
                 seen = []
         values = joint.latents(torch.cat(seen))
     return values, {**_mixing(values.unflatten(0, (draws, chains))), "divergences": divergences}
@@ -207,7 +209,8 @@ def _mixing(values: Tensor) -> dict[str, Tensor]:
         import arviz
 
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
-        ess = [np.min([arviz.ess(one) for one in rows]) for rows in array]
+        folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
+        ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in zip(array, folded, strict=True)]
         errors = [[float(arviz.mcse(one)) for one in rows] for rows in array]
     parts = {"r_hat": r_hat, "ess": ess, "mcse_mean": errors}
     return {name: torch.tensor(np.array(part)).to(values) for name, part in parts.items()}

@@ -301,7 +301,8 @@ class Lattice(_Rows):
             high = torch.maximum(high - (side - 1 - margin - last).clamp_min(0) * total.step, inner[1]).minimum(high)
         low = torch.where(first < margin, self.low - width / 2, low).clamp_min(-_FAR)
         high = torch.where(last >= side - margin, self.high + width / 2, high).clamp_max(_FAR)
-        changed = (((high - low) / width).log().abs() > 0.2).any(-1) & heavy.any(-1).all(-1)
+        moved = torch.maximum((low - self.low).abs(), (high - self.high).abs())
+        changed = (moved > 0.2 * width).any(-1) & heavy.any(-1).all(-1)
         low, high = (torch.where(changed.unsqueeze(-1), *pair) for pair in ((low, self.low), (high, self.high)))
         return replace(self, low=low, high=high, cut=self.cut + cut * changed), changed
 

@@ -45,14 +45,14 @@ class Reference:
             400 bulk effective draws, no divergence).
         diagnostics: what was checked; tensors have shape (n,). Quadrature has `settled`, the data that reached the
             tolerance in evidence and moments, and `moment_error`, the estimated error of mean and covariance in
-            standard deviations; both are large or infinite for the others. It searches from the modes that climbs and
-            draws of prior and guide lead to. With two or three latent variables it does not search between these: it
-            can miss an isolated mode that none of 512 draws of the prior comes near, or one much narrower than those
-            found. With one it searches all of twice the range of the draws, in 4,000 steps. Annealing has `settled`, the data whose chains
-            agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by more than its
-            error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and folded, the
-            worst of a datum), `divergences`, `settled` (whether a datum passed) and `mcse_mean`, (n, z), the Monte
-            Carlo standard error of `loc`.
+            standard deviations; the errors of the others are large or infinite. With one latent variable it searches
+            twice the range of 576 draws of prior and guide in 4,000 steps or more. With two or three it searches around
+            the modes to which climbs from these draws lead, and the draws that matter: it can miss an isolated mode
+            that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data whose
+            chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by more
+            than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and
+            folded, the worst of a datum), `divergences`, `settled` (whether a datum passed) and `mcse_mean`, (n, z),
+            the Monte Carlo standard error of `loc`.
     """
 
     log_evidence: Tensor

@@ -273,7 +273,7 @@ def test_quadrature_annealing_and_nuts_agree_on_a_nonlinear_pair(family):
     assert annealed.draws.shape == (200, 2, 2)
     assert (annealed.log_evidence - lattice.log_evidence).abs().lt(5 * annealed.error).all()
     assert (annealed.error < 0.1).all()
-    sampled = reference_posterior(vae, x, "nuts", draws=300, warmup=150)
+    sampled = reference_posterior(vae, x, "nuts", draws=500, warmup=150)
     assert sampled.converged
     assert sampled.log_evidence.isnan().all()
     spread = lattice.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
