@@ -62,7 +62,7 @@ class _Sampler:
     def rescale(self, factor: Tensor) -> None:
         """Take another factor, and begin anew to adapt the step size, (n,), by dual averaging."""
         self.factor, self.step = factor, factor.new_full(factor.shape[:1], 0.5)
-        self.average, self.centre = self.step.log(), (10 * self.step).log()
+        self.average, self.centre = self.step.log(), (4 * self.step).log()
         self.mean, self.count = torch.zeros_like(self.step), 0
 
     def adapt(self, rate: Tensor) -> None:
@@ -159,7 +159,7 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
                 divergences += diverged.sum(0)
                 continue
             sampler.adapt(rate)
-            if number + 1 in ends and len(seen) > 1:
+            if number + 1 in ends and warmup - number > 10:
                 sampler.rescale(_factor(torch.cat(seen)))
                 sampler.deepest = _DEEPEST
                 seen = []

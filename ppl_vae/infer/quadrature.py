@@ -24,9 +24,9 @@ def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tupl
     """Integrate the joint density of each datum; the arguments are those of `reference_posterior`'s quadrature.
 
     The first lattice holds all modes that a search finds, and the draws of prior and guide that matter, with steps that
-    see any mode as wide as the narrowest found. With one latent variable it spans twice the range of draws of the
-    prior. Then each datum is refined until its own sum stands. Its error adds up three things: what the last refinement
-    changed; half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of
+    see any mode as wide as the narrowest found. With one latent variable it spans three times the range of draws of
+    the prior. Then each datum is refined until its own sum stands. Its error adds up three things: what the last
+    refinement changed; half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of
     what lies beyond the lattice or the floating-point numbers, was left out, or fits between its points.
 
     It can miss a mode that is much narrower than all others found, or that no draw of prior or guide leads to.
@@ -352,7 +352,7 @@ def _around(joint: Joint, tolerance: float, entries: int) -> Lattice:
     low, high = lattice.reach(math.sqrt(2 * enough))
     if joint.size == 1:
         first, last = draws.amin(0), draws.amax(0)
-        ends = torch.stack([1.5 * first - 0.5 * last, 1.5 * last - 0.5 * first])
+        ends = torch.stack([2 * first - last, 2 * last - first])
     else:
         matters = heights > heights.amax(0) - enough
         ends = torch.where(matters.unsqueeze(-1), draws, centre)
