@@ -24,9 +24,9 @@ def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tupl
     """Integrate the joint density of each datum; the arguments are those of `reference_posterior`'s quadrature.
 
     The first lattice holds all modes that a search finds, and the draws of prior and guide that matter, with steps that
-    see any mode as wide as the narrowest found. With one latent variable it spans three times the range of draws of
-    the prior. Then each datum is refined until its own sum stands. Its error adds up three things: what the last
-    refinement changed; half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of
+    see any mode as wide as the narrowest found. With one latent variable it spans three times the range of these draws.
+    Then each datum is refined until its own sum stands. Its error adds up three things: what the last refinement
+    changed; half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of
     what lies beyond the lattice or the floating-point numbers, was left out, or fits between its points.
 
     It can miss a mode that is much narrower than all others found, or that no draw of prior or guide leads to.

@@ -48,9 +48,9 @@ class Reference:
             standard deviations; the errors of the others are large or infinite. With one latent variable it searches
             three times the range of 576 draws of prior and guide in 4,000 steps or more. With two or three it searches
             around the modes to which climbs from these draws lead, and the draws that matter: it can miss an isolated
-            mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data whose
-            chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by more
-            than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and
+            mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
+            whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
+            more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and
             folded, the worst of a datum), `divergences`, `settled` (whether a datum passed) and `mcse_mean`, (n, z),
             the Monte Carlo standard error of `loc`.
     """
