@@ -4,7 +4,7 @@ from typing import Literal
 
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae.programs.traces import Structure
+from ppl_vae.programs.sites import Structure
 
 Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO"]
 OBJECTIVES: dict[str, type[ELBO]] = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
@@ -14,8 +14,14 @@ def check_objective(elbo: str, structure: Structure) -> None:
     """Check that an objective suits the latent sites of a program.
 
     Raises:
-        ValueError: If model and guide visit them in different orders under `TraceMeanField_ELBO`.
+        ValueError: Under `TraceMeanField_ELBO`, if model and guide visit them in different orders, or a draw of the
+            guide has no gradient.
     """
+    if elbo == "TraceMeanField_ELBO" and structure.not_reparameterised:
+        raise ValueError(
+            f"Expected reparameterised sites in the guide for TraceMeanField_ELBO; got "
+            f"'{structure.not_reparameterised[0]}', whose draws have no gradient. Use Trace_ELBO."
+        )
     if elbo == "TraceMeanField_ELBO" and not structure.same_order:
         raise ValueError(
             f"Expected model and guide to visit the latent sites in one order, {', '.join(structure.latents)}, for "

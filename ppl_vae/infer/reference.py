@@ -136,8 +136,7 @@ def strongest(program: Any, x: Any = None) -> Literal["closed-form", "quadrature
 
 def _closed_form(target: Target, shapes: Shapes, seed: int) -> Reference:
     exact = gaussians(target, role="model")
-    zero = torch.zeros_like(exact.log_normaliser)
-    return Reference(exact.log_normaliser, zero, exact.loc, exact.covariance, "closed-form", None, shapes)
+    return Reference(exact.log_normaliser, exact.error, exact.loc, exact.covariance, "closed-form", None, shapes)
 
 
 def _ais(target: Target, shapes: Shapes, seed: int, **settings: Any) -> Reference:

@@ -1,6 +1,7 @@
 """Training steps: their state, one step on the loss, one epoch of steps."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,7 @@ class Trainer:
         batch_size: data per step.
         clip: maximum of the global gradient norm, per datum; 0 is off.
         seed: of the order of the data and of all draws.
+        shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
     """
 
     program: Any
@@ -105,6 +107,7 @@ class Trainer:
     batch_size: int
     clip: float
     seed: int
+    shuffle: bool = True
 
     def epoch(self, data: Target, number: int, *, check: bool) -> float:
         """Pass once over the data.
@@ -124,7 +127,7 @@ class Trainer:
         losses: list[Tensor] = []
         try:
             with fork_rng(self.seed, "svi", number, device=data.device):
-                for batch in minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number):
+                for batch in self._batches(data, number):
                     with pyro.validation_enabled(check and not losses):
                         losses.append(self._step(batch) * len(next(iter(batch.values()))))
         except KeyboardInterrupt:
@@ -149,12 +152,16 @@ class Trainer:
                 total -= float(self._loss(block.batch)) * block.n
         return total / held_out.n
 
+    def _batches(self, data: Target, number: int) -> Iterable[Batch]:
+        if not self.shuffle:
+            return [data.batch]
+        return minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
+
     def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
         """Replay an epoch from its start up to the step that fails, and name the site at fault."""
         self.state.load(good)
-        batches = minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
         with fork_rng(self.seed, "svi", number, device=data.device), pyro.validation_enabled(False):
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(self._batches(data, number)):
                 if step == until:
                     return _culprit(self.program, batch)
                 if not (bool(self._step(batch).isfinite()) and self.state.is_finite()):

@@ -18,8 +18,9 @@ from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.rows import indexed, numbered, remember
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import batch_of, check_batch, structure
+from ppl_vae.programs.traces import batch_of, check_batch
 
 Schedule = Literal["constant", "one-cycle", "cosine"]
 Keep = Literal["last", "best"]
@@ -83,7 +84,10 @@ def fit(
     """
     check_settings(**{key: value for key, value in locals().items() if key in (*SETTINGS, "validation")})
     chosen = pick_device(device)
-    target = Target.of(program, x.epoch(0) if isinstance(x, Data) else x)
+    given = x.epoch(0) if isinstance(x, Data) else x
+    if given is not None and not isinstance(program, Target):
+        given = numbered(program, as_batch(given))
+    target = Target.of(program, given)
     program = target.program
     if isinstance(program, nn.Module):
         program.to(chosen)
@@ -93,30 +97,38 @@ def fit(
         batch = {key: value.to(chosen) for key, value in as_batch(x).items()}
         return target.with_batch(check_batch(program, batch, check=check))
 
-    held_out = None if validation is None else other(validation, check=True)
-    sites = structure(program, target.batch, seed=seed)
+    sites = target.structure
     check_objective(elbo, sites)
+    if sites.rows is not None and (batch_size < target.n or validation is not None):
+        refused = "validation data" if batch_size >= target.n else f"batches of {batch_size}"
+        raise ValueError(
+            f"Expected no {refused}: this guide keeps one row per datum, by its place in the batch. Take `index`, or "
+            f"fit with the whole data as one batch (batch_size = {target.n}) and no validation data."
+        )
+    if sites.rows is not None or indexed(program):
+        remember(program, target.batch)
+    held_out = None if validation is None else other(validation, check=True)
     objective = OBJECTIVES[elbo](
         num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=sites.nesting
     )
+    with scope(program), fork_rng(seed, "parameters", device=chosen):
+        learned = [*_parameters(target)] if parameters is None else [*parameters]
+    if not learned:
+        raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program):
-        with fork_rng(seed, "parameters", device=chosen):
-            learned = _parameters(target) if parameters is None else list(parameters)
-        if not learned:
-            raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
         make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
         steps = epochs * math.ceil(target.n / batch_size)
         optim = make(learned, lr=learning_rate)
         state = State(learned, optim, _scheduler(schedule, optim, learning_rate, steps))
         if resume is not None:
             state.load(resume)
-        trainer, history = Trainer(program, objective, state, batch_size, clip, seed), state.history
-        first = len(history.elbo)
-        before = time.perf_counter() - (history.seconds[-1] if first else 0.0)
+        trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle=sites.rows is None)
+        history, done = state.history, len(state.history.elbo)
+        before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
-        for epoch in tqdm(range(first, epochs), initial=first, total=epochs, unit="epoch", disable=hidden, leave=False):
+        for epoch in tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False):
             data = other(x.epoch(epoch), check=False) if isinstance(x, Data) else target
-            history.elbo.append(-trainer.epoch(data, epoch, check=epoch == first) / data.n)
+            history.elbo.append(-trainer.epoch(data, epoch, check=epoch == done) / data.n)
             history.learning_rate.append(float(state.optimizer.param_groups[0]["lr"]))
             history.seconds.append(time.perf_counter() - before)
             if held_out is not None:
@@ -170,13 +182,14 @@ def check_settings(**given: Any) -> None:
 
 
 def _parameters(target: Target) -> list[Tensor]:
-    """What takes gradients: the module's own parameters and what the traces register with Pyro."""
-    program, few = target.program, {key: value[:2] for key, value in target.batch.items()}
-    tensors = list(program.parameters()) if isinstance(program, nn.Module) else []
+    """What takes gradients: the module's own parameters and what the traces register with Pyro, now set up."""
+    program, registered = target.program, []
+    few = target.batch if target.structure.rows is not None else {key: value[:2] for key, value in target.batch.items()}
     for function in (program.guide, program.model):
         trace: Any = poutine.trace(function, param_only=True).get_trace(**batch_of(function, few))
-        tensors += [site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"]
-    return list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
+        registered += [site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"]
+    own = list(program.parameters()) if isinstance(program, nn.Module) else []
+    return list({id(tensor): tensor for tensor in [*own, *registered] if tensor.requires_grad}.values())
 
 
 def _scheduler(schedule: Schedule, optimizer: Optimizer, rate: float, steps: int) -> lr_scheduler.LRScheduler:

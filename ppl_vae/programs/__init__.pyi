@@ -9,7 +9,7 @@ from .program import PyroPair as PyroPair
 from .program import load_program as load_program
 from .program import unique_name as unique_name
 from .simulation import simulate as simulate
+from .sites import Structure as Structure
+from .sites import structure as structure
 from .target import Target as Target
-from .traces import Structure as Structure
-from .traces import structure as structure
 from .vae import VAE as VAE

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 
@@ -18,8 +19,13 @@ def own_params(program: Any) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def scope(program: Any) -> Iterator[None]:
-    """Run a program with a parameter store of its own, on top of the global one, and leave that as it was."""
+def scope(program: Any, *, keep: bool = True) -> Iterator[None]:
+    """Run a program with a parameter store of its own, on top of the global one, and leave that as it was.
+
+    Args:
+        program: any program.
+        keep: whether the program keeps what is registered or changed meanwhile.
+    """
     store, own = pyro.get_param_store(), own_params(program)
     outer: Any = store.get_state()
     copies = {
@@ -32,17 +38,36 @@ def scope(program: Any) -> Iterator[None]:
     }
     with store.scope(merged):
         yield
+    if not keep:
+        return
     for name, value in merged["params"].items():
         new = name not in copies or value is not copies[name]
         if "$$$" not in name and (new or not torch.equal(value, outer["params"][name])):
             own["params"][name], own["constraints"][name] = value, merged["constraints"][name]
 
 
+def copied(program: Any) -> Any:
+    """A deep copy of a program; Pyro's autoguides drop their model when copied, the original too, and get it back."""
+    guides = (
+        [part for part in program.modules() if isinstance(part, AutoGuide)] if isinstance(program, nn.Module) else []
+    )
+    models = [guide._model for guide in guides]
+    try:
+        twin = copy.deepcopy(program)
+        others = [part for part in twin.modules() if isinstance(part, AutoGuide)] if guides else []
+    finally:
+        for guide, model in zip(guides, models, strict=True):
+            guide._model = model
+    for guide, model in zip(others, models, strict=True):
+        guide._model = model
+    return twin
+
+
 def to_double(program: Any) -> Any:
     """A copy of a program in double precision, `pyro.param`s too; the program itself if it holds no tensors."""
     if not isinstance(program, nn.Module) or device_and_dtype(program)[1] is None:
         return program
-    twin = copy.deepcopy(program).double()
+    twin = copied(program).double()
     own = own_params(twin)
     own["params"] = {name: value.detach().double().requires_grad_() for name, value in own["params"].items()}
     return twin

@@ -14,7 +14,9 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import device_and_dtype, own_params, scope, to_double
-from ppl_vae.programs.traces import Batch, Structure, batch_of, check_batch, log_density, structure
+from ppl_vae.programs.rows import known_data
+from ppl_vae.programs.sites import OTHER_DATA, Structure, points_of, structure
+from ppl_vae.programs.traces import Batch, batch_of, check_batch, log_density, trace_pair
 
 BLOCK = 100  # data in a block
 
@@ -103,9 +105,12 @@ class Target:
         return self.with_batch({key: value[which] for key, value in self.batch.items()})
 
     def blocks(self, size: int = BLOCK) -> Iterator["Target"]:
-        """Targets of consecutive data, at most `size` each."""
+        """Targets of consecutive data, at most `size` each; the target itself if its guide takes all data or none."""
+        if self.n <= size or self.structure.rows is not None:
+            yield self
+            return
         for start in range(0, self.n, size):
-            yield self if self.n <= size else self.rows(slice(start, start + size))
+            yield self.rows(slice(start, start + size))
 
     @contextmanager
     def running(self, *key: int | str) -> Iterator[None]:
@@ -115,9 +120,9 @@ class Target:
 
     def traces(self, samples: int, *key: int | str) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, with `samples` particles drawn by a key."""
+        self._check_rows()
         with self.running(*key):
-            guide = self.trace("guide", samples)
-            return self.trace("model", samples, lambda function: poutine.replay(function, trace=guide)), guide
+            return trace_pair(self.program, self.batch, samples, self.structure.nesting)
 
     def replay(self, seed: int) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, without particles or gradients."""
@@ -127,12 +132,29 @@ class Target:
 
     def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
         """Trace the model or the guide alone, under a handler, with particles from the current random state."""
+        if role == "guide":
+            self._check_rows()
         function = getattr(self.program, role)
         particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
         return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
 
+    def _check_rows(self) -> None:
+        """Refuse data that a guide with one row per datum does not know; one that has forgotten is believed."""
+        rows = self.structure.rows
+        if rows is not None and (rows != self.n or known_data(self.program, self.batch) is False):
+            raise ValueError(OTHER_DATA.format(n=self.n))
+
     def log_density(self, trace: Trace, samples: int, names: Any = None) -> Tensor:
-        """Sum the log densities of a trace's sites over all but particles and data, (samples, n) in nats."""
+        """Sum the log densities of a trace's sites over all but particles and data, (samples, n) in nats.
+
+        Raises:
+            ValueError: If a latent site is a point, as in an `AutoDelta`, which has no density.
+        """
+        if names is None and (points := points_of(trace)):
+            raise ValueError(
+                f"Expected latent sites with a density; got '{points[0]}', a point (Delta), so nothing can be said of "
+                "log p(x). Use a guide with a spread."
+            )
         return log_density(trace, samples, self.n, names)
 
     def log_weights(self, model: Trace, guide: Trace, samples: int) -> Tensor:
@@ -195,7 +217,7 @@ class Target:
             self._cache[key] = now, result
         result = self._cache[key][1]
         if isinstance(result, ValueError):
-            raise result
+            raise ValueError(*result.args) from result.__cause__
         return result  # type: ignore[no-any-return]
 
     def refresh(self, device: torch.device | None = None) -> None:

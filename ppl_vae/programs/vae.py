@@ -15,6 +15,7 @@ from ppl_vae.families.supports import same_support
 from ppl_vae.networks.network import Amortized
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.program import unique_name
+from ppl_vae.programs.rows import numbered
 from ppl_vae.programs.traces import batch_of, check_batch
 
 
@@ -98,6 +99,11 @@ class VAE(nn.Module):
             )
         return self.posterior(index)
 
+    @property
+    def table_rows(self) -> int | None:
+        """How many data the posterior's `Table` has a row for; None for other networks."""
+        return getattr(self.posterior.network, "rows", None) if self.posterior.wants == "index" else None
+
     def initialise(self, x: Any, mask: Any = None) -> "VAE":
         """Fit the starting point to data, which decides whether training works at all.
 
@@ -115,7 +121,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the data do not fit, or a constant feature has a scale of its own.
         """
-        batch = check_batch(self, as_batch(x) if mask is None else as_batch({"x": x, "mask": mask}))
+        batch = check_batch(self, numbered(self, as_batch(x if mask is None else {"x": x, "mask": mask})))
         data, seen = batch["x"], batch.get("mask")
         start = self.likelihood.family.fit_start(data, seen)
         if hasattr(self.likelihood.network, "restart"):
@@ -150,8 +156,8 @@ class VAE(nn.Module):
                 f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."
             )
         check_support("x", family.support, x, mask, type(family).__name__)
-        rows: Any = getattr(self.posterior.network, "rows", None)
-        if self.posterior.wants == "index" and not bool(((batch["index"] >= 0) & (batch["index"] < rows)).all()):
+        rows = self.table_rows
+        if rows is not None and not bool(((batch["index"] >= 0) & (batch["index"] < rows)).all()):
             raise ValueError(
                 f"Expected data whose index is below the table's {rows} rows; got {int(batch['index'].max())}. "
                 "A Table knows the data it was fitted to, no others: use a Linear or MLP network for new data."

@@ -1,6 +1,5 @@
 """Findings: what the numbers of a report mean in words, and what would help."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -147,11 +146,20 @@ def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history:
         if last - before > max(0.1, 5e-4 * abs(last)):
             rise = f"by {last - before:.2f} nats over the last {f'{tenth} epochs' if tenth > 1 else 'epoch'}"
             yield f"**The bound was still rising**, {rise}. Train longer (`svi.epochs`)."
-    ahead, noise = train["elbo"] - bound["mean"], math.hypot(bound["se"] or 0.0, train["elbo_se"] or 0.0)
-    if ahead > max(3 * noise, 0.01 * abs(bound["mean"])):
+    lead = train.get("lead") or {"elbo": None}
+    if lead["elbo"] is None or lead["log_evidence"] is None:
+        return
+    ahead, least = lead["log_evidence"], 0.01 * abs(bound["mean"])
+    told = f"{figure(ahead, lead['log_evidence_se'], digits=1)} nats of log p(x)"
+    if ahead > max(3 * lead["log_evidence_se"], least):
         yield (
-            f"**The training data fit better, by {ahead:.1f} nats**: the model memorises. Fewer parameters, fewer "
-            'epochs (`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+            f"**The training data fit better, by {told}**: the model memorises. Fewer parameters, fewer epochs "
+            '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+        )
+    elif lead["elbo"] - ahead > max(3 * lead["elbo_se"], least):
+        yield (
+            f"**The encoder overfits**: its bound is {lead['elbo']:.1f} nats higher on the training data, log p(x) "
+            f"only {told}. The model is not to blame; a smaller encoder or more data for it would help."
         )
 
 
@@ -170,7 +178,10 @@ def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
         )
     why, remedy = "their posteriors are too rough or too wide", "Annealing (`--reference ais`)"
     if method == "ais":
-        why, remedy = "their chains differ too much", "Slower annealing (`ppl-vae evaluate RUN --reference ais "
+        why, remedy = (
+            "their chains differ too much, or importance sampling finds more",
+            "Slower annealing (`ppl-vae evaluate RUN --reference ais ",
+        )
         remedy += "--temperatures N`, 500 by default) or more `--chains` (16)"
     left_out = "They are left out here and below. " if settled or method != "ais" else ""
     missing = (

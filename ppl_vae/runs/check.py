@@ -80,6 +80,11 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         target = Target(program, part)
     sites = target.structure
     check_objective(svi.elbo, sites)
+    if sites.rows is not None:
+        raise ValueError(
+            "Expected a guide that takes any part of the data, as a run evaluates them; this one keeps one row per "
+            "datum, by its place in the batch. Take `index`, or use fit and log_evidence from Python."
+        )
     parameters = dict(program.named_parameters()) if isinstance(program, nn.Module) else {}
     held = [*target.batch.values(), *parameters.values()]
     kept: dict[int, int] = {}
@@ -90,29 +95,21 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         return value
 
     with pyro.validation_enabled(True), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        try:
-            model, guide = target.rows(slice(TRIED)).traces(svi.particles, svi.seed)
-            model.compute_log_prob()
-            guide.compute_log_prob()
-        except RuntimeError as error:
-            raise ValueError(
-                "Expected a program that also runs with dims of particles left of the data's, as evidence needs: "
-                f"shapes (..., n, event); it raised: {str(error).splitlines()[0]}"
-            ) from error
+        model, guide = target.rows(slice(TRIED)).traces(svi.particles, svi.seed)
+        model.compute_log_prob()
+        guide.compute_log_prob()
     for value in held:
         kept.pop(value.untyped_storage().data_ptr(), None)
     counts: Counter[str] = Counter()
     for name, value in parameters.items():
         counts[name.partition(".")[0]] += value.numel()
-    nodes: Any = model.nodes
-    events = {name: tuple(nodes[name]["fn"].event_shape) for name in (*sites.latents, *sites.observed)}
     gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
     return Check(
         data=data.name,
         n_train=target.n,
         features=data.features,
-        latents={name: events[name] for name in sites.latents},
-        observed={name: events[name] for name in sites.observed},
+        latents={name: sites.shapes[name] for name in sites.latents},
+        observed={name: sites.shapes[name] for name in sites.observed},
         kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,

@@ -23,6 +23,7 @@ from ppl_vae.data.datasets import root_folder
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.programs.program import PyroPair, load_program
+from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
@@ -158,7 +159,7 @@ class Spec:
             ValueError: If data, program and objective do not fit; the message has the `--set` that mends it.
         """
         program = self.build(data) if program is None else program
-        parts = [data.train] if _on_table(self.posterior) else [data.test, data.validation, data.train]
+        parts = [data.validation, data.train] if indexed(program) else [data.test, data.validation, data.train]
         with _blamed(self, data):
             return check_program(program, data, [part for part in parts if part is not None], self.svi)
 

@@ -31,7 +31,7 @@ from ppl_vae.families import (
 from ppl_vae.families.exact_normal import linear_gaussian
 from ppl_vae.families.family import moments, positive, unconstrained
 from ppl_vae.networks import MLP, Linear
-from ppl_vae.programs.traces import structure
+from ppl_vae.programs.sites import structure
 
 Array = npt.NDArray[np.float64]
 

@@ -25,7 +25,8 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.families import Bernoulli, ExactNormal, Family, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
 from ppl_vae.programs.program import load_program
-from ppl_vae.programs.traces import check_batch, structure
+from ppl_vae.programs.sites import structure
+from ppl_vae.programs.traces import check_batch
 
 CPU = torch.device("cpu")
 PRIORS: dict[str, Callable[[], Family]] = {

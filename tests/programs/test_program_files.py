@@ -14,7 +14,7 @@ from ppl_vae import VAE, Conditional, data, exact_log_evidence, exact_posterior,
 from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.programs.program import load_program
-from ppl_vae.programs.traces import structure
+from ppl_vae.programs.sites import structure
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "models").glob("*.py"))
