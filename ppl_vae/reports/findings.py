@@ -169,7 +169,7 @@ def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
         r_hat, ess = figure(checks["r_hat"]["max"], digits=4), figure(checks["ess"]["min"], digits=0)
         verdict = (
             f"**Its own checks failed** on {n - settled} of {n} data. Longer chains (`python inference/nuts.py RUN "
-            "--warmup 1000 --draws 4000`) or fewer data at a time, which move together (`--data 1`), may pass."
+            "--warmup 1000 --draws 4000`) may pass, unless they are caught in separate modes."
         )
         return (
             f"**Reference posterior** by NUTS for {counted(n)}: R-hat is at most {r_hat} (required: below 1.01), "
