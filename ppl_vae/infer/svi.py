@@ -53,6 +53,10 @@ def fit(
     Maximises :math:`\mathrm{ELBO} = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)]`, the mean over data in nats, by
     Pyro's own estimators (Automated Variational Inference in Probabilistic Programming, Wingate and Weber 2013).
 
+    A guide that keeps one row per datum by its place in the batch, such as Pyro's `AutoNormal`, is trained on the whole
+    data as one batch, in their order, and afterwards answers for these data alone; so does a guide that takes `index`,
+    in batches too, but for data that come with their `index`.
+
     Args:
         program: any program, or a `Target`; what it learns is changed in place.
         x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch if its
@@ -79,8 +83,9 @@ def fit(
 
     Raises:
         TypeError: If a program comes without data, or a `Target` with data.
-        ValueError: If settings or data do not fit, the program does not allow the objective, or a loss turns NaN. The
-            message then names step and site, and the program keeps its last good state.
+        ValueError: If settings or data do not fit, the program does not allow the objective, its guide keeps one row per
+            datum by place and `batch_size` is below n, or a loss turns NaN. The message then names step and site, and
+            the program keeps its last good state.
     """
     check_settings(**{key: value for key, value in locals().items() if key in (*SETTINGS, "validation")})
     chosen = pick_device(device)

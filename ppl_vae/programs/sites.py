@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ppl_vae._seeds import fork_rng
-from ppl_vae.programs.param_store import copied, device_and_dtype, scope, to_double
+from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
 from ppl_vae.programs.rows import known_data
 from ppl_vae.programs.traces import Batch, batch_of, log_density, plain_sites, trace_pair
 
@@ -22,7 +22,13 @@ OTHER_DATA = (
     "Expected the data that this program was fitted to, in their order; got {n} others. This guide keeps one row per "
     "datum and scores no others: take `index`, or an amortized guide."
 )
+_TRIED = 64  # data on which densities are compared
+_CHECKED = "_ppl_vae_checked"
 _FAILED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)  # of a program on strange shapes
+
+
+class BrokenContract(ValueError):
+    """A program that is none: it draws outside the data plate, or model and guide do not have the same sites."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +67,29 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
         ValueError: If the program breaks the contract: no plate `"data"` at dim -1, a site outside it, latent sites
             that differ between model and guide, or no densities beside particles.
     """
-    n = len(next(iter(batch.values())))
+    n, key = len(next(iter(batch.values()))), _key(program, batch)
     part, whole = _first(batch, 2), False
     try:
-        guide, model, sizes = _traces(program, part, seed)
-    except _FAILED:
-        if n <= 2:
+        seen, shapes = _look(program, part, seed)
+    except _FAILED as error:
+        if n <= 2 or isinstance(error, BrokenContract):
             raise
         part, whole = dict(batch), True
-        try:
-            guide, model, sizes = _traces(program, part, seed)
-        except _FAILED as error:
-            raise (ValueError(OTHER_DATA.format(n=n)) if known_data(program, batch) is False else error) from None
-    seen = _read(guide, model)
-    _check_particles(program, part, seen.nesting, seed)
-    if not whole and n > 1:
-        try:
-            whole = sizes != _traces(program, _first(batch, 3 if n > 2 else 1), seed)[2]
-        except _FAILED:
-            whole = True
-        whole = whole or _depends_on_place(program, _first(batch, 3), seed)
-    return replace(seen, rows=n if whole else None)
+        seen, shapes = _look_at_all(program, part, seed)
+    if vars(program).get(_CHECKED, (None,))[0] != key:
+        _check_particles(program, part, seen.nesting, seed)
+        rows = whole or (n > 1 and by_place(program, batch, shapes, seed))
+        if rows and not whole:
+            _look_at_all(program, dict(batch), seed)
+        vars(program)[_CHECKED] = key, rows
+    return replace(seen, rows=n if whole or vars(program)[_CHECKED][1] else None)
+
+
+def _key(program: Any, batch: Mapping[str, Tensor]) -> Any:
+    """What a program consists of: as long as this is the same, it need not be tried again."""
+    tensors = [*program.named_parameters()] if isinstance(program, nn.Module) else []
+    tensors += [*own_params(program)["params"].items()]
+    return [(name, id(tensor)) for name, tensor in tensors], sorted(batch), min(len(next(iter(batch.values()))), _TRIED)
 
 
 def _first(batch: Mapping[str, Tensor], count: int) -> Batch:
@@ -89,36 +97,48 @@ def _first(batch: Mapping[str, Tensor], count: int) -> Batch:
 
 
 @contextmanager
-def trial(program: Any) -> Iterator[Any]:
+def trial(program: Any, *, double: bool = False) -> Iterator[Any]:
     """A copy of a program to try out, so that whatever it sets up or registers with Pyro is dropped."""
     try:
-        twin = copied(program)
+        twin = to_double(program) if double else program
+        twin = copied(program) if twin is program else twin
     except (RuntimeError, TypeError):  # it holds tensors or handles that cannot be copied
         twin = program
     with scope(twin, keep=False):
         yield twin
 
 
-def _traces(program: Any, batch: Batch, seed: int) -> tuple[Trace, Trace, dict[str, Any]]:
-    """Traces of guide and model, and the shapes of the parameters that these have used or set up."""
-    n, first = len(next(iter(batch.values()))), next(iter(batch.values()))
-    device, _ = device_and_dtype(program, first)
-    with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device):
-        guide = poutine.trace(twin.guide).get_trace(**batch_of(twin.guide, batch))
-        kept = {
-            frame.size
-            for name in plain_sites(guide)
-            for frame in guide.nodes[name]["cond_indep_stack"]
-            if frame.name == "data"
-        }
-        if kept - {n}:
+def _traces(program: Any, batch: Batch, seed: int) -> tuple[Trace, Trace]:
+    """Trace the guide and, replaying it, the model."""
+    first = next(iter(batch.values()))
+    with fork_rng(seed, device=device_and_dtype(program, first)[0]):
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        nodes: Any = guide.nodes
+        frames = [frame for name in plain_sites(guide) for frame in nodes[name]["cond_indep_stack"]]
+        kept = {frame.size for frame in frames if frame.name == "data"} - {len(first)}
+        if kept:
             raise ValueError(
-                f"Expected the {kept.pop()} data that this guide keeps one row each for; got {n}. Pass an autoguide "
-                "itself as the guide, not within a function, and make it anew for other data."
+                f"Expected the {kept.pop()} data that this guide keeps one row each for; got {len(first)}. Pass an "
+                "autoguide itself as the guide, not within a function, and make it anew for other data."
             )
-        model = poutine.trace(poutine.replay(twin.model, trace=guide)).get_trace(**batch)
-        tensors = _parameters(twin, guide, model)
-    return guide, model, {name: tensor.shape for name, tensor in tensors.items()}
+        return guide, poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
+
+
+def _look(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, torch.Size]]:
+    """Structure of a program on some data, and the shapes of its parameters then."""
+    with torch.no_grad(), trial(program) as twin:
+        guide, model = _traces(twin, batch, seed)
+        return _read(guide, model), _shapes(twin, guide, model)
+
+
+def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, torch.Size]]:
+    """Likewise on all data, which a guide that was fitted to others does not take."""
+    try:
+        return _look(program, batch, seed)
+    except _FAILED:
+        if known_data(program, batch) is False:
+            raise ValueError(OTHER_DATA.format(n=len(next(iter(batch.values()))))) from None
+        raise
 
 
 def _parameters(program: Any, *traces: Trace) -> dict[str, Tensor]:
@@ -130,13 +150,17 @@ def _parameters(program: Any, *traces: Trace) -> dict[str, Tensor]:
     return tensors
 
 
+def _shapes(program: Any, *traces: Trace) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _parameters(program, *traces).items()}
+
+
 def _read(guide: Trace, model: Trace) -> Structure:
     nodes: Any = guide.nodes
     sampled = plain_sites(guide, guide.stochastic_nodes)
     drawn = [name for name in sampled if not nodes[name]["infer"].get("is_auxiliary")]
     latents = plain_sites(model, model.stochastic_nodes)
     if set(drawn) != set(latents):
-        raise ValueError(
+        raise BrokenContract(
             f"Expected model and guide to have the same latent sites; only the model has "
             f"{sorted(set(latents) - set(drawn)) or 'none'}, "
             f"only the guide has {sorted(set(drawn) - set(latents)) or 'none'}."
@@ -147,7 +171,7 @@ def _read(guide: Trace, model: Trace) -> Structure:
             node: Any = trace.nodes[name]
             frames = {frame.name: frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
             if frames.get("data") != -1:
-                raise ValueError(
+                raise BrokenContract(
                     f"Expected every site inside the outermost plate 'data' at dim -1; site '{name}' is in "
                     f"{frames or 'no plate'}. "
                     "Evidence is per datum, so nothing may be drawn outside that plate."
@@ -187,47 +211,52 @@ def _check_particles(program: Any, batch: Batch, nesting: int, seed: int) -> Non
         ) from error
 
 
-def _depends_on_place(program: Any, batch: Batch, seed: int) -> bool:
-    """Whether the density of a datum changes with its place in a batch, under parameters that differ row by row.
+def by_place(program: Any, batch: Mapping[str, Tensor], shapes: dict[str, torch.Size], seed: int) -> bool:
+    """Whether a program's parameters grow with the data, or the density of a datum changes with its place in a batch.
 
-    In double precision, so that rounding does not count, if the program runs in it.
+    Shapes are those of the parameters on two data. The densities are compared in double precision, so that rounding
+    does not count, if the program runs in it. Rows that several data in a row share, more than `_TRIED`, are not seen.
     """
+    n, batch = len(next(iter(batch.values()))), _first(batch, _TRIED)
+    with torch.no_grad(), trial(program) as twin:
+        try:
+            if _shapes(twin, *_traces(twin, batch if n > 2 else _first(batch, 1), seed)) != shapes:
+                return True
+        except _FAILED:
+            return True
     double = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
     for exact in (True, False):
         try:
-            return _moves(to_double(program), double, seed, 1e-7) if exact else _moves(program, batch, seed, 1e-3)
+            with torch.no_grad(), trial(program, double=exact) as twin, pyro.validation_enabled(False):
+                if isinstance(twin, nn.Module) and twin is not program:
+                    twin.eval()
+                return _moves(twin, double if exact else batch, seed, 1e-7 if exact else 1e-3)
         except Exception:  # of any kind, as in a flow that cannot be inverted: then there is no telling
             continue
     return False
 
 
 def _moves(program: Any, batch: Batch, seed: int, tolerance: float) -> bool:
+    """Whether the densities of data change with the order of the batch, under disturbed parameters."""
     n, first = len(next(iter(batch.values()))), next(iter(batch.values()))
     order = torch.arange(n, device=first.device).roll(1)
-    device, rolled = device_and_dtype(program, first)[0], {key: value[order] for key, value in batch.items()}
+    device = device_and_dtype(program, first)[0]
 
     def scores(batch: Batch, values: dict[str, Tensor], seed: int) -> Tensor:
+        rows = []
         with fork_rng(seed, "probe", device=device):
-            traces = [
-                poutine.trace(poutine.condition(part, data=values)).get_trace(**batch_of(part, batch))
-                for part in (twin.guide, twin.model)
-            ]
-        return torch.stack([_scored(trace, n) for trace in traces])
+            for part in (program.guide, program.model):
+                trace = poutine.trace(poutine.condition(part, data=values)).get_trace(**batch_of(part, batch))
+                rows.append(_scored(trace, n))
+        return torch.stack(rows)
 
-    with torch.no_grad(), trial(program) as twin, pyro.validation_enabled(False):
-        if isinstance(twin, nn.Module) and twin is not program:
-            twin.eval()
-        with fork_rng(seed, "probe", device=device):
-            guide = poutine.trace(twin.guide).get_trace(**batch_of(twin.guide, batch))
-            model = poutine.trace(poutine.replay(twin.model, trace=guide)).get_trace(**batch)
-            with _disturbed(_parameters(twin, guide, model)):
-                guide = poutine.trace(twin.guide).get_trace(**batch_of(twin.guide, batch))
-                nodes: Any = guide.nodes
-                values = {name: nodes[name]["value"] for name in plain_sites(guide, guide.stochastic_nodes)}
-                dims = {name: -1 - nodes[name]["fn"].event_dim for name in values}
-                moved = {name: value.index_select(dims[name], order) for name, value in values.items()}
-                here, again = scores(batch, values, seed), scores(batch, values, seed + 1)
-                there = scores(rolled, moved, seed)
+    with fork_rng(seed, "probe", device=device), _disturbed(_parameters(program, *_traces(program, batch, seed))):
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        drawn: dict[str, Any] = {name: guide.nodes[name] for name in plain_sites(guide, guide.stochastic_nodes)}
+        values = {name: node["value"] for name, node in drawn.items()}
+        moved = {name: node["value"].index_select(-1 - node["fn"].event_dim, order) for name, node in drawn.items()}
+        here, again = scores(batch, values, seed), scores(batch, values, seed + 1)
+        there = scores({key: value[order] for key, value in batch.items()}, moved, seed)
 
     def close(a: Tensor, b: Tensor) -> bool:
         return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -426,6 +426,48 @@ def test_a_program_that_takes_no_particles_is_refused(tmp_path):
         spec.check(few(spec))
 
 
+KINDS = """
+import pyro, pyro.distributions as dist, torch
+class Kind:
+    def __init__(self, features): ...
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("parts", 3, dim=-2):
+                z = pyro.sample("z", PRIOR)
+            loc = z.sum(-2)[..., None].expand(*z.shape[:-2], len(x), 64)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            pyro.sample("z", GUIDE)
+"""
+
+
+def kind(folder, prior, guide):
+    (folder / "kind.py").write_text(KINDS.replace("PRIOR", prior).replace("GUIDE", guide))
+    text = '[data]\nname = "digits"\n[model]\nprogram = "kind.py"\n[svi]\nelbo = "TraceMeanField_ELBO"\n'
+    return load_spec(write(folder, text))
+
+
+def test_a_site_is_shown_with_its_inner_plates(tmp_path):
+    spec = kind(tmp_path, "dist.Normal(0.0, 1.0)", 'dist.Normal(pyro.param("a", torch.zeros(())), 1.0)')
+    check = spec.check(few(spec))
+    assert check.latents == {"z": (3,)}
+    assert "z (n, 3) latent, KL analytic; x (n, 64) observed" in str(check)
+
+
+def test_discrete_sites_have_no_analytic_objective(tmp_path):
+    spec = kind(tmp_path, "dist.Poisson(1.0)", 'dist.Poisson(pyro.param("a", torch.ones(())).exp())')
+    with pytest.raises(ValueError, match=r"run.toml: Expected reparameterised sites.*got 'z'.*Use Trace_ELBO"):
+        spec.check(few(spec))
+    assert load_spec(spec.path, {"svi.elbo": "Trace_ELBO"}).check(few(spec)).kl == {"z": "sampled"}
+
+
+def test_rows_by_position_are_refused_in_a_run(tmp_path):
+    spec = kind(tmp_path, "dist.Normal(0.0, 1.0)", 'dist.Normal(pyro.param("a", lambda: torch.zeros(len(x))), 1.0)')
+    with pytest.raises(ValueError, match="takes any part of the data.*one row per datum.*Take `index`"):
+        spec.check(few(spec))
+
+
 def test_the_schema_covers_every_family_and_network():
     schema = json_schema()
     assert schema["$schema"].startswith("https://json-schema.org/")
