@@ -66,8 +66,8 @@ def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tupl
             answers.append((rows[done], *(column[done] for column in columns)))
         if not bool(done.all()):
             waiting.append((rows[~done], *lattice.rows(~done).fitted(after.rows(~done))))
-    order, *columns = (torch.cat(column) for column in zip(*answers, strict=True))
-    return tuple(column[order.argsort()] for column in columns)
+    order, *joined = (torch.cat(column) for column in zip(*answers, strict=True))
+    return tuple(column[order.argsort()] for column in joined)
 
 
 class _Rows:
@@ -231,9 +231,9 @@ class Lattice(_Rows):
             for value in (share, spread, lost.to(share))
         )
         edge = (shares * _grown(lost > 0, side, size)).sum(-1) if bool(lost.any()) else torch.zeros_like(self.cut)
-        slabs = (_slabs(value, side, size) for value in (shares, spread))
+        slabs, spread = _slabs(shares, side, size), _slabs(spread, side, size)
         step = (self.high - self.low) / (side - 1)
-        return LatticeSum(step, log.logsumexp(0), shares, *slabs, dropped, edge, origin[0] + loc, covariance)
+        return LatticeSum(step, log.logsumexp(0), shares, slabs, spread, dropped, edge, origin[0] + loc, covariance)
 
     def look(self, side: int, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log mass of points by their numbers (p, n), latent variables there, and which cannot be resolved (p, n)."""
