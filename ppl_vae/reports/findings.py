@@ -108,19 +108,27 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
 
 
 def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
-    value, shape = test["log_evidence"], test["pareto_k"]
-    if value["kind"] == "lower bound":
-        reason = (
-            "The tail shapes of the weights are too near 0.5 for so few samples to tell if their variance is finite."
+    value, shape, worst = test["log_evidence"], test["pareto_k"], test["worst"]
+    named = ""
+    if worst["n"]:
+        rows = ", ".join(
+            f"{row} (k {figure(k, digits=2)})" for row, k in zip(worst["rows"], worst["pareto_k"], strict=True)
         )
-        if shape["above_0.5"]:
-            reason = (
-                f"For {shape['above_0.5']:.0%} of the data the importance weights have a tail shape k above 0.5: no "
-                "finite variance, so no error bar would hold."
-            )
-        elif shape["median"] is None:
+        named = f"The weights of {counted(worst['n'])} are bad; the worst are in rows {rows}. "
+        if worst["mean_without"] is not None:
+            named += f"Without the bad ones the mean is {figure(worst['mean_without'])}. "
+    if value["kind"] == "lower bound":
+        reason = named + "What they may hide could move the mean beyond any interval."
+        if shape["median"] is None:
             reason = "Too few samples per datum to judge the weights: at least 25 are needed."
+        elif not named:
+            reason = (
+                "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
+                "variance is finite."
+            )
         yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"
+    elif named:
+        yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
         yield f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples reduce this."
 

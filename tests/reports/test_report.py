@@ -224,6 +224,7 @@ def example(**changes):
             "elbo": {"mean": -100.2, "se": 0.2, "mc_se": 0.01},
             "log_evidence": {"mean": -99.9, "se": 0.2, "mc_se": 0.02, "bias": -0.001, "kind": "estimate"},
             "pareto_k": {"median": 0.1, "max": 0.4, "above_0.5": 0.0, "above_0.7": 0.0},
+            "worst": {"n": 0, "rows": [], "pareto_k": [], "mc_se": [], "mean_without": None},
         },
         "exact": None,
     }
@@ -238,6 +239,10 @@ def example(**changes):
 
 
 FLAT = [-100.0] * 20
+BAD = {"n": 12, "rows": [7, 2], "pareto_k": [0.93, None], "mc_se": [0.8, 0.6], "mean_without": -99.5}
+BAD_WORDS = (
+    "weights of 12 data are bad; the worst are in rows 7 .k 0.93., 2 .k -.. Without the bad ones the mean is -99.5"
+)
 GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
 WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
 
@@ -246,7 +251,8 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
     ("changes", "history", "words"),
     [
         ({}, FLAT, None),
-        ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
+        ({"test__log_evidence__kind": "lower bound", "test__worst": BAD}, FLAT, BAD_WORDS),
+        ({"test__worst": BAD}, FLAT, "cannot move the mean beyond its interval. .*rows 7 .k 0.93., 2 .k -.. Without"),
         (
             {"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.0},
             FLAT,
