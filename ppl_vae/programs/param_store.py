@@ -47,18 +47,18 @@ def scope(program: Any, *, keep: bool = True) -> Iterator[None]:
 
 
 def copied(program: Any) -> Any:
-    """A deep copy of a program; Pyro's autoguides drop their model when copied, the original too, and get it back."""
+    """A deep copy of a program; Pyro's autoguides forget their model and their list when copied, and get them back."""
     guides = (
         [part for part in program.modules() if isinstance(part, AutoGuide)] if isinstance(program, nn.Module) else []
     )
-    models = [guide._model for guide in guides]
+    known = [(guide._model, guide.master) for guide in guides]
     try:
         twin = copy.deepcopy(program)
         others = [part for part in twin.modules() if isinstance(part, AutoGuide)] if guides else []
     finally:
-        for guide, model in zip(guides, models, strict=True):
-            guide._model = model
-    for guide, model in zip(others, models, strict=True):
+        for guide, (model, master) in zip(guides, known, strict=True):
+            guide._model, guide.master = model, master
+    for guide, (model, _) in zip(others, known, strict=True):
         guide._model = model
     return twin
 

@@ -15,7 +15,8 @@ _FITTED = "_ppl_vae_rows"
 
 def keywords(function: Callable[..., Any]) -> list[str]:
     """What a model or guide takes by keyword; `**` if it takes anything."""
-    target = function.forward if isinstance(function, nn.Module) else function
+    forward: Any = getattr(function, "forward", None) if isinstance(function, nn.Module) else None
+    target = function if forward is None or forward.__name__ == "_forward_unimplemented" else forward
     return ["**" if p.kind is p.VAR_KEYWORD else p.name for p in inspect.signature(target).parameters.values()]
 
 

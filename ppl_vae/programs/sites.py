@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -165,6 +165,12 @@ def _read(guide: Trace, model: Trace) -> Structure:
             f"{sorted(set(latents) - set(drawn)) or 'none'}, "
             f"only the guide has {sorted(set(drawn) - set(latents)) or 'none'}."
         )
+    seen = [name for name in guide.observation_nodes if not _is_point(nodes[name]["fn"], Delta, Unit)]
+    if seen:
+        raise BrokenContract(
+            f"Expected a guide that observes nothing; it observes '{seen[0]}', whose density would enter its own. "
+            f"Hide it: pyro.poutine.block(guide, hide={seen})."
+        )
     depth, shapes = 0, {}
     for trace in (guide, model):
         for name in plain_sites(trace):
@@ -296,7 +302,8 @@ def points_of(trace: Trace) -> list[str]:
     return [name for name in plain_sites(trace, trace.stochastic_nodes) if _is_point(nodes[name]["fn"])]
 
 
-def _is_point(distribution: Any) -> bool:
-    while not isinstance(distribution, Delta) and hasattr(distribution, "base_dist"):
+def _is_point(distribution: Any, *kinds: type) -> bool:
+    kinds = kinds or (Delta,)
+    while not isinstance(distribution, kinds) and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    return isinstance(distribution, Delta)
+    return isinstance(distribution, kinds)

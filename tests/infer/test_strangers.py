@@ -82,6 +82,23 @@ def test_autoguides_over_all_data_at_once_are_refused(name):
         fit(Program(model, getattr(autoguide, name)(model)), x, epochs=1)
 
 
+@pytest.mark.parametrize("name", ["AutoNormalMessenger", "AutoHierarchicalNormalMessenger"])
+def test_a_guide_that_observes_the_data_is_refused(name):
+    """Their density would enter that of the guide, and the bound would be near nought whatever the data."""
+    x = torch.randn(N, 1)
+    with pytest.raises(ValueError, match=r"guide that observes nothing; it observes 'x'.*hide=\['x'\]"):
+        fit(Program(model, getattr(autoguide, name)(model)), x, epochs=1)
+
+
+def test_a_list_of_autoguides_trains_as_one():
+    torch.manual_seed(0)
+    x = 1.5 * torch.randn(N, 1)
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoNormal(pyro.poutine.block(model, expose=["z"])))
+    history = fit(Program(model, guide), x, **OPTIONS, schedule="one-cycle")
+    assert history.elbo[-1] == pytest.approx(float(optimum(x)), abs=0.05)
+
+
 def test_an_autoguide_within_a_function_is_refused():
     guide = autoguide.AutoNormal(model)
     with pytest.raises(ValueError, match="one row each for.*Pass an autoguide itself"):
