@@ -15,7 +15,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports --no-logo
 
 adversary: .venv/installed
-	$(BIN)/python tests/adversary/run.py --out docs/adversary.json
+	$(BIN)/python tests/adversary/run.py --page docs/adversary.md
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ COUNTS = {  # cases of each kind
     "training": 200,
 }
 CHUNKS = 20
+COUNTED = ("estimates", "accepted", "settled", "converged")  # what a kind calls the cases that it answers for
 
 
 def attack(kind: str, count: int, seed: int) -> dict[str, float]:
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", help=f"some of {', '.join(COUNTS)}; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="of the cases")
-    parser.add_argument("--out", type=Path, help="a JSON file for the rates")
+    parser.add_argument("--page", type=Path, help="the page whose table takes the rates, docs/adversary.md")
     given = parser.parse_args()
     there = [kind for kind in COUNTS if (FOLDER / f"test_{kind}.py").is_file()]
     results: dict[str, Any] = {}
@@ -57,8 +57,15 @@ def main() -> None:
             results[kind] = total
             told = ", ".join(f"{key} {value:g}" for key, value in total.items())
             print(f"{kind:12} {told} ({time.perf_counter() - began:.0f} s)", flush=True)
-    if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=2) + "\n")
+    if given.page is not None:
+        before, _, rest = given.page.read_text().partition("<!-- rates -->")
+        table = ["| kind | cases | counted | beyond 5 | beyond 50 |", "|---|---|---|---|---|"]
+        for kind, total in results.items():
+            counted = next((total[key] for key in COUNTED if key in total), total["cases"])
+            figures = (total["cases"], counted, total["beyond_5"], total["beyond_50"])
+            table.append(f"| {kind.replace('_', ' ')} | {' | '.join(f'{figure:,.0f}' for figure in figures)} |")
+        text = "\n".join(["<!-- rates -->", *table, "<!-- end -->"])
+        given.page.write_text(before + text + rest.partition("<!-- end -->")[2])
 
 
 if __name__ == "__main__":
