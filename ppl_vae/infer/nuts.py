@@ -15,7 +15,7 @@ _DEEPEST = 10  # doublings of a trajectory
 _EARLY = 5  # doublings before the scale is known
 _WILD = 1000.0  # loss of energy, in nats, that counts as a divergence
 _RATE = 0.8  # of acceptance, which the step size aims at
-_CANDIDATES = 32  # draws of the prior per chain, among which it starts
+_BLOCKS, _BLOCK = 8, 512  # draws of the prior, among which chains start and which their means must not contradict
 _WINDOWS = (0.1, 0.2, 0.4, 0.8)  # parts of the warm-up after which the scale is estimated anew
 
 
@@ -140,12 +140,15 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
 
     Returns:
         Draws (draws * chains, n, z) of the latent variables; `r_hat`, `ess` and `divergences` of each datum, (n,), and
-        `mcse_mean`, the Monte Carlo standard error of the mean of each latent variable, (n, z).
+        `mcse_mean`, the Monte Carlo standard error of the mean of each latent variable, (n, z); and `contradicted`,
+        (n,), where the mean by draws of the prior, weighed by their likelihood, lies more than five errors away, as it
+        does if no chain is in a mode that weighs.
     """
     with unvalidated(joint, seed):
         path = Path(joint)
-        start = _start(joint, chains)
-        sampler = _Sampler(path, joint.draw("prior", 64).double().std(0).clamp_min(1e-6).diag_embed())
+        prior, likelihood = _draw(joint)
+        start = _start(prior, likelihood, chains)
+        sampler = _Sampler(path, prior.double().std(0).clamp_min(1e-6).diag_embed())
         here = sampler.at(start, start)
         ends = {round(part * warmup) for part in _WINDOWS}
         seen: list[Tensor] = []
@@ -163,32 +166,45 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
                 sampler.rescale(_factor(torch.cat(seen)))
                 sampler.deepest = _DEEPEST
                 seen = []
-        values = joint.latents(torch.cat(seen))
-    return values, {**_mixing(values.unflatten(0, (draws, chains))), "divergences": divergences}
+        values, places = joint.latents(torch.cat(seen)), joint.latents(prior)
+    mixing = _mixing(values.unflatten(0, (draws, chains)))
+    share = likelihood.softmax(0)
+    loc = torch.einsum("kn,knz->nz", share, places)
+    error = torch.einsum("kn,knz->nz", share.square(), (places - loc).square()) + mixing["mcse_mean"].square()
+    apart = ((values.mean(0) - loc).abs() > 5 * error.sqrt()).any(-1)
+    contradicted = apart & (share.square().sum(0) < 1 / 25)  # by as many effective draws, or they tell nothing
+    return values, {**mixing, "divergences": divergences, "contradicted": contradicted}
 
 
-def _start(joint: Joint, chains: int) -> Tensor:
-    """One draw of the prior per chain, (k, n, z): each from a cell of its own of equal prior mass.
+def _draw(joint: Joint) -> tuple[Tensor, Tensor]:
+    """Draws of the prior, (k, n, z), and their log likelihoods, (k, n)."""
+    draws = [joint.draw("prior", _BLOCK) for _ in range(_BLOCKS)]
+    heights = [joint.log_probs(u)[1].detach().nan_to_num(-1e300, -1e300, -1e300).clamp_min(-1e300) for u in draws]
+    return torch.cat(draws), torch.cat(heights)
+
+
+def _start(u: Tensor, height: Tensor, chains: int) -> Tensor:
+    """One of the draws u (k, n, z) per chain: each from a cell of its own of equal prior mass, (chains, n, z).
 
     Cells are cut at medians of one latent variable after the other; a cell's draw is taken by its likelihood, so that
     chains begin apart, and yet where the posterior may be.
     """
-    u = joint.draw("prior", chains * _CANDIDATES)
-    height = joint.log_probs(u)[1].nan_to_num(-math.inf, -math.inf, -math.inf)
-    cells, axis = [(torch.arange(len(u), device=u.device).unsqueeze(-1).expand(-1, joint.n), chains)], 0
+    k, n, size = u.shape
+    cells, axis = [(torch.arange(k, device=u.device).unsqueeze(-1).expand(-1, n), chains)], 0
     while any(shares > 1 for _, shares in cells):
         parts = []
         for cell, shares in cells:
-            order = u[..., axis % joint.size].gather(0, cell).argsort(0)
-            halves = cell.gather(0, order).split([shares // 2 * _CANDIDATES, -(-shares // 2) * _CANDIDATES])
-            parts += [part for part in zip(halves, (shares // 2, -(-shares // 2)), strict=True) if part[1]]
+            order = u[..., axis % size].gather(0, cell).argsort(0)
+            first = len(cell) * (shares // 2) // shares
+            halves = cell.gather(0, order).split([first, len(cell) - first])
+            parts += [part for part in zip(halves, (shares // 2, shares - shares // 2), strict=True) if part[1]]
         cells, axis = parts, axis + 1
     chosen = []
     for cell, _ in cells:
         noise = -torch.rand(cell.shape, dtype=height.dtype, device=u.device).log().neg().log()  # Gumbel's
-        best = (height.gather(0, cell).clamp_min(-1e300) + noise).argmax(0, keepdim=True)
+        best = (height.gather(0, cell) + noise).argmax(0, keepdim=True)
         chosen.append(cell.gather(0, best))
-    return u.gather(0, torch.cat(chosen).unsqueeze(-1).expand(-1, -1, joint.size))
+    return u.gather(0, torch.cat(chosen).unsqueeze(-1).expand(-1, -1, size))
 
 
 def _factor(u: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Reference:
         draws: from p(z|x), (k, n, z), by sampling; None otherwise.
         shapes: of the latent sites of one datum, by name.
         converged: whether the method's own checks passed: all data have settled, or NUTS has mixed (R-hat below 1.01,
-            400 bulk effective draws, no divergence).
+            400 effective draws, no divergence, no contradiction).
         diagnostics: what was checked; tensors have shape (n,). Quadrature has `settled`, the data that reached the
             tolerance in evidence and moments, and `moment_error`, the estimated error of mean and covariance in
             standard deviations; the errors of the others are large or infinite. With one latent variable it searches
@@ -51,8 +51,9 @@ class Reference:
             mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
             whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
             more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and
-            folded, the worst of a datum), `divergences`, `settled` (whether a datum passed) and `mcse_mean`, (n, z),
-            the Monte Carlo standard error of `loc`.
+            folded, the worst of a datum), `divergences`, `contradicted` (where draws of the prior, weighed by their
+            likelihood, have another mean), `settled` (whether a datum passed) and `mcse_mean`, (n, z), the Monte Carlo
+            standard error of `loc`.
     """
 
     log_evidence: Tensor
@@ -185,6 +186,7 @@ def _nuts(
     covariance = torch.einsum("kny,knz->nyz", z - loc, z - loc) / (len(z) - 1)
     unknown = torch.full_like(loc[:, 0], math.nan)
     settled = (diagnostics["r_hat"] < 1.01) & (diagnostics["ess"] > 400) & (diagnostics["divergences"] == 0)
+    settled &= ~diagnostics["contradicted"]
     diagnostics["settled"] = settled
     return Reference(unknown, unknown, loc, covariance, "nuts", z, shapes, bool(settled.all()), diagnostics)
 

@@ -136,6 +136,17 @@ def rates(count: int, seed: int = 0, **settings: int) -> dict[str, float]:
 
 
 def test_nuts_that_converged_is_right() -> None:
-    told = rates(16, draws=150, warmup=100)
-    assert told["beyond_5"] == 0
-    assert told["settled"] >= 5
+    told = {number: miss(number, draws=400, warmup=150) for number in (0, 4, 5)}  # two equal modes and one mode each
+    assert all(value <= 5 for value, _ in told.values())
+    assert [converged for _, converged in told.values()] == [False, True, True]
+
+
+def test_draws_of_the_prior_contradict_chains_that_miss_a_mode() -> None:
+    """Two chains, both in nine tenths of the mass, agree with each other."""
+    shares, places = _double([0.9, 0.1]), _double([0.0, 8.0])
+    prior = dist.MixtureSameFamily(dist.Categorical(shares), dist.Normal(places, 0.5))
+    program, x = _pair(prior, lambda z: dist.Normal(z, 30.0), 0.0), _double([[0.0]])
+    reference = reference_posterior(program, x, "nuts", draws=500, warmup=100, chains=2)
+    assert float(reference.diagnostics["r_hat"]) < 1.01
+    assert bool(reference.diagnostics["contradicted"])
+    assert not reference.converged
