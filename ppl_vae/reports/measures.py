@@ -77,13 +77,13 @@ def trained(target: Target, data: Data, *, seed: int = 0) -> dict[str, Any]:
         training data are ahead of the evaluated ones, `lead`: `elbo` and `log_evidence`, means over at most 300 data of
         each part by 100 samples, with their standard errors; None if the training data are evaluated.
     """
-    some = {key: value[:MOST_DATA] for key, value in data.train.items()}
-    train = log_evidence(target.program, some, 10, seed=seed).summary()
+    held_out = evaluation_split(target.program, data)[0] == "test"
+    learned = Target(target.program, data.train) if held_out else target
+    train = log_evidence(learned.rows(slice(MOST_DATA)), samples=10, seed=seed).summary()
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
     lead = None
-    if evaluation_split(target.program, data)[0] == "test":
-        few = {key: value[:300] for key, value in data.train.items()}
-        seen = log_evidence(target.program, few, 100, seed=seed).summary()
+    if held_out:
+        seen = log_evidence(learned.rows(slice(300)), samples=100, seed=seed).summary()
         unseen = log_evidence(target.rows(slice(300)), samples=100, seed=seed).summary()
         lead = {"samples": 100.0}
         for name in ("elbo", "log_evidence"):
