@@ -13,7 +13,7 @@ from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.latents import active_units, rates
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.programs.rows import indexed
+from ppl_vae.programs.rows import indexed, numbered
 from ppl_vae.programs.target import Target
 
 MOST_DATA = 1000  # for figures, latents and the training part
@@ -27,7 +27,7 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
     Returns:
         `test` or `train`, and that part.
     """
-    return ("train", data.train) if indexed(program) else ("test", data.test)
+    return ("train", numbered(program, data.train)) if indexed(program) else ("test", data.test)
 
 
 def evaluate(
@@ -70,7 +70,7 @@ def trained(program: Any, data: Data, *, seed: int = 0) -> dict[str, Any]:
     Returns:
         `elbo` and its standard error `elbo_se` over the `n` data, `rate` and `distortion`.
     """
-    some = {key: value[:MOST_DATA] for key, value in data.train.items()}
+    some = {key: value[:MOST_DATA] for key, value in numbered(program, data.train).items()}
     train = log_evidence(program, some, 10, seed=seed).summary()
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
     return finite({**bound, "rate": train["rate"], "distortion": train["distortion"]})  # type: ignore[no-any-return]
