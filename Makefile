@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint adversary bench clean
 
 demo: .venv/installed
 	$(BIN)/ppl-vae demo
@@ -13,6 +13,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+adversary: .venv/installed
+	$(BIN)/python tests/adversary/run.py --page docs/adversary.md
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py

@@ -1,4 +1,4 @@
-"""Sample the posterior of a few of a run's held-out data by Pyro's NUTS: python inference/nuts.py runs/vae --data 2."""
+"""Sample the posterior of a few of a run's held-out data by NUTS: python inference/nuts.py runs/vae --data 2."""
 
 import argparse
 
@@ -14,9 +14,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--data", type=int, default=2, help="how many of the first data to sample")
-    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--warmup", type=int, default=500)
-    parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--chains", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust-code", action="store_true", help="allow the run's program file to be executed")
     given = parser.parse_args(arguments)
@@ -40,11 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{row:5d} {name:>10} {exact} {loc[row, column]:11.3f} {variance[row, column].sqrt():12.3f}")
     r_hat, ess, settled = (found.diagnostics[name] for name in ("r_hat", "ess", "settled"))
     print(f"R-hat {r_hat.max():.4f}, as good as {ess.min():.0f} independent draws, ", end="")
-    print(f"divergences {found.diagnostics['divergences']}")
+    print(f"divergences {int(found.diagnostics['divergences'].sum())}")
     if not found.converged:
         failed = f"{int((~settled).sum())} of {len(settled)} data"
-        fewer = ", or fewer --data" if len(settled) > 1 else ""
-        raise SystemExit(f"NUTS did not converge on {failed}: ask for more --warmup and --draws{fewer}.")
+        raise SystemExit(f"NUTS did not converge on {failed}: ask for more --warmup and --draws.")
 
 
 if __name__ == "__main__":

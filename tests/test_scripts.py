@@ -165,9 +165,9 @@ def test_annealing_from_an_exact_guide_has_no_error(tmp_path, capsys):
 
 def test_nuts_finds_the_exact_posterior(tmp_path, capsys):
     path, program, x = linear(tmp_path, 2)
-    main("nuts", path, "--data", 1, "--draws", 300, "--warmup", 100, "--chains", 2)
+    main("nuts", path, "--data", 1, "--draws", 600, "--warmup", 100, "--chains", 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "test data, 2 chains of 300 draws"
+    assert lines[0] == "test data, 2 chains of 600 draws"
     rows = [[float(cell) for cell in line.split()[2:]] for line in lines if "z[" in line]
     mean, scale, guide_mean, guide_scale = torch.tensor(rows).double().T
     r_hat, draws, divergences = re.match(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
+from ppl_vae.networks.table import Table
 from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.vae import VAE
@@ -95,8 +96,9 @@ def calibrate(
         Ranks, coverage and their p-values.
 
     Raises:
-        ValueError: If a size is out of range, or data cannot be drawn from the model: it has factors, does not observe
-            its data as they are, or its latent variables or data depend on observed values.
+        ValueError: If a size is out of range, the guide keeps one row per datum, or data cannot be drawn from the
+            model: it has factors, does not observe its data as they are, or its latent variables or data depend on
+            observed values.
 
     References:
         Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is one
@@ -110,6 +112,11 @@ def calibrate(
     if x is None and not isinstance(program, Target):
         raise ValueError(f"Expected placeholder data `x` for a {type(program).__name__}; only a VAE needs none.")
     target = Target.of(program, x)
+    if _keeps_rows(target, seed):
+        raise ValueError(
+            "Expected a guide that reads the data; this one keeps one row per datum, and simulated data have none. "
+            "Compare it with a reference on its own data: compare_posteriors."
+        )
     parts = []
     for number, rows in enumerate((torch.arange(simulations, device=target.device) % target.n).split(BLOCK)):
         batch, truth = simulate_twice(target.rows(rows), seed, "simulate", number)
@@ -134,6 +141,21 @@ def calibrate(
         draws=draws,
         level=level,
     )
+
+
+def _keeps_rows(target: Target, seed: int) -> bool:
+    """Whether the guide's answer depends on the number or the place of a datum: equal data get different answers."""
+    if isinstance(target.program, VAE) and isinstance(target.program.posterior.network, Table):
+        return True
+    batch = {key: value if key == "index" else value[:1].expand_as(value) for key, value in target.batch.items()}
+    same = target.with_batch(batch)
+    with target.running(seed, "rows"):
+        z = same.draws(1)[:, :1].expand(-1, target.n, -1)
+        try:
+            score = same.score("guide", z)[0]
+        except NotImplementedError:  # the guide scores only its own draws
+            return False
+    return not torch.allclose(score, score[:1], rtol=1e-4, atol=1e-4)
 
 
 def _joint(target: Target, z: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.pareto import pareto_k, tail_length
+from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
 from ppl_vae.programs.target import BLOCK, Target
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_ROUNDING = 64  # steps of the floating type within which weights count as equal
 _LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
 
@@ -31,7 +32,7 @@ class Evidence:
     Args:
         log_evidence: :math:`\log \frac1k \sum_i w_i`.
         elbo: :math:`\frac1k \sum_i \log w_i`, from the same weights, so never above `log_evidence`.
-        mc_se: Monte Carlo standard error of `log_evidence`, :math:`\sqrt{\chi^2 / k}`.
+        mc_se: Monte Carlo standard error of `log_evidence`, :math:`\sqrt{\chi^2 / k}`, with `rounding` in it.
         bias: its bias to first order, :math:`-\chi^2 / 2k`.
         ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
         pareto_k: shape of the weights' upper tail; NaN below 25 samples and where all weights are equal to rounding.
@@ -39,6 +40,10 @@ class Evidence:
         distortion: :math:`-\frac1k \sum_i \log p(x \mid z_i)`, from the same draws; `elbo` is -(rate + distortion).
         jackknife: the estimate freed of its first-order bias by leaving out each sample in turn,
             :math:`k L_k - (k - 1) \frac1k \sum_i L_{k-1}^{(-i)}`. It is no bound, and noisier than `log_evidence`.
+        shift: how far log p(x) may lie above `log_evidence` for weights that no draw showed: 0 for most data, infinite
+            where the error cannot be known.
+        rounding: error of `log_evidence` by the rounding of a program in single precision, 0 in double precision. Data
+            share it, so that it does not average out.
         samples: k.
     """
 
@@ -51,6 +56,8 @@ class Evidence:
     elbo_mc_se: Tensor
     distortion: Tensor
     jackknife: Tensor
+    shift: Tensor
+    rounding: Tensor
     samples: int
 
     @property
@@ -60,54 +67,132 @@ class Evidence:
 
     @property
     def kind(self) -> Literal["estimate", "lower bound"]:
-        r"""Whether the mean over the data is an estimate or a lower bound.
+        r"""Whether the mean over the data is an estimate, with an `interval`, or only a lower bound.
 
-        It is a lower bound if more than 1 % of the data are doubtful. A datum is doubtful if its weights may have no
-        variance, so that an error bar would mean nothing, or if there are too few samples to tell: the tail shape
-        :math:`\hat k` of the M largest weights and its standard error over :math:`\sqrt n` exceed one half,
-        :math:`\hat k + (1 + \hat k) / \sqrt{M n} > \frac12`. A single datum needs the whole margin; in a set of n the
-        worst decide.
+        It is an estimate if the weights have a variance, so that an error bar means something, as far as the mean can
+        tell:
+
+        - No datum could move the mean by much. A datum is bad if its `mc_se` exceeds 1/2, if there are too few samples
+          to tell, or if the tail shape :math:`\hat k` of its M largest weights exceeds 1/2 by three standard errors,
+          :math:`3 (1 + \hat k) / \sqrt M`. The largest weight's share u of the sum says how far log p(x) may lie above
+          its estimate, its `shift`: :math:`\log(1 + u / (1 - k))`, with k one error above :math:`\hat k`, infinite
+          from :math:`k = 1` on and without a shape. Together the shifts may move the mean by half the width of the
+          interval of the others at most.
+        - The others have a variance on average: the mean of :math:`\hat k`, each weighted by its share of the variance
+          of the mean, lies its standard error or more below 1/2. A single datum needs the whole margin, in a set of
+          n the errors average out.
 
         References:
             Estimating Tails of Probability Distributions (Smith 1987), for the error of :math:`\hat k`.
         """
-        error = (1 + self.pareto_k) / math.sqrt(tail_length(self.samples) * len(self.pareto_k))
-        unknown = self.pareto_k.isnan() & ~(self.ess >= self.samples * (1 - 1e-3))
-        doubtful = (self.pareto_k + error > 0.5) | unknown | (self.samples < 2)
-        return "lower bound" if bool(doubtful.double().mean() > 0.01) else "estimate"
+        return "lower bound" if self.interval is None else "estimate"
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean of log p(x) over the data, in nats; None for a lower bound.
+
+        Its centre is the mean freed of its bias. Its half width is 1.96 standard errors, plus the bias, which is known
+        to first order only, plus `rounding`, plus what bad data may add (see `kind`).
+        """
+        good = self.shift == 0
+        shift = float(self.shift.mean())
+        if not (shift <= self._half_width(good) and self._typical_shape(good) <= 0.5):
+            return None
+        centre, half = float((self.log_evidence - self.bias).mean()), self._half_width(torch.ones_like(good)) + shift
+        return centre - half, centre + half
+
+    def _half_width(self, which: Tensor) -> float:
+        """1.96 standard errors, the bias and the rounding that some of the data bring to the mean."""
+        error, known = self.mc_se[which].norm(), (self.rounding - self.bias)[which].sum()
+        return float(1.96 * error + known) / len(which)
+
+    def _typical_shape(self, which: Tensor) -> float:
+        """One standard error above the mean tail shape of data, weighted by their share of the variance."""
+        variance, shape = self.mc_se[which].square(), self.pareto_k[which].nan_to_num(0.0)
+        variance = variance / variance.sum().clamp_min(torch.finfo(variance.dtype).tiny)
+        error = (variance * shape_error(shape, self.samples)).norm()
+        return float((variance * shape).sum() + error)
+
+    def worst(self, most: int = 10) -> dict[str, Any]:
+        """The data that could move the mean most, and the mean without them.
+
+        Args:
+            most: how many rows to name at most.
+
+        Returns:
+            `n`, the number of bad data (see `kind`); `rows`, the worst first, with the `pareto_k` and `mc_se` of each;
+            `mean_without`, the mean of `log_evidence` over the others, in nats per datum.
+        """
+        bad = self.shift > 0
+        order = torch.argsort(self.shift.nan_to_num(posinf=1e9) + self.mc_se.nan_to_num(1.0), descending=True)
+        rows = order[bad[order]][:most]
+
+        def known(values: Tensor) -> list[float | None]:
+            return [None if math.isnan(value) else value for value in values[rows].tolist()]
+
+        return {
+            "n": int(bad.sum()),
+            "rows": rows.tolist(),
+            "pareto_k": known(self.pareto_k),
+            "mc_se": known(self.mc_se),
+            "mean_without": None if bool(bad.all()) else float(self.log_evidence[~bad].mean()),
+        }
 
     def summary(self) -> dict[str, Any]:
         """Means in nats per datum, with standard errors over data (`se`) and of the estimate (`mc_se`)."""
         n = len(self.log_evidence)
 
-        def over_data(values: Tensor, errors: Tensor) -> dict[str, float | None]:
+        def over_data(values: Tensor, errors: Tensor) -> dict[str, Any]:
             spread = float(values.std()) / math.sqrt(n) if n > 1 else None
-            return {"mean": float(values.mean()), "se": spread, "mc_se": float(errors.square().sum().sqrt()) / n}
+            error = math.hypot(float(errors.norm()) / n, float(self.rounding.mean()))
+            return {"mean": float(values.mean()), "se": spread, "mc_se": error}
 
         shapes = self.pareto_k[~self.pareto_k.isnan()]
         tail: dict[str, float | None] = dict.fromkeys(("median", "max", "above_0.5", "above_0.7"))
         if len(shapes):
             above = {f"above_{limit}": float((shapes > limit).double().sum()) / n for limit in (0.5, 0.7)}
             tail = {"median": float(shapes.median()), "max": float(shapes.max()), **above}
-        evidence = over_data(self.log_evidence, self.mc_se)
+        interval = self.interval
+        evidence = over_data(self.log_evidence, self.mc_se) | {
+            "bias": float(self.bias.mean()),
+            "kind": self.kind,
+            "interval": None if interval is None else list(interval),
+        }
         return {
             "n": n,
             "samples": self.samples,
             "elbo": over_data(self.elbo, self.elbo_mc_se),
-            "log_evidence": {**evidence, "bias": float(self.bias.mean()), "kind": self.kind},
+            "log_evidence": evidence,
             "rate": float(self.rate.mean()),
             "distortion": float(self.distortion.mean()),
             "ess": {"median": float(self.ess.median()), "min": float(self.ess.min())},
             "pareto_k": tail,
+            "worst": self.worst(),
         }
+
+    @classmethod
+    def of(cls, log_weights: Tensor) -> "Evidence":
+        """Evidence of given log weights, (k, n), such as those of `log_weights`; its distortion is NaN.
+
+        Example:
+            >>> import torch
+            >>> weights = torch.tensor([[-3.0, -3.5], [-3.0, -2.5]], dtype=torch.float64)
+            >>> torch.allclose(Evidence.of(weights).log_evidence.exp(), weights.exp().mean(0))
+            True
+        """
+        sums = _Sums(len(log_weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
+        sums.add(log_weights.double(), torch.full_like(log_weights, math.nan, dtype=torch.float64))
+        figures = sums.figures()
+        return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(log_weights))
 
 
 @torch.no_grad()
 def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, read off traces of model and guide.
 
-    Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in fixed
-    blocks keyed by (seed, block).
+    Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in blocks
+    of 100 data, keyed by the seed and the block's number: data that begin a set have the same draws alone as within it.
+    Other subsets have draws of their own, since a random stream for each datum would cost more than the weights.
 
     Args:
         program: any program, or a `Target`.
@@ -148,14 +233,34 @@ def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int 
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
     """
     target, samples = Target.of(program, x), check_int("samples", samples)
-    rounding = 64 * torch.finfo(target.dtype or torch.get_default_dtype()).eps
+    rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts = []
     for draws in weight_blocks(target, samples, seed):
         sums = _Sums(samples, rounding)
         for weights, likelihood in draws:
             sums.add(weights, likelihood)
         parts.append(sums.figures())
-    return Evidence(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, samples=samples)
+    figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    figures["rounding"] = _rounding(target, figures["log_evidence"], seed)
+    figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
+    return Evidence(**figures, samples=samples)
+
+
+def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
+    """Error of the log weights in single precision, (n,): that of two draws of the first block, in their size."""
+    if target.dtype in (None, torch.float64):
+        return torch.zeros_like(log_evidence)
+    block = target.rows(slice(0, BLOCK))
+    model, guide = block.traces(2, seed, "rounding")
+    weights, z = block.log_weights(model, guide, 2), block.flatten(guide)
+    try:
+        double = block.to_double()
+        with double.running(seed, "rounding"):
+            error = weights - (double.score("model", z) - double.score("guide", z))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # of programs that run in their precision alone
+        error = 4 * torch.finfo(target.dtype).eps * weights
+    size = weights.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))
 
 
 def weight_blocks(target: Target, samples: int, seed: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
@@ -211,19 +316,30 @@ class _Sums:
         ess = (2 * self.log_powers[0] - self.log_powers[1]).exp().clamp(max=k)
         chi2 = (k / ess - 1).clamp_min(0) * unbiased
         variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * unbiased
-        equal = self.largest[0] - self.least <= self.rounding * self.largest[0].abs().clamp_min(1)
-        value = self.log_powers[0] - math.log(k)
+        tolerance = self.rounding * self.largest[0].nan_to_num(0.0, 0.0, 0.0).abs().clamp_min(1)
+        equal = self.largest[0] - self.least <= tolerance
+        shape = torch.where(equal, math.nan, pareto_k(self.largest, k, tolerance.clamp_min(1e-9)))
+        value, error = self.log_powers[0] - math.log(k), (chi2 / k).sqrt()
         return {
             "log_evidence": value,
             "elbo": torch.minimum(self.origin + self.total / k, value),
-            "mc_se": (chi2 / k).sqrt(),
+            "mc_se": error,
             "bias": -chi2 / (2 * k),
             "ess": ess,
-            "pareto_k": torch.where(equal, math.nan, pareto_k(self.largest, k)),
+            "pareto_k": shape,
             "elbo_mc_se": (variance / k).sqrt(),
             "distortion": -self.likelihood / k,
             "jackknife": self._jackknife(value) if k > 1 else torch.full_like(value, math.nan),
+            "shift": self._shift(shape, error, ess),
         }
+
+    def _shift(self, shape: Tensor, error: Tensor, ess: Tensor) -> Tensor:
+        """What bad data may lie below log p(x), 0 for the others (see `Evidence.kind`)."""
+        doubt = shape_error(shape, self.samples)
+        share = (self.largest[0] - self.log_powers[0]).exp()
+        shift = torch.log1p(share / (1 - shape - doubt).clamp_min(0))
+        unknown = ~(error <= 0.5) | (shape.isnan() & (self.samples < 25) & (ess < self.samples * (1 - 1e-3)))
+        return torch.where(unknown, math.inf, torch.where(shape - 3 * doubt > 0.5, shift, 0.0))
 
     def _jackknife(self, value: Tensor) -> Tensor:
         r"""Leave out each sample: :math:`L_k - (k - 1) [\frac1k \sum_i \log(1 - u_i) - \log(1 - 1 / k)]`.

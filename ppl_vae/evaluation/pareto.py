@@ -11,16 +11,26 @@ def tail_length(samples: int) -> int:
     return math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
 
 
-def pareto_k(log_weights: Tensor, samples: int | None = None) -> Tensor:
+def shape_error(shape: Tensor, samples: int) -> Tensor:
+    """Standard error of `pareto_k` to first order, (1 + k) / sqrt(M) for a tail of M weights (Smith 1987)."""
+    return (1 + shape) / math.sqrt(tail_length(samples))
+
+
+def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor | float = 1e-9) -> Tensor:
     r"""Estimate the shape k of the generalised Pareto tail of weights; their moments of order below 1/k exist.
 
     It is the posterior mean under the profile likelihood of the largest :math:`\min(k/5, 3\sqrt{k})` weights (A New and
     Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), shrunk weakly towards
     one half.
 
+    Weights of discrete latents come in copies. The copies of a value are spread evenly, in logs, over the gap down to
+    the next lower one, so that a largest value seen often makes a light tail, and a rare one far above the others a
+    heavy tail.
+
     Args:
         log_weights: shape (k, n); only the largest are read.
         samples: how many weights these are the largest of; all of them by default.
+        tolerance: nats within which weights are copies, a number or (n,).
 
     Returns:
         The shape of each datum, (n,); NaN below 25 samples, or if the tail is constant.
@@ -35,7 +45,8 @@ def pareto_k(log_weights: Tensor, samples: int | None = None) -> Tensor:
     length = tail_length(samples)
     top = log_weights.topk(length + 1, 0).values
     top = (top - top[0]).double()
-    excess = (top[:-1].exp() - top[-1].exp()).flip(0).T  # (n, tail), ascending
+    weights = _spread(top, tolerance).exp()
+    excess = (weights[:-1] - weights[-1]).flip(0).T  # (n, tail), ascending
     constant = excess[:, -1] <= 0
     excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(torch.finfo(torch.float64).tiny))
     grid = 30 + int(math.sqrt(length))
@@ -44,7 +55,29 @@ def pareto_k(log_weights: Tensor, samples: int | None = None) -> Tensor:
     theta = steps / (3 * quartile) + 1 / excess[:, -1:]  # (n, grid)
     shape = torch.stack([torch.log1p(-one.unsqueeze(-1) * excess).mean(-1) for one in theta.T], -1)
     profile = length * (torch.log(-theta / shape) - shape - 1)
-    weights = torch.softmax(profile, -1)
-    best = (weights * theta).sum(-1, keepdim=True)
+    best = (torch.softmax(profile, -1) * theta).sum(-1, keepdim=True)
     k = torch.log1p(-best * excess).mean(-1)
     return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10))
+
+
+def _spread(top: Tensor, tolerance: Tensor | float) -> Tensor:
+    """Falling log weights (k, n), the copies of each value spread evenly over the gap to the next lower value.
+
+    The lowest value may have more copies below: they are as dense as those of the next higher one.
+    """
+    values = (-top / tolerance).round()
+    new = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
+    tied = ~new.all(0) & (values[0] != values[-1])
+    if not bool(tied.any()):
+        return top
+    length, w, new = len(top), top[:, tied], new[:, tied]
+    place = torch.arange(length, device=top.device).unsqueeze(-1).expand_as(w)
+    start = torch.where(new, place, 0).cummax(0).values  # of the copies of this value
+    later = torch.where(new, place, length).flip(0).cummin(0).values.flip(0)
+    end = torch.cat([later[1:], torch.full_like(later[:1], length)])  # where the next lower value starts
+    own, above = w.gather(0, start), w.gather(0, (start - 1).clamp_min(0))
+    share = (end - start) / (start - start.gather(0, (start - 1).clamp_min(0))).clamp_min(1)  # beside the next higher
+    below = torch.where(end < length, w.gather(0, end.clamp_max(length - 1)), own - (above - own) * share.clamp_max(1))
+    spread = top.clone()
+    spread[:, tied] = own - (own - below) * (place - start) / (end - start)
+    return spread

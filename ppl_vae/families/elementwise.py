@@ -123,6 +123,7 @@ class Normal(Elementwise):
         ValueError: If `scale` is none of these.
     """
 
+    normals = "all"
     raw_scale: nn.Parameter
 
     def __init__(self, event: int | tuple[int, ...], *, scale: Source = "network") -> None:
@@ -131,6 +132,13 @@ class Normal(Elementwise):
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         return {"loc": mean, "scale": scale}
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        each = precision.diagonal(dim1=-2, dim2=-1)
+        raw = unconstrained((each.mean(-1) if self.scale == "shared" else each).rsqrt())
+        if self.scale == "network":
+            return {"parameters": torch.cat([loc, raw], -1)}
+        return {"parameters": loc} | ({"raw_scale": raw} if isinstance(self.scale, str) else {})
 
     def own_scale(self) -> Tensor:
         """Scale that does not come from the network: shape () or the event's."""

@@ -7,6 +7,7 @@ filled in by whoever builds the family; its keyword-only parameters are the keys
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -68,6 +69,7 @@ class Family(nn.Module, ABC):
     Attributes:
         support: The values that an entry of an event can take.
         reparameterised: Whether gradients flow through its draws.
+        normals: Which of the members are normals, those that `nearest` finds.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -75,6 +77,7 @@ class Family(nn.Module, ABC):
 
     support: constraints.Constraint = constraints.real
     reparameterised = True
+    normals: Literal["none", "some", "all"] = "none"
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
@@ -106,6 +109,21 @@ class Family(nn.Module, ABC):
             ValueError: If the density of the data has no bound.
         """
         return self.start()
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        r"""Normal members closest to normals, by the smallest :math:`\mathrm{KL}(q \,\|\, N(\mathrm{loc}, P^{-1}))`.
+
+        Args:
+            loc: Means, shape (n, size of the event).
+            precision: Inverse covariances P, shape (n, size, size).
+
+        Returns:
+            The unconstrained `parameters` (n, p), and by name the parameters that the family learns itself, (n, ...).
+
+        Raises:
+            NotImplementedError: If the family has no normals.
+        """
+        raise NotImplementedError
 
     def network(self) -> Network:
         """Network of a conditional that names none."""

@@ -3,6 +3,7 @@
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from ppl_vae.families.distributions import full_covariance
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
@@ -11,6 +12,7 @@ from ppl_vae.families.family import Family, moments, positive, refuse_constant, 
 class FullNormal(Family):
     r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
 
+    normals = "all"
     row: Tensor
     column: Tensor
 
@@ -35,6 +37,16 @@ class FullNormal(Family):
         lower[..., self.row, self.column] = raw
         scale_tril = lower.tril(-1) + torch.diag_embed(positive(lower.diagonal(dim1=-2, dim2=-1)))
         return full_covariance(loc, scale_tril, mask)
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        width = precision.diagonal(dim1=-2, dim2=-1).rsqrt().unsqueeze(-1)
+        unit = precision * width * width.mT
+        singular = torch.linalg.cholesky_ex(unit).info > 0  # to rounding
+        unit = unit + 1e-10 * singular.reshape(-1, 1, 1) * torch.eye(len(unit[0])).to(unit)
+        tril = width * MultivariateNormal(loc, precision_matrix=unit, validate_args=False).scale_tril
+        scale = tril.diagonal(dim1=-2, dim2=-1)
+        raw = tril - torch.diag_embed(scale - unconstrained(scale))
+        return {"parameters": torch.cat([loc, raw[..., self.row, self.column]], -1)}
 
     def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])

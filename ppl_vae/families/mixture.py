@@ -23,6 +23,8 @@ class MixtureNormal(Family):
         ValueError: If there is not at least one component.
     """
 
+    normals = "some"
+
     def __init__(self, event: int | tuple[int, ...], *, components: int = 10) -> None:
         super().__init__(event)
         self.components = check_int("components", components)
@@ -45,6 +47,11 @@ class MixtureNormal(Family):
         each = elementwise(dist.Normal(locs, scales), 1, mask.unsqueeze(-2))
         weights = dist.Categorical(logits=logits.expand(each.batch_shape))
         return dist.MixtureSameFamily(weights, each, validate_args=False)  # which would refuse a NaN under the mask
+
+    def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
+        raw = unconstrained(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+        copies = [part.repeat(1, self.components) for part in (loc, raw)]
+        return {"parameters": torch.cat([loc.new_zeros(len(loc), self.components), *copies], -1)}
 
     def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Scatter the components about `loc`; equal components would never part."""

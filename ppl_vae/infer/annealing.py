@@ -23,6 +23,7 @@ from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch
 
+_DRAWS = 4096  # of prior and guide each, which importance sampling holds against the chains
 _WARM = 20  # moves at the base before the preliminary run climbs
 
 
@@ -77,11 +78,14 @@ class Annealing:
         log_weights: of each chain and datum, (k, n) in nats, in double precision.
         latents: where each chain ended, (k, n, z): weighted draws from p(z|x).
         acceptance: mean rate of accepted moves, (n,).
+        floor: what importance sampling from prior or guide finds log p(x) to be at least, four errors below its
+            estimate, (n,) in nats; None if it was not asked.
     """
 
     log_weights: Tensor
     latents: Tensor
     acceptance: Tensor
+    floor: Tensor | None = None
 
     @property
     def log_evidence(self) -> Tensor:
@@ -108,8 +112,9 @@ class Annealing:
         A datum has settled if the variance of log weights over chains is below 1.2 for the median datum, at 95 %
         confidence, and below 4 for the datum itself; or if 100 chains are effective. With normal log weights, k chains
         would then be about :math:`(e^{1.2} - 1) / 2 k` nats too low, a fraction of their error. The median counts
-        because few chains tell little of a datum's own variance, and data of one program anneal alike. A mode that no
-        chain has reached leaves no trace.
+        because few chains tell little of a datum's own variance, and data of one program anneal alike. Nor has a datum
+        settled for which importance sampling finds surely more (`floor`). A mode that neither chains nor these draws
+        reach leaves no trace: in many dimensions chains can all settle in one of several modes.
         """
         free = (len(self.log_weights) - 1) * self.log_weights.shape[1]
         if free < 1:
@@ -117,7 +122,10 @@ class Annealing:
         cube = 1 - 2 / (9 * free) - 1.645 * math.sqrt(2 / (9 * free))
         most = 1.2 * max(cube, 0.0) ** 3  # of a sample's variance: the 5 % quantile of chi-squared (Wilson, Hilferty)
         variance = self.log_weights.var(0)
-        return ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
+        steady = ((variance < 4) & (variance.median() < most)) | (self.ess > 100)
+        if self.floor is None:
+            return steady
+        return steady & (self.log_evidence + 4 * self.error.nan_to_num(0.0) >= self.floor)
 
     @property
     def shares(self) -> Tensor:
@@ -221,16 +229,20 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
     how, blocks = AnnealingSettings(**settings), []
     for joint, sizes, key in _blocks(Target.of(program, x), how, seed):
         with unvalidated(joint, *key):
-            blocks.append(_climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes))
-    weights, latents, rates = zip(*blocks, strict=True)
-    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates))
+            climbed = _climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes)
+            blocks.append(
+                (*climbed, _floor(joint, max(1, how.entries // ((joint.target.features + joint.size) * joint.n))))
+            )
+    weights, latents, rates, floors = zip(*blocks, strict=True)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), torch.cat(floors))
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
     """Draw data from the model and bound log p(x) of each from both sides.
 
     The chains up start at the base, those down at the z that the datum was drawn with, which is an exact draw from its
-    posterior. The gap bounds the error of either on average, and shows how well annealing does on data like these.
+    posterior. The gap bounds the error of either on average, and together with two errors that of one datum. It shows
+    how well annealing does on data like these.
 
     Args:
         program: any program with continuous latent sites whose observed sites are entries of the batch, or a `Target`.
@@ -312,3 +324,24 @@ def _climb(move: HMC, how: AnnealingSettings, sizes: list[int]) -> tuple[Tensor,
     latents = [move.path.joint.latents(chains.u) for _, chains in climbs]
     rate = torch.stack(rates).unflatten(0, (len(sizes), -1)).mean(1).mean(0)
     return torch.cat([weights for weights, _ in climbs]), torch.cat(latents), rate
+
+
+@torch.no_grad()
+def _floor(joint: Joint, size: int) -> Tensor:
+    """Four errors below the importance-sampling estimate of log p(x), (n,), from the prior or the guide, the higher."""
+    floor = torch.full((joint.n,), -math.inf, dtype=torch.float64, device=joint.device)
+    draws = min(_DRAWS, 64 * size)
+    starts: tuple[Literal["prior", "guide"], ...] = ("prior",) if joint.auxiliary else ("prior", "guide")
+    for start in starts:
+        parts = []
+        for begun in range(0, draws, size):
+            u = joint.draw(start, min(size, draws - begun))
+            prior, likelihood = joint.log_probs(u)
+            try:
+                parts.append(likelihood if start == "prior" else prior + likelihood - joint.log_guide(u))
+            except ValueError:  # of a guide that cannot score its draws
+                return floor
+        weights = torch.cat(parts).nan_to_num(-math.inf, neginf=-math.inf)
+        estimate = weights.logsumexp(0) - math.log(draws)
+        floor = torch.maximum(floor, (estimate - 4 * _delta(weights)).nan_to_num(-math.inf))
+    return floor

@@ -9,7 +9,7 @@ from ppl_vae.infer.hmc import slope
 from ppl_vae.programs.joint import Joint
 
 _STARTS = 24  # of the search, per datum
-_PRIOR, _GUIDE = 256, 64  # draws among which the starts are chosen
+_PRIOR, _GUIDE = 512, 64  # draws among which the starts are chosen
 
 
 def points_of(size: int) -> int:
@@ -17,27 +17,32 @@ def points_of(size: int) -> int:
     return max(_STARTS * (1 + 2 * size), _PRIOR + _GUIDE)
 
 
-def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
+def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Climb to modes from the guide's mean and draws of guide and prior.
 
     Returns:
         The modes (s, n, z), the log mass of a Gaussian at each (s, n), none where an earlier one is the same mode, and
-        its covariance (s, n, z, z).
+        its covariance (s, n, z, z); the draws (k, n, z), those of the prior first, and their log densities (k, n).
     """
     prior, guide = joint.draw("prior", _PRIOR), joint.draw("guide", _GUIDE)
     both = torch.cat([prior, guide])
     spread = both.std(0).clamp_min(1e-6)
-    start = _peaks(joint, both, spread).unsqueeze(-1).expand(-1, -1, joint.size)
+    with torch.no_grad():
+        heights = torch.stack(joint.log_probs(both)).sum(0).nan_to_num(-math.inf)
+    start = _peaks(heights, both, spread).unsqueeze(-1).expand(-1, -1, joint.size)
     u = torch.cat([guide.mean(0, keepdim=True), prior[: _STARTS - len(start) - 1], both.gather(0, start)])
     state = [u, *_look(joint, u, spread), torch.ones_like(u[..., 0])]  # and the radius within which to trust them
     live = torch.ones_like(u[..., 0], dtype=torch.bool)
+    part, among = joint, live.any(0)
     for _ in range(40):
         if not bool(live.any()):
             break
-        among = live.any(0)
+        if bool((live.any(0) != among).any()):
+            among = live.any(0)
+            part = joint.rows(among)
         some = live[:, among].byte().topk(int(live.sum(0).amax()), 0).indices  # those that climb, and some others
         places = some, among.nonzero().squeeze(-1).expand_as(some)
-        new, gain = _climb(joint.rows(among), [value[places] for value in state], spread[among])
+        new, gain = _climb(part, [value[places] for value in state], spread[among])
         for value, replacement in zip(state, new, strict=True):
             value[places] = replacement
         live[places] &= (gain > 1e-4) & (new[-1] > 1e-6)
@@ -49,15 +54,14 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     known = ((apart.square() * values).sum(-1).lt(0.01) & first.unsqueeze(-1)).any(1)
     mass = height.nan_to_num(-1e300) + spread.log().sum(-1) - 0.5 * values.log().sum(-1)
     scaled = spread.unsqueeze(-1) * vectors
-    return u, mass.masked_fill(known, -math.inf), scaled @ (1 / values).diag_embed() @ scaled.mT
+    covariance = scaled @ (1 / values).diag_embed() @ scaled.mT
+    return u, mass.masked_fill(known, -math.inf), covariance, both, heights
 
 
-@torch.no_grad()
-def _peaks(joint: Joint, draws: Tensor, spread: Tensor) -> Tensor:
+def _peaks(height: Tensor, draws: Tensor, spread: Tensor) -> Tensor:
     """Numbers of the draws (k, n, z) that are far from any higher one, (s, n)."""
-    height = torch.stack(joint.log_probs(draws)).sum(0).nan_to_num(-math.inf)
     falling = height.argsort(0, descending=True)
-    place = (draws / spread).gather(0, falling.unsqueeze(-1).expand(-1, -1, joint.size)).movedim(1, 0)
+    place = (draws / spread).gather(0, falling.unsqueeze(-1).expand(draws.shape)).movedim(1, 0)
     apart = torch.cdist(place, place)  # (n, k, k)
     far = apart.masked_fill(torch.ones_like(apart[0]).triu().bool(), math.inf).amin(-1).T
     return falling.gather(0, far.topk(3 * _STARTS // 4, 0).indices)

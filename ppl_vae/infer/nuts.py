@@ -1,54 +1,216 @@
-"""NUTS over the latent variables of each datum, as one vector."""
+"""NUTS over the latent variables of each datum: all chains and data at once, each along a trajectory of its own."""
 
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from ppl_vae.infer.hmc import Path, unvalidated
 from ppl_vae.programs.joint import Joint
 
+_DEEPEST = 10  # doublings of a trajectory
+_EARLY = 5  # doublings before the scale is known
+_WILD = 1000.0  # loss of energy, in nats, that counts as a divergence
+_RATE = 0.8  # of acceptance, which the step size aims at
+_CANDIDATES = 32  # draws of the prior per chain, among which it starts
+_WINDOWS = (0.1, 0.2, 0.4, 0.8)  # parts of the warm-up after which the scale is estimated anew
 
-class _Potential(torch.autograd.Function):
-    """Minus the log joint of all chains and data, with the gradient that the path has computed."""
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, path: Path) -> Tensor:
-        state = path.at(u)
-        ctx.save_for_backward(state.base_slope + state.tilt_slope)
-        return -(state.base + state.tilt).sum()
+class _Point(NamedTuple):
+    """Where the chains are: u (k, n, z), log density there (k, n), its gradient (k, n, z) and momentum (k, n, z)."""
 
-    @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
-        return -given[0] * ctx.saved_tensors[0], None
+    u: Tensor
+    height: Tensor
+    slope: Tensor
+    momentum: Tensor
+
+    def where(self, chosen: Tensor, other: "_Point") -> "_Point":
+        """This point where `chosen`, (k, n), is true, else the other."""
+        pairs = zip(self, other, strict=True)
+        return _Point(*(torch.where(chosen if a.dim() == 2 else chosen.unsqueeze(-1), a, b) for a, b in pairs))
+
+    @property
+    def energy(self) -> Tensor:
+        """Minus the energy, (k, n)."""
+        return self.height - 0.5 * self.momentum.square().sum(-1)
+
+
+class _Sampler:
+    """Transitions of NUTS, with a step size and a scale per datum.
+
+    Momenta are standard normal; positions move by `factor` times the momentum, so that the inverse mass matrix is
+    factor times its transpose.
+
+    Args:
+        path: of the program and its data.
+        factor: Cholesky factor of the covariance, (n, z, z).
+
+    References:
+        The No-U-Turn Sampler (Hoffman and Gelman 2014), sections 3.1 and 3.2; A Conceptual Introduction to Hamiltonian
+        Monte Carlo (Betancourt 2017), appendix A, for the multinomial draws and the criterion on sums of momenta;
+        Composable Effects for Flexible and Accelerated Probabilistic Programming in NumPyro (Phan, Pradhan and
+        Jankowiak 2019), section 3.1, for the tree without recursion.
+    """
+
+    def __init__(self, path: Path, factor: Tensor) -> None:
+        self.path, self.deepest = path, _EARLY
+        self.rescale(factor)
+
+    def rescale(self, factor: Tensor) -> None:
+        """Take another factor, and begin anew to adapt the step size, (n,), by dual averaging."""
+        self.factor, self.step = factor, factor.new_full(factor.shape[:1], 0.5)
+        self.average, self.centre = self.step.log(), (4 * self.step).log()
+        self.mean, self.count = torch.zeros_like(self.step), 0
+
+    def adapt(self, rate: Tensor) -> None:
+        """Take the acceptance rate of a transition, (n,), into the step size."""
+        self.count += 1
+        self.mean = self.mean + (_RATE - rate - self.mean) / (self.count + 10)
+        step = self.centre - 20 * math.sqrt(self.count) * self.mean
+        self.average = self.average + self.count**-0.75 * (step - self.average)
+        self.step = step.exp()
+
+    def at(self, u: Tensor, momentum: Tensor) -> _Point:
+        """The point at a position and momentum, (k, n, z)."""
+        state = self.path.at(u)
+        return _Point(u, state.base + state.tilt, state.base_slope + state.tilt_slope, momentum)
+
+    def leap(self, point: _Point, step: Tensor) -> _Point:
+        """Take one leapfrog step of the size of each chain, (k, n)."""
+        step = step.unsqueeze(-1)
+        momentum = point.momentum + 0.5 * step * torch.einsum("nyz,kny->knz", self.factor, point.slope)
+        u = point.u + step * torch.einsum("nyz,knz->kny", self.factor, momentum)
+        new = self.at(torch.where(u.isfinite(), u, point.u), momentum)
+        momentum = momentum + 0.5 * step * torch.einsum("nyz,kny->knz", self.factor, new.slope)
+        return new._replace(momentum=momentum)
+
+    def __call__(self, here: _Point) -> tuple[_Point, Tensor, Tensor]:
+        """Move all chains once; also the acceptance rate of each datum (n,) and which chains diverged (k, n)."""
+        here = here._replace(momentum=torch.randn_like(here.u))
+        left = right = here
+        start, total = here.energy, here.momentum
+        weight, rate, leaves = (torch.zeros_like(start) for _ in range(3))
+        live = torch.ones_like(start, dtype=torch.bool)
+        diverged = torch.zeros_like(live)
+        for depth in range(self.deepest):
+            if not bool(live.any()):
+                break
+            ahead = torch.rand_like(start) < 0.5
+            step = torch.where(ahead, self.step, -self.step)
+            edge = chosen = right.where(ahead, left)
+            inner, part, growing = torch.full_like(start, -math.inf), torch.zeros_like(total), live
+            kept: dict[int, tuple[Tensor, Tensor]] = {}  # momenta where subtrees begin, and their sums so far
+            for leaf in range(2**depth):
+                if not bool(growing.any()):
+                    break
+                edge = self.leap(edge, step).where(growing, edge)
+                gain = (edge.energy - start).nan_to_num(-math.inf, math.inf, -math.inf)
+                rate = rate + gain.clamp_max(0.0).exp() * growing
+                leaves = leaves + growing
+                wild = growing & (gain < -_WILD)
+                diverged, growing = diverged | wild, growing & ~wild
+                inner = torch.where(growing, torch.logaddexp(inner, gain), inner)
+                chosen = edge.where(growing & (torch.rand_like(gain).log() < gain - inner), chosen)
+                part = part + edge.momentum * growing.unsqueeze(-1)
+                top = (leaf >> 1).bit_count()
+                if leaf % 2 == 0:
+                    kept[top] = edge.momentum, part
+                for place in range(top - ((leaf + 1) & -(leaf + 1)).bit_length() + 2, top + 1 if leaf % 2 else 0):
+                    first, before = kept[place]
+                    growing = growing & ~_turns(first, edge.momentum, part - before + first)
+            here = chosen.where(growing & (torch.rand_like(inner).log() < inner - weight), here)
+            left, right = edge.where(growing & ~ahead, left), edge.where(growing & ahead, right)
+            weight = torch.where(growing, torch.logaddexp(weight, inner), weight)
+            total = total + part * growing.unsqueeze(-1)
+            live = growing & ~_turns(left.momentum, right.momentum, total)
+        return here, (rate / leaves).mean(0), diverged
+
+
+def _turns(first: Tensor, last: Tensor, total: Tensor) -> Tensor:
+    """Whether a trajectory turns back, (k, n), by its first and last momentum and the sum of all."""
+    total = total - 0.5 * (first + last)
+    return ((first * total).sum(-1) <= 0) | ((last * total).sum(-1) <= 0)
 
 
 def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-    """Run Pyro's NUTS on all chains and data as one vector, whose blocks are independent under the target.
+    """Run NUTS from stratified draws of the prior.
 
     Returns:
-        Draws (draws * chains, n, z) of the latent variables; `r_hat` and `ess` of each datum, (n,), and `divergences`.
+        Draws (draws * chains, n, z) of the latent variables; `r_hat`, `ess` and `divergences` of each datum, (n,), and
+        `mcse_mean`, the Monte Carlo standard error of the mean of each latent variable, (n, z).
     """
-    path = Path(joint)
-    with unvalidated(joint, seed), warnings.catch_warnings():
-        kernel = NUTS(potential_fn=lambda given: _Potential.apply(given["u"], path))
-        sampler = MCMC(kernel, draws, warmup, initial_params={"u": joint.draw("guide", chains)}, disable_progbar=True)
-        sampler.run()
-        values = joint.latents(sampler.get_samples()["u"].flatten(0, 1))
-        divergences = len(sampler.diagnostics()["divergences"]["chain 0"])
+    with unvalidated(joint, seed):
+        path = Path(joint)
+        start = _start(joint, chains)
+        sampler = _Sampler(path, joint.draw("prior", 64).double().std(0).clamp_min(1e-6).diag_embed())
+        here = sampler.at(start, start)
+        ends = {round(part * warmup) for part in _WINDOWS}
+        seen: list[Tensor] = []
+        divergences = torch.zeros_like(here.height[0])
+        for number in range(warmup + draws):
+            if number == warmup:
+                sampler.step, sampler.deepest, seen = sampler.average.exp(), _DEEPEST, []
+            here, rate, diverged = sampler(here)
+            seen.append(here.u)
+            if number >= warmup:
+                divergences += diverged.sum(0)
+                continue
+            sampler.adapt(rate)
+            if number + 1 in ends and warmup - number > 10:
+                sampler.rescale(_factor(torch.cat(seen)))
+                sampler.deepest = _DEEPEST
+                seen = []
+        values = joint.latents(torch.cat(seen))
     return values, {**_mixing(values.unflatten(0, (draws, chains))), "divergences": divergences}
 
 
+def _start(joint: Joint, chains: int) -> Tensor:
+    """One draw of the prior per chain, (k, n, z): each from a cell of its own of equal prior mass.
+
+    Cells are cut at medians of one latent variable after the other; a cell's draw is taken by its likelihood, so that
+    chains begin apart, and yet where the posterior may be.
+    """
+    u = joint.draw("prior", chains * _CANDIDATES)
+    height = joint.log_probs(u)[1].nan_to_num(-math.inf, -math.inf, -math.inf)
+    cells, axis = [(torch.arange(len(u), device=u.device).unsqueeze(-1).expand(-1, joint.n), chains)], 0
+    while any(shares > 1 for _, shares in cells):
+        parts = []
+        for cell, shares in cells:
+            order = u[..., axis % joint.size].gather(0, cell).argsort(0)
+            halves = cell.gather(0, order).split([shares // 2 * _CANDIDATES, -(-shares // 2) * _CANDIDATES])
+            parts += [part for part in zip(halves, (shares // 2, -(-shares // 2)), strict=True) if part[1]]
+        cells, axis = parts, axis + 1
+    chosen = []
+    for cell, _ in cells:
+        noise = -torch.rand(cell.shape, dtype=height.dtype, device=u.device).log().neg().log()  # Gumbel's
+        best = (height.gather(0, cell).clamp_min(-1e300) + noise).argmax(0, keepdim=True)
+        chosen.append(cell.gather(0, best))
+    return u.gather(0, torch.cat(chosen).unsqueeze(-1).expand(-1, -1, joint.size))
+
+
+def _factor(u: Tensor) -> Tensor:
+    """Cholesky factor (n, z, z) of the covariance of draws (k, n, z), shrunk to its diagonal where these are few."""
+    apart = u.double() - u.double().mean(0)
+    covariance = torch.einsum("kny,knz->nyz", apart, apart) / (len(u) - 1)
+    variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12)
+    part = len(u) / (len(u) + 10 * u.shape[-1])
+    mixed = part * covariance + (1 - part) * variance.diag_embed() + 1e-6 * variance.diag_embed()
+    return torch.linalg.cholesky(mixed)
+
+
 def _mixing(values: Tensor) -> dict[str, Tensor]:
-    """The worst R-hat and bulk effective sample size of each datum, (n,), by arviz."""
+    """The worst R-hat, rank-normalised and folded, the least effective sample size and the errors of the means."""
     array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
     with warnings.catch_warnings():  # of the import, and of chains that never move, whose R-hat is NaN
         warnings.simplefilter("ignore")
         import arviz
 
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
-        ess = [np.min([arviz.ess(one) for one in rows]) for rows in array]
-    return {"r_hat": torch.tensor(r_hat).to(values), "ess": torch.tensor(ess).to(values)}
+        folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
+        ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in zip(array, folded, strict=True)]
+        errors = [[float(arviz.mcse(one)) for one in rows] for rows in array]
+    parts = {"r_hat": r_hat, "ess": ess, "mcse_mean": errors}
+    return {name: torch.tensor(np.array(part)).to(values) for name, part in parts.items()}

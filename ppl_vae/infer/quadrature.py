@@ -7,40 +7,49 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributions import identity_transform
 from torch.nn import functional
 
 from ppl_vae.infer.modes import laplace
 from ppl_vae.programs.joint import Joint
 
 _FAR = 30.0  # largest |t| of a lattice
-_FIRST = (33, 17, 13)  # points per side of the first lattice, by the number of latent variables
+_FIRST = (4000, 17, 13)  # points per side of the first lattice, by the number of latent variables
 _CACHED = 2**18  # numbers that the data of one evaluation may hold on a CPU, where more are slower
+_APART = 5.0  # steps of the first lattice at the most, in widths of the narrowest mode known
+_RESOLVED = 1e-2  # rounding of a latent variable, in units of u, beyond which its density is not known
 
 
 def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tuple[Tensor, ...]:
     """Integrate the joint density of each datum; the arguments are those of `reference_posterior`'s quadrature.
 
-    Each datum is refined until its own sum stands. Its error adds up three things: what the last refinement changed;
-    half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of what lies
-    beyond the lattice, was left out, or fits between its points.
+    The first lattice holds all modes that a search finds, and the draws of prior and guide that matter, with steps that
+    see any mode as wide as the narrowest found. With one latent variable it spans three times the range of these draws.
+    Then each datum is refined until its own sum stands. Its error adds up three things: what the last refinement
+    changed; half of what leaving out every other slab would change, as two sums may agree by chance; and estimates of
+    what lies beyond the lattice or the floating-point numbers, was left out, or fits between its points.
 
-    It can miss a mode that is narrower than the first lattice's steps, lies off all others, and that no draw of prior
-    or guide leads to.
+    It can miss a mode that is much narrower than all others found, or that no draw of prior or guide leads to.
 
     Returns:
-        Log p(x) (n,), its error (n,), mean (n, z), covariance (n, z, z), and which data have settled (n,).
+        Log p(x) (n,), its error (n,), mean (n, z), covariance (n, z, z), the error of these two in standard deviations
+        (n,), and which data have settled (n,).
     """
     most = int(points ** (1 / joint.size) + 1e-9)
-    lattice = _around(joint, tolerance, entries)
-    side = min(_FIRST[joint.size - 1], 2 * most // 3)
-    waiting = [(torch.arange(joint.n, device=joint.device), *lattice.fitted(lattice.sum(side)))]
+    waiting: list[tuple[Tensor, Lattice, LatticeSum | None]]
+    waiting = [(torch.arange(joint.n, device=joint.device), _around(joint, tolerance, entries), None)]
     answers = []
     while waiting:
         rows, lattice, before = waiting.pop()
-        side = 3 * before.side // 2
-        if len(rows) > 1 and len(rows) * side**joint.size > entries:
-            half = torch.arange(len(rows), device=rows.device) < len(rows) // 2
-            waiting += [(rows[part], lattice.rows(part), before.rows(part)) for part in (half, ~half)]
+        sides = lattice.sides(2 * most // 3) if before is None else torch.full_like(rows, 3 * before.side // 2)
+        side = int(sides.max())
+        if len(rows) > 1 and (len(rows) * side**joint.size > entries or side > 2 * int(sides.min())):
+            half = torch.zeros_like(rows, dtype=torch.bool).index_fill(0, sides.argsort()[: len(rows) // 2], True)
+            parts = [(part, lattice.rows(part)) for part in (half, ~half)]
+            waiting += [(rows[part], some, None if before is None else before.rows(part)) for part, some in parts]
+            continue
+        if before is None:
+            waiting.append((rows, *lattice.fitted(lattice.sum(side))))
             continue
         after = lattice.sum(side, before)
         rounding = 4 * torch.finfo(joint.dtype).eps * after.log_mass.abs().clamp_min(1.0)
@@ -48,15 +57,17 @@ def integrate(joint: Joint, points: int, tolerance: float, entries: int) -> tupl
         error = (after.log_mass - before.log_mass).abs() + after.halved / 2 - torch.log1p(-unseen) + rounding
         in_one_point = after.shares.amax(-1) > 0.5  # two sums may agree by missing the rest alike
         error = torch.where(in_one_point | error.isnan() | (after.log_mass > 1e300), math.inf, error)
-        settled = error < tolerance + rounding
-        done = settled | (3 * side // 2 > most)
+        moments, endless = after.change(before) + error, after.beyond > 0.1
+        known = error < tolerance + rounding
+        settled = known & (moments < max(1e-3, 10 * tolerance))
+        done = settled | (known & endless) | (after.lost > tolerance) | (3 * side // 2 > most)
         if bool(done.any()):
-            moments = lattice.rows(done).moments(after.rows(done))
-            answers.append((rows[done], after.log_mass[done], error[done], *moments, settled[done]))
+            columns = after.log_mass, error, after.loc, after.covariance, moments, settled
+            answers.append((rows[done], *(column[done] for column in columns)))
         if not bool(done.all()):
             waiting.append((rows[~done], *lattice.rows(~done).fitted(after.rows(~done))))
-    order, *columns = (torch.cat(column) for column in zip(*answers, strict=True))
-    return tuple(column[order.argsort()] for column in columns)
+    order, *joined = (torch.cat(column) for column in zip(*answers, strict=True))
+    return tuple(column[order.argsort()] for column in joined)
 
 
 class _Rows:
@@ -78,14 +89,22 @@ class LatticeSum(_Rows):
         log_mass: logarithm of the sum, (n,).
         shares: of each point in the sum, (n, p).
         slabs: share of each slab of points, (n, z, side).
+        spread: share of each slab in the variance, on average over the latent variables, (n, z, side).
         dropped: estimated share of the points that were left out, (n,).
+        edge: share of the points next to those that floating-point numbers do not resolve, (n,).
+        loc: mean of the latent variables themselves, (n, z).
+        covariance: (n, z, z).
     """
 
     step: Tensor
     log_mass: Tensor
     shares: Tensor
     slabs: Tensor
+    spread: Tensor
     dropped: Tensor
+    edge: Tensor
+    loc: Tensor
+    covariance: Tensor
 
     @property
     def side(self) -> int:
@@ -93,14 +112,40 @@ class LatticeSum(_Rows):
         return self.slabs.shape[-1]
 
     @property
+    def margin(self) -> int:
+        """Slabs at either end of an axis that tell what lies beyond it; one may lie between two modes."""
+        return max(1, self.side // 20)
+
+    @property
     def outside(self) -> Tensor:
         """Upper estimate of the share beyond the faces, (n,), for tails as light as Cauchy's or lighter."""
-        return (self.slabs[..., [0, -1]].sum(-1) * (1 + 1 / self.step)).sum(-1)
+        return self._ends(self.slabs) + self.lost
+
+    @property
+    def lost(self) -> Tensor:
+        """Estimated share where floating-point numbers cannot resolve the latent variables, (n,)."""
+        return self.edge * (1 + 1 / self.step.amin(-1))
+
+    @property
+    def beyond(self) -> Tensor:
+        """Estimated share in the variance of what lies beyond the faces, (n,)."""
+        return self._ends(self.spread)
+
+    def _ends(self, slabs: Tensor) -> Tensor:
+        ends = slabs[..., : self.margin].sum(-1) + slabs[..., -self.margin :].sum(-1)
+        return (ends * (1 + 1 / (self.margin * self.step))).sum(-1)
 
     @property
     def halved(self) -> Tensor:
         """What leaving out every other slab would change, in nats, added up over the axes, (n,)."""
         return (2 * self.slabs[..., ::2].sum(-1)).log().abs().sum(-1)
+
+    def change(self, other: "LatticeSum") -> Tensor:
+        """Largest change of mean or covariance from another sum, in standard deviations, and what lies beyond, (n,)."""
+        scale = self.covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+        loc = ((self.loc - other.loc) / scale).abs().amax(-1)
+        square = (self.covariance - other.covariance) / scale.unsqueeze(-1) / scale.unsqueeze(-2)
+        return (loc + square.abs().amax((-2, -1)) + self.beyond).nan_to_num(math.inf)
 
     def put(self, chosen: Tensor, other: "LatticeSum") -> "LatticeSum":
         """Replace the data for which `chosen`, (n,), is true."""
@@ -143,6 +188,14 @@ class Lattice(_Rows):
     place: Tensor
     width: Tensor
 
+    def sides(self, most: int) -> Tensor:
+        """Points per side of a first lattice that misses no mode as wide as the narrowest that counts, (n,)."""
+        narrow = torch.linalg.inv(self.width).diagonal(dim1=-2, dim2=-1).rsqrt()
+        narrow = torch.where(self.counts, narrow, math.inf).amin(1)
+        needed = ((self.high - self.low) / (_APART * narrow)).amax(-1).nan_to_num(0.0)
+        needed = needed.clamp(_FIRST[self.joint.size - 1], 2 * most).long()
+        return needed.clamp(max=most) // 2 * 2 if self.joint.size == 1 else needed.clamp(max=most)
+
     def reach(self, spreads: float, most: Tensor | float = math.inf) -> tuple[Tensor, Tensor]:
         """The box, (n, z) each, that holds so many standard deviations of each component that counts."""
         spread = (spreads * self.width.diagonal(dim1=-2, dim2=-1).sqrt()).clamp(max=most)
@@ -163,28 +216,47 @@ class Lattice(_Rows):
         number, dropped = torch.arange(side**size, device=self.low.device).unsqueeze(-1), torch.zeros_like(self.cut)
         if before is not None:
             number, dropped = self.around(side, before)
-        logs = []
-        for some in number.split(max(1, self.block // n)):
-            u, volume = self.points(side, some)
-            logs.append(sum(self.joint.log_probs(u)) + volume)
-        log = torch.cat(logs).nan_to_num(-math.inf, neginf=-math.inf)
-        shares = log.new_zeros(n, side**size).scatter(1, number.expand_as(log).T, log.softmax(0).T)
-        cube = shares.reshape(n, 1, *[side] * size)  # the axis of length 1 is summed, so that there always is one
-        slabs = [cube.sum([other for other in range(1, size + 2) if other != axis]) for axis in range(size + 1, 1, -1)]
-        return LatticeSum((self.high - self.low) / (side - 1), log.logsumexp(0), shares, torch.stack(slabs, 1), dropped)
+        parts = [self.look(side, some) for some in number.split(max(1, self.block // n))]
+        log, z, lost = (torch.cat(part) for part in zip(*parts, strict=True))
+        share = log.softmax(0)
+        origin = self.joint.latents(self.centre.unsqueeze(0))
+        apart = torch.where(share.unsqueeze(-1) > 0, z - origin, 0.0)
+        loc = torch.einsum("pn,pnz->nz", share, apart)
+        apart = torch.where(share.unsqueeze(-1) > 0, apart - loc, 0.0)
+        covariance = torch.einsum("pn,pny,pnz->nyz", share, apart, apart)
+        variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300)
+        spread = share * (apart.square() / variance).mean(-1)
+        shares, spread, lost = (
+            value.new_zeros(n, side**size).scatter(1, number.expand_as(log).T, value.T)
+            for value in (share, spread, lost.to(share))
+        )
+        edge = (shares * _grown(lost > 0, side, size)).sum(-1) if bool(lost.any()) else torch.zeros_like(self.cut)
+        slabs, spread = _slabs(shares, side, size), _slabs(spread, side, size)
+        step = (self.high - self.low) / (side - 1)
+        return LatticeSum(step, log.logsumexp(0), shares, slabs, spread, dropped, edge, origin[0] + loc, covariance)
+
+    def look(self, side: int, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log mass of points by their numbers (p, n), latent variables there, and which cannot be resolved (p, n)."""
+        u, volume = self.points(side, number)
+        z = self.joint.latents(u)
+        lost = torch.zeros_like(volume, dtype=torch.bool)
+        if any(transform != identity_transform for transform in self.joint.transforms.values()):
+            lost = ~((self.joint.place(z.to(u)) - u).abs() < _RESOLVED).all(-1)
+        log = sum(self.joint.log_probs(u)) + volume
+        log = torch.where(lost, -math.inf, log.nan_to_num(-math.inf, neginf=-math.inf))
+        return log, z, lost
 
     def around(self, side: int, before: LatticeSum) -> tuple[Tensor, Tensor]:
         """Numbers of the points that lie next to those of a coarser sum that matter, or to a mode, (k, n).
 
         Also the share of the others in that sum and those before, (n,).
         """
-        n, size, old = self.joint.n, self.joint.size, before.side
+        size, old = self.joint.size, before.side
         matters = before.shares > 1e-2 * self.tolerance / before.shares.shape[1]
         nearest = ((self.place - self.low.unsqueeze(1)) / before.step.unsqueeze(1)).round().clamp(0, old - 1).long()
         modes = sum(nearest[..., axis] * old**axis for axis in range(size))
         matters = matters | (torch.zeros_like(before.shares).scatter_add(1, modes, self.counts[..., 0].double()) > 0)
-        pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[size - 1]
-        grown = pool(matters.double().reshape(n, 1, *[old] * size), 3, 1, 1).flatten(1) > 0
+        grown = _grown(matters, old, size)
         number = torch.arange(side**size, device=self.low.device)
         below = [torch.round(axis * ((old - 1) / (side - 1))).long() for axis in _axes(number, side, size)]
         kept = grown[:, sum(axis * old**place for place, axis in enumerate(below))]
@@ -215,40 +287,42 @@ class Lattice(_Rows):
 
     def fit(self, total: LatticeSum, *, shrink: bool) -> tuple["Lattice", Tensor]:
         """Enlarge the box where mass leaves it, shrink it where there is none; also which data that changed much."""
-        width, side = self.high - self.low, total.side
-        heavy = total.slabs > 1e-2 * self.tolerance / side
+        width, side, margin = self.high - self.low, total.side, total.margin
+        heavy = (total.slabs > 1e-2 * self.tolerance / side) | (total.spread > 1e-2 * max(self.tolerance, 1e-6) / side)
         places = torch.arange(side, device=width.device)
         first = torch.where(heavy, places, side).amin(-1)
         last = torch.where(heavy, places, -1).amax(-1)
         low, high, cut = self.low, self.high, torch.zeros_like(self.cut)
         if shrink:
-            beyond = (places < first.unsqueeze(-1) - 1) | (places > last.unsqueeze(-1) + 1)
+            beyond = (places < first.unsqueeze(-1) - margin) | (places > last.unsqueeze(-1) + margin)
             cut = (total.slabs * beyond).sum((-2, -1))
             inner = self.reach(3.0, total.step.unsqueeze(1))  # where the points may have missed a mode
-            low = torch.minimum(low + (first - 1).clamp_min(0) * total.step, inner[0]).maximum(low)
-            high = torch.maximum(high - (side - 2 - last).clamp_min(0) * total.step, inner[1]).minimum(high)
-        low = torch.where(first == 0, self.low - width / 2, low).clamp_min(-_FAR)
-        high = torch.where(last == side - 1, self.high + width / 2, high).clamp_max(_FAR)
-        changed = (((high - low) / width).log().abs() > 0.2).any(-1) & heavy.any(-1).all(-1)
+            low = torch.minimum(low + (first - margin).clamp_min(0) * total.step, inner[0]).maximum(low)
+            high = torch.maximum(high - (side - 1 - margin - last).clamp_min(0) * total.step, inner[1]).minimum(high)
+        low = torch.where(first < margin, self.low - width / 2, low).clamp_min(-_FAR)
+        high = torch.where(last >= side - margin, self.high + width / 2, high).clamp_max(_FAR)
+        moved = torch.maximum((low - self.low).abs(), (high - self.high).abs())
+        changed = (moved > 0.2 * width).any(-1) & heavy.any(-1).all(-1)
         low, high = (torch.where(changed.unsqueeze(-1), *pair) for pair in ((low, self.low), (high, self.high)))
         return replace(self, low=low, high=high, cut=self.cut + cut * changed), changed
-
-    @torch.no_grad()
-    def moments(self, total: LatticeSum) -> tuple[Tensor, Tensor]:
-        """Mean (n, z) and covariance (n, z, z) of the latent variables themselves."""
-        origin = self.joint.latents(self.centre.unsqueeze(0))[0]
-        loc, square = torch.zeros_like(origin), torch.zeros_like(self.factor)
-        for some in _any(total.shares > 0).split(max(1, self.block // self.joint.n)):
-            apart = self.joint.latents(self.points(total.side, some)[0]) - origin
-            share = total.shares.gather(1, some.T)
-            loc = loc + torch.einsum("np,pnz->nz", share, apart)
-            square = square + torch.einsum("np,pny,pnz->nyz", share, apart, apart)
-        return origin + loc, square - loc.unsqueeze(-1) * loc.unsqueeze(-2)
 
 
 def _axes(number: Tensor, side: int, size: int) -> list[Tensor]:
     """Places along each axis of points by their numbers."""
     return [number // side**axis % side for axis in range(size)]
+
+
+def _grown(chosen: Tensor, side: int, size: int) -> Tensor:
+    """The points that are chosen, (n, p), and all their neighbours."""
+    pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[size - 1]
+    return pool(chosen.double().reshape(-1, 1, *[side] * size), 3, 1, 1).flatten(1) > 0  # type: ignore[no-any-return]
+
+
+def _slabs(shares: Tensor, side: int, size: int) -> Tensor:
+    """Sums of shares (n, p) over the slabs along each axis, (n, z, side)."""
+    cube = shares.reshape(-1, 1, *[side] * size)  # the axis of length 1 is summed, so that there always is one
+    axes = range(1, size + 2)
+    return torch.stack([cube.sum([other for other in axes if other != axis]) for axis in range(size + 1, 1, -1)], 1)
 
 
 def _any(kept: Tensor) -> Tensor:
@@ -258,7 +332,7 @@ def _any(kept: Tensor) -> Tensor:
 
 def _around(joint: Joint, tolerance: float, entries: int) -> Lattice:
     """Lay a lattice around the modes of each datum."""
-    modes, mass, covariances = laplace(joint)
+    modes, mass, covariances, draws, heights = laplace(joint)
     share = mass.softmax(0).unsqueeze(-1)  # (s, n, 1)
     centre = (share * modes).sum(0)
     apart = modes - centre
@@ -274,5 +348,16 @@ def _around(joint: Joint, tolerance: float, entries: int) -> Lattice:
     counts = (share > 1e-3 * tolerance).transpose(0, 1)
     parts = share[..., 0].T, counts, inside.asinh().transpose(0, 1), width.transpose(0, 1)
     lattice = Lattice(joint, tolerance, block, centre, factor, centre, centre, torch.zeros_like(centre[:, 0]), *parts)
-    low, high = lattice.reach(math.sqrt(2 * math.log(1e4 / min(tolerance, 1.0))))
-    return replace(lattice, low=low, high=high)
+    enough = math.log(1e4 / min(tolerance, 1.0))
+    low, high = lattice.reach(math.sqrt(2 * enough))
+    if joint.size == 1:
+        first, last = draws.amin(0), draws.amax(0)
+        ends = torch.stack([2 * first - last, 2 * last - first])
+    else:
+        matters = heights > heights.amax(0) - enough
+        ends = torch.where(matters.unsqueeze(-1), draws, centre)
+    ends = (
+        torch.linalg.solve_triangular(factor, (ends.double() - centre).unsqueeze(-1), upper=False).squeeze(-1).asinh()
+    )
+    low, high = torch.minimum(low, ends.amin(0)), torch.maximum(high, ends.amax(0))
+    return replace(lattice, low=low.clamp_min(-_FAR), high=high.clamp_max(_FAR))

@@ -27,8 +27,10 @@ from torch.distributions import constraints
 from ppl_vae.programs.target import BLOCK, Role, Target
 
 _PROBES = 4  # points near the first at which the quadratic is checked
-_RADII = (1.0, 3.0, 6.0, 9.0)  # standard deviations to either side of the posterior's mean, where it is checked again
-_DIRECTIONS = 3  # of these points
+_FAR = 9.0  # standard deviations to either side of the posterior's mean, up to which it is checked again
+_DIRECTIONS = 3  # lines through the mean along which it is
+_POINTS = 4096, 24  # on these lines: of all data of a block together, and of each datum at least
+_WITHIN = 4.0  # standard deviations that hold all but 6e-5 of the mass, where misses count as error
 _NEAR = 1e-3  # standard deviations, within which only rounding shows
 _DRAWN = 8  # draws of the prior, or of the guide, at which it is checked too
 _CLOSED = (
@@ -45,11 +47,14 @@ class Gaussian:
         loc: shape (n, z).
         precision: shape (n, z, z).
         log_normaliser: log of the integral, in nats, shape (n,).
+        error: of `log_normaliser`, (n,): the largest miss of the quadratic within four standard deviations of the mean;
+            0 where it is no more than rounding.
     """
 
     loc: Tensor
     precision: Tensor
     log_normaliser: Tensor
+    error: Tensor
 
     @property
     def covariance(self) -> Tensor:
@@ -123,7 +128,7 @@ def _read(target: Target, role: Role) -> Gaussian:
     points = probe.rounded(torch.cat([_around(peak, factor, generator), probe.drawn]))
     value, gradient = probe(points)
     probe.hold(_missed(read, points[:1], value[:1], gradient[:1]), slack)
-    _check_around(probe, points, value, gradient, precision, factor, steep)
+    error = _check_around(probe, points, value, gradient, precision, factor, steep)
     slope = gradient[0]  # what rounding left of it, from afar
     shift = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
     log_det = 2 * (factor.diagonal(dim1=-2, dim2=-1) / probe.unit).log().sum(-1)
@@ -132,6 +137,7 @@ def _read(target: Target, role: Role) -> Gaussian:
         probe.origin + probe.unit * (points[0] + shift),
         precision / (probe.unit.unsqueeze(-1) * probe.unit.unsqueeze(-2)),
         top + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det,
+        error,
     )
 
 
@@ -146,17 +152,21 @@ def _missed(
 
 
 def _around(loc: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
-    """Points (k, n, z): the mean, two points next to it, then those at `_RADII` along random directions.
+    """Points (k, n, z): the mean, two points next to it, then points along random lines, evenly spread but for chance.
 
-    The directions are orthogonal where the posterior is white, and of length sqrt(z), so that each is one standard
-    deviation long as seen along any axis.
+    The lines are orthogonal where the posterior is white, and their unit is of length sqrt(z), so that it is one
+    standard deviation long as seen along any axis. Each datum has points of its own, so that together they leave no
+    wide gaps: a narrow fold is seen if it is wider than these.
     """
     n, size = loc.shape
     raw = torch.randn(n, size, min(size, _DIRECTIONS), generator=generator, dtype=torch.float64)
     white = size**0.5 * torch.linalg.qr(raw).Q.to(loc.device)
-    lengths = torch.tensor([sign * r for r in _RADII for sign in (1, -1)], dtype=torch.float64, device=loc.device)
-    rings = (white.unsqueeze(-1) * lengths).flatten(2)  # (n, z, k)
-    near = _NEAR * white[..., :1] * lengths[:2]
+    lines = white.shape[-1]
+    each = max(_POINTS[0] // n, _POINTS[1]) // lines
+    steps = torch.arange(each) + torch.rand(n, lines, each, generator=generator, dtype=torch.float64)
+    lengths = (_FAR * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
+    rings = (white.unsqueeze(-1) * lengths.unsqueeze(1)).flatten(2)  # (n, z, k)
+    near = _NEAR * white[..., :1] * torch.tensor([1.0, -1.0]).to(white)
     white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1)
     return loc + torch.linalg.solve_triangular(factor.mT, white, upper=True).permute(2, 0, 1)
 
@@ -169,7 +179,7 @@ def _check_around(
     precision: Tensor,
     factor: Tensor,
     steep: Tensor,
-) -> None:
+) -> Tensor:
     """Hold value and gradient at points (k, n, z), the first at the mean, against a quadratic, in units of its width.
 
     What rounding may do is taken from the two points next to the mean, and from what it does to the precision: each of
@@ -191,6 +201,9 @@ def _check_around(
     slack[0] = 0.1  # the mean itself is to be where it was said to be
     bent[0] = slopes[..., 0].norm(dim=1)
     probe.hold((bent, missed), (slack, doubt))
+    inside = length <= _WITHIN * points.shape[-1] ** 0.5
+    rounded = 1e-11 + 100 * probe.rounding * (value.abs() + value[0].abs())
+    return torch.where(inside & (missed > rounded), missed, 0.0).amax(0)
 
 
 class _Probe:

@@ -124,6 +124,12 @@ class Target:
         with self.running(*key):
             return trace_pair(self.program, self.batch, samples, self.structure.nesting)
 
+    def replay(self, seed: int) -> tuple[Trace, Trace]:
+        """Trace the model and the guide that it replays, without particles or gradients."""
+        with torch.no_grad(), self.running(seed):
+            guide = poutine.trace(self.program.guide).get_trace(**batch_of(self.program.guide, self.batch))
+            return poutine.trace(poutine.replay(self.program.model, trace=guide)).get_trace(**self.batch), guide
+
     def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
         """Trace the model or the guide alone, under a handler, with particles from the current random state."""
         if role == "guide":
@@ -211,7 +217,7 @@ class Target:
             self._cache[key] = now, result
         result = self._cache[key][1]
         if isinstance(result, ValueError):
-            raise result
+            raise ValueError(*result.args) from result.__cause__
         return result  # type: ignore[no-any-return]
 
     def refresh(self, device: torch.device | None = None) -> None:

@@ -9,9 +9,8 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import check_finite
-from ppl_vae.programs.param_store import device_and_dtype, scope
+from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.rows import check_numbered, indexed, keywords, numbered
 
 Batch = dict[str, Tensor]
@@ -88,14 +87,3 @@ def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None 
         )
         total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
     return total
-
-
-def replayed(program: Any, batch: dict[str, Tensor], seed: int) -> tuple[Any, Any]:
-    """Trace the guide and, replaying it, the model, without particles."""
-    with (
-        torch.no_grad(),
-        scope(program),
-        fork_rng(seed, device=device_and_dtype(program, next(iter(batch.values())))[0]),
-    ):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-        return poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch), guide

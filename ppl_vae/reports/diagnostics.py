@@ -232,6 +232,7 @@ def _reference_block(reference: Reference, settled: Tensor, used: Tensor, eviden
     if reference.draws is not None:
         block["draws"] = len(reference.draws)
     if method == "nuts":
+        block["diagnostics"]["divergences"] = int(torch.as_tensor(reference.diagnostics["divergences"]).sum())
         block["n_settled"] = int(reference.diagnostics["settled"].sum())
         return {**block, "each": {name: reference.diagnostics[name] for name in ("r_hat", "ess")}}
     block["n_settled"] = int(settled.sum())

@@ -13,7 +13,6 @@ from ppl_vae.evaluation.latents import codes
 from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import replayed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.data_plots import reconstructions, samples, training_curve
 from ppl_vae.reports.diagnostic_plots import bound_over_samples, gap_parts, rank_histograms, tail_shapes
@@ -141,7 +140,7 @@ def _means(target: Target, seed: int) -> Tensor | None:
     program, batch = target.program, target.batch
     if isinstance(program, VAE):
         return program.reconstruct(batch, seed=seed)
-    nodes = replayed(program, batch, seed)[0].nodes
+    nodes: Any = target.replay(seed)[0].nodes
     if "x" not in nodes or "x" not in batch or nodes["x"]["value"].shape != batch["x"].shape:
         return None
     try:

@@ -1,6 +1,5 @@
 """Findings: what the numbers of a report mean in words, and what would help."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,19 +108,27 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
 
 
 def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
-    value, shape = test["log_evidence"], test["pareto_k"]
-    if value["kind"] == "lower bound":
-        reason = (
-            "The tail shapes of the weights are too near 0.5 for so few samples to tell if their variance is finite."
+    value, shape, worst = test["log_evidence"], test["pareto_k"], test["worst"]
+    named = ""
+    if worst["n"]:
+        rows = ", ".join(
+            f"{row} (k {figure(k, digits=2)})" for row, k in zip(worst["rows"], worst["pareto_k"], strict=True)
         )
-        if shape["above_0.5"]:
-            reason = (
-                f"For {shape['above_0.5']:.0%} of the data the importance weights have a tail shape k above 0.5: no "
-                "finite variance, so no error bar would hold."
-            )
-        elif shape["median"] is None:
+        named = f"The weights of {counted(worst['n'])} are bad; the worst are in rows {rows}. "
+        if worst["mean_without"] is not None:
+            named += f"Without the bad ones the mean is {figure(worst['mean_without'])}. "
+    if value["kind"] == "lower bound":
+        reason = named + "What they may hide could move the mean beyond any interval."
+        if shape["median"] is None:
             reason = "Too few samples per datum to judge the weights: at least 25 are needed."
+        elif not named:
+            reason = (
+                "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
+                "variance is finite."
+            )
         yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"
+    elif named:
+        yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
         yield f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples reduce this."
 
@@ -147,11 +154,20 @@ def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history:
         if last - before > max(0.1, 5e-4 * abs(last)):
             rise = f"by {last - before:.2f} nats over the last {f'{tenth} epochs' if tenth > 1 else 'epoch'}"
             yield f"**The bound was still rising**, {rise}. Train longer (`svi.epochs`)."
-    ahead, noise = train["elbo"] - bound["mean"], math.hypot(bound["se"] or 0.0, train["elbo_se"] or 0.0)
-    if ahead > max(3 * noise, 0.01 * abs(bound["mean"])):
+    lead = train.get("lead") or {"elbo": None}
+    if lead["elbo"] is None or lead["log_evidence"] is None:
+        return
+    ahead, least = lead["log_evidence"], 0.01 * abs(bound["mean"])
+    told = f"{figure(ahead, lead['log_evidence_se'], digits=1)} nats of log p(x)"
+    if ahead > max(3 * lead["log_evidence_se"], least):
         yield (
-            f"**The training data fit better, by {ahead:.1f} nats**: the model memorises. Fewer parameters, fewer "
-            'epochs (`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+            f"**The training data fit better, by {told}**: the model memorises. Fewer parameters, fewer epochs "
+            '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
+        )
+    elif lead["elbo"] - ahead > max(3 * lead["elbo_se"], least):
+        yield (
+            f"**The encoder overfits**: its bound is {lead['elbo']:.1f} nats higher on the training data, log p(x) "
+            f"only {told}. The model is not to blame; a smaller encoder or more data for it would help."
         )
 
 
@@ -161,7 +177,7 @@ def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
         r_hat, ess = figure(checks["r_hat"]["max"], digits=4), figure(checks["ess"]["min"], digits=0)
         verdict = (
             f"**Its own checks failed** on {n - settled} of {n} data. Longer chains (`python inference/nuts.py RUN "
-            "--warmup 1000 --draws 4000`) or fewer data at a time, which move together (`--data 1`), may pass."
+            "--warmup 1000 --draws 4000`) may pass, unless they are caught in separate modes."
         )
         return (
             f"**Reference posterior** by NUTS for {counted(n)}: R-hat is at most {r_hat} (required: below 1.01), "
@@ -170,7 +186,10 @@ def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
         )
     why, remedy = "their posteriors are too rough or too wide", "Annealing (`--reference ais`)"
     if method == "ais":
-        why, remedy = "their chains differ too much", "Slower annealing (`ppl-vae evaluate RUN --reference ais "
+        why, remedy = (
+            "their chains differ too much, or importance sampling finds more",
+            "Slower annealing (`ppl-vae evaluate RUN --reference ais ",
+        )
         remedy += "--temperatures N`, 500 by default) or more `--chains` (16)"
     left_out = "They are left out here and below. " if settled or method != "ais" else ""
     missing = (

@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import replayed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
 
@@ -54,7 +53,7 @@ def markdown(
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and formulas of a VAE, or name, file and summary of another program."""
-    if not isinstance(program, VAE):
+    if not isinstance(program, VAE) or "prior" not in spec:
         name, summary = type(program).__name__, (type(program).__doc__ or "").strip().split("\n")[0]
         return {"name": name, "file": Path(spec["model"]["program"].partition(":")[0]).name, "summary": summary}
     formulas = {}
@@ -68,7 +67,7 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
 def _sites(target: Target) -> str:
     """The sites and shapes of model and guide as Pyro writes them, for three data."""
     parts = []
-    for role, trace in zip(("model", "guide"), replayed(target.program, target.rows(slice(3)).batch, 0), strict=True):
+    for role, trace in zip(("model", "guide"), target.rows(slice(3)).replay(0), strict=True):
         for name in list(trace.param_nodes):
             trace.remove_node(name)
         trace.compute_log_prob()

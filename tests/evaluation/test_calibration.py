@@ -16,7 +16,7 @@ from twins import TWINS, draws, linear_vae, perturbed
 from ppl_vae import PPCA, VAE, Conditional, Program
 from ppl_vae.evaluation.calibration import Calibration, calibrate
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
-from ppl_vae.networks import MLP, Linear
+from ppl_vae.networks import MLP, Linear, Table
 from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.traces import check_batch
@@ -319,6 +319,27 @@ def bad(kind: str) -> Program:
 def test_models_that_data_cannot_be_drawn_from_are_refused(kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(bad(kind), torch.zeros(5, 1))
+
+
+@pytest.mark.parametrize("kind", ["table", "index", "position"])
+def test_guides_that_keep_one_row_per_datum_are_refused(kind: str) -> None:
+    x, rows = draws(12, 4), draws(12, 2)
+    likelihood = Conditional(Normal(4, scale="shared"), Linear())
+    program: Any = VAE(Conditional(StandardNormal(2)), likelihood, Conditional(Normal(2), Table(12)))
+    if kind != "table":
+        vae: Any = VAE(Conditional(StandardNormal(2)), likelihood, Conditional(Normal(2), Linear()))
+
+        def guide(x: Tensor, index: Tensor | None = None) -> None:
+            own = rows if index is None else rows[index]
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(own[: len(x)], 1.0).to_event(1))
+
+        def model(x: Tensor, index: Tensor | None = None) -> None:
+            vae.model(x)
+
+        program = Program(model if kind == "index" else vae.model, guide if kind == "index" else lambda x: guide(x))
+    with pytest.raises(ValueError, match="keeps one row per datum, and simulated data have none"):
+        calibrate(program, x, simulations=20)
 
 
 def test_settings_are_refused() -> None:

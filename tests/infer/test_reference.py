@@ -273,7 +273,7 @@ def test_quadrature_annealing_and_nuts_agree_on_a_nonlinear_pair(family):
     assert annealed.draws.shape == (200, 2, 2)
     assert (annealed.log_evidence - lattice.log_evidence).abs().lt(5 * annealed.error).all()
     assert (annealed.error < 0.1).all()
-    sampled = reference_posterior(vae, x, "nuts", draws=300, warmup=150)
+    sampled = reference_posterior(vae, x, "nuts", draws=500, warmup=150)
     assert sampled.converged
     assert sampled.log_evidence.isnan().all()
     spread = lattice.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -289,12 +289,12 @@ def test_quadrature_annealing_and_nuts_agree_on_a_nonlinear_pair(family):
 def test_nuts_meets_the_posterior_of_ppca():
     truth = TWINS["ppca_vae"]()
     rows = {key: value[:1] for key, value in truth.batch.items()}
-    reference = reference_posterior(truth.program, rows, "nuts", draws=300, warmup=150)
+    reference = reference_posterior(truth.program, rows, "nuts", draws=500, warmup=150)
     assert reference.converged
     assert reference.draws is not None
-    assert reference.draws.shape == (1200, 1, 3)
+    assert reference.draws.shape == (4000, 1, 3)
     assert (reference.diagnostics["r_hat"] < 1.01).all()
-    assert reference.diagnostics["divergences"] == 0
+    assert (reference.diagnostics["divergences"] == 0).all()
     exact = truth.covariance[:1]
     spread = np.sqrt(np.diagonal(exact, axis1=1, axis2=2))
     ess = array(reference.diagnostics["ess"])

@@ -1,11 +1,12 @@
 """PCA, the linear autoencoder and factor analysis against the lectures, numpy and scikit-learn."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_iris
 from sklearn.decomposition import PCA as SklearnPCA
 from sklearn.decomposition import FactorAnalysis as SklearnFactorAnalysis
 from torch import Tensor
@@ -105,6 +106,19 @@ def test_factor_analysis_is_a_maximum_of_the_likelihood() -> None:
         (slope,) = torch.autograd.grad(value, parts[name])
         free = slope if name != "scale" else slope[found.scale > 1e-3 * x.std(0)]
         assert free.abs().max() < 1e-4
+
+
+def test_factor_analysis_reaches_a_maximum_at_the_boundary() -> None:
+    """A Heywood case: the factor is petal length, on which the other features are regressed."""
+    x = torch.from_numpy(load_iris().data)
+    fitted = FactorAnalysis.fit(x, 1)
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    residual = covariance.diagonal() - covariance[2] ** 2 / covariance[2, 2]
+    residual[2] = covariance[2, 2]
+    supremum = -0.5 * (4 * (1 + math.log(2 * math.pi)) + residual.log().sum())
+    assert -1e-5 < fitted.log_evidence(x).mean() - supremum < 0
+    assert fitted.scale[2] / x[:, 2].std() == pytest.approx(1e-3, rel=0.01)
 
 
 def test_factor_analysis_does_not_care_for_units() -> None:

@@ -63,7 +63,7 @@ def check_whole(folder):
     test = found["test"]
     assert {"n", "samples", "bits_per_dim", "rate", "distortion", "active_units", "rates"} <= test.keys()
     assert test["elbo"].keys() == {"mean", "se", "mc_se"}
-    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "jackknife"}
+    assert test["log_evidence"].keys() == {"mean", "se", "mc_se", "bias", "kind", "interval", "jackknife"}
     assert test["ess"].keys() == {"median", "min"}
     assert test["pareto_k"].keys() == {"median", "max", "above_0.5", "above_0.7"}
     assert test["elbo"]["mean"] <= test["log_evidence"]["mean"]
@@ -210,7 +210,11 @@ def example(**changes):
     """A report with nothing to distrust, changed at dotted keys."""
     found = {
         "data": {"part": "test"},
-        "train": {"elbo": -100.0, "elbo_se": 0.1},
+        "train": {
+            "elbo": -100.0,
+            "elbo_se": 0.1,
+            "lead": {"elbo": 0.4, "elbo_se": 0.3, "log_evidence": 0.3, "log_evidence_se": 0.3},
+        },
         "test": {
             "samples": 1000,
             "latents": 4,
@@ -220,6 +224,7 @@ def example(**changes):
             "elbo": {"mean": -100.2, "se": 0.2, "mc_se": 0.01},
             "log_evidence": {"mean": -99.9, "se": 0.2, "mc_se": 0.02, "bias": -0.001, "kind": "estimate"},
             "pareto_k": {"median": 0.1, "max": 0.4, "above_0.5": 0.0, "above_0.7": 0.0},
+            "worst": {"n": 0, "rows": [], "pareto_k": [], "mc_se": [], "mean_without": None},
         },
         "exact": None,
     }
@@ -234,6 +239,10 @@ def example(**changes):
 
 
 FLAT = [-100.0] * 20
+BAD = {"n": 12, "rows": [7, 2], "pareto_k": [0.93, None], "mc_se": [0.8, 0.6], "mean_without": -99.5}
+BAD_WORDS = (
+    "weights of 12 data are bad; the worst are in rows 7 .k 0.93., 2 .k -.. Without the bad ones the mean is -99.5"
+)
 GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
 WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
 
@@ -242,7 +251,8 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
     ("changes", "history", "words"),
     [
         ({}, FLAT, None),
-        ({"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.42}, FLAT, "For 42% of the data"),
+        ({"test__log_evidence__kind": "lower bound", "test__worst": BAD}, FLAT, BAD_WORDS),
+        ({"test__worst": BAD}, FLAT, "cannot move the mean beyond its interval. .*rows 7 .k 0.93., 2 .k -.. Without"),
         (
             {"test__log_evidence__kind": "lower bound", "test__pareto_k__above_0.5": 0.0},
             FLAT,
@@ -251,7 +261,9 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
         ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
         ({"test__collapsed": [2]}, FLAT, "1 of 4 latents is collapsed.* mean of z2 hardly varies"),
-        ({"train__elbo": -90.0}, FLAT, "by 10.2 nats.*memorises"),
+        ({"train__lead__log_evidence": 10.2}, FLAT, "by 10.2 ± 0.3 nats.*memorises"),
+        ({"train__lead__elbo": 6.8, "train__lead__log_evidence": 0.9}, FLAT, "encoder overfits.*6.8 nats.* 0.9 ± 0.3"),
+        ({"train__lead": None}, FLAT, None),
         ({"test__elbo__mean": -100.9}, FLAT, None),
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
         ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
@@ -312,3 +324,36 @@ def test_no_error_is_rounded_to_none(error, text):
 
 def test_bits_per_dimension():
     assert measures.bits_per_dim(-64 * math.log(2), 64) == pytest.approx(1.0)
+
+
+OWN = '''
+from ppl_vae import VAE, Conditional
+from ppl_vae.families import Normal, StandardNormal
+from ppl_vae.networks import Linear
+
+
+class Own(VAE):
+    """A VAE of one's own."""
+
+    def __init__(self, features, latent):
+        likelihood = Conditional(Normal(features, scale="shared"), Linear())
+        super().__init__(Conditional(StandardNormal(latent)), likelihood, Conditional(Normal(latent), Linear()))
+'''
+
+
+def test_a_subclass_of_vae_in_a_program_file_gets_a_report(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    given = {"model.latent": 2, "svi.epochs": 1, "evaluation.samples": 30}
+    text = (fit_spec(tmp_path / "own.py", given, out=tmp_path / "run").path / "report.md").read_text()
+    assert "The program `Own` of `own.py`: A VAE of one's own." in text
+    assert "samples.png" in text
+
+
+def test_the_lead_of_the_training_data_is_that_of_their_evidence(tmp_path):
+    made = fit_spec(MODELS / "ppca.toml", {"svi.epochs": 2, "evaluation.samples": 30}, out=tmp_path / "run")
+    data, lead = made.spec.load_data(), made.report["train"]["lead"]
+    parts = [{key: value[:300] for key, value in part.items()} for part in (data.train, data.test)]
+    seen, unseen = (log_evidence(made.program, part, 100).log_evidence for part in parts)
+    assert lead["log_evidence"] == pytest.approx(float(seen.mean() - unseen.mean()), abs=1e-6)
+    error = (seen.var() / len(seen) + unseen.var() / len(unseen)).sqrt()
+    assert lead["log_evidence_se"] == pytest.approx(float(error), rel=1e-6)
