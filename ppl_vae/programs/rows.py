@@ -41,6 +41,11 @@ def numbered(program: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "index": torch.arange(len(first), device=first.device)}
 
 
+def fitted_by_position(program: Any) -> bool:
+    """Whether a program remembers the data it was fitted to, without asking for their `index`."""
+    return _FITTED in vars(program) and not indexed(program)
+
+
 def remember(program: Any, batch: Mapping[str, Tensor]) -> None:
     """Remember the data that a program is fitted to, one number per datum, to know them again."""
     vars(program)[_FITTED] = _marks(batch)

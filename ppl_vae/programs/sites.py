@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
-from ppl_vae.programs.rows import known_data
+from ppl_vae.programs.rows import fitted_by_position, known_data
 from ppl_vae.programs.traces import Batch, batch_of, log_density, plain_sites, trace_pair
 
 OTHER_DATA = (
@@ -82,7 +82,8 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
         if rows and not whole:
             _look_at_all(program, dict(batch), seed)
         vars(program)[_CHECKED] = key, rows
-    return replace(seen, rows=n if whole or vars(program)[_CHECKED][1] else None)
+    whole = whole or vars(program)[_CHECKED][1] or fitted_by_position(program)
+    return replace(seen, rows=n if whole else None)
 
 
 def _key(program: Any, batch: Mapping[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.latents import active_units, rates
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.programs.rows import indexed
+from ppl_vae.programs.rows import indexed, numbered
 from ppl_vae.programs.target import Target
 
 MOST_DATA = 1000  # for figures, latents and the training part
@@ -27,7 +27,7 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
     Returns:
         `test` or `train`, and that part.
     """
-    return ("train", data.train) if indexed(program) else ("test", data.test)
+    return ("train", numbered(program, data.train)) if indexed(program) else ("test", data.test)
 
 
 def evaluate(

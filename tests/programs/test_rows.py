@@ -245,3 +245,13 @@ def test_a_program_that_cannot_take_particles_is_refused_at_once() -> None:
         with pytest.raises(ValueError, match="also runs with dims of particles left of the data's.*it raised"):
             verb()
     assert all(torch.equal(value, before[name]) for name, value in program.state_dict().items())
+
+
+def test_rows_that_data_share_are_remembered_where_a_part_does_not_show_them() -> None:
+    x = torch.randn(N, 1)
+    program = guided(lambda x: table(3)[torch.arange(len(x)) // 4])
+    fit(program, x, epochs=2)
+    assert log_evidence(program, x, 5).elbo.shape == (N,)
+    for part in (x[:3], x[4:7]):
+        with pytest.raises(ValueError, match="data that this program was fitted to"):
+            log_evidence(program, part, 5)
