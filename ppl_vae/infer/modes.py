@@ -9,7 +9,7 @@ from ppl_vae.infer.hmc import slope
 from ppl_vae.programs.joint import Joint
 
 _STARTS = 24  # of the search, per datum
-_PRIOR, _GUIDE = 512, 64  # draws among which the starts are chosen
+_PRIOR, _GUIDE = 384, 64  # draws among which the starts are chosen
 
 
 def points_of(size: int) -> int:
@@ -62,8 +62,8 @@ def _peaks(height: Tensor, draws: Tensor, spread: Tensor) -> Tensor:
     """Numbers of the draws (k, n, z) that are far from any higher one, (s, n)."""
     falling = height.argsort(0, descending=True)
     place = (draws / spread).gather(0, falling.unsqueeze(-1).expand(draws.shape)).movedim(1, 0)
-    apart = torch.cdist(place, place)  # (n, k, k)
-    far = apart.masked_fill(torch.ones_like(apart[0]).triu().bool(), math.inf).amin(-1).T
+    apart = torch.cdist(place.float(), place.float())  # (n, k, k)
+    far = apart.masked_fill_(torch.ones_like(apart[0]).triu().bool(), math.inf).amin(-1).T
     return falling.gather(0, far.topk(3 * _STARTS // 4, 0).indices)
 
 

@@ -288,7 +288,7 @@ class Lattice(_Rows):
     def fit(self, total: LatticeSum, *, shrink: bool) -> tuple["Lattice", Tensor]:
         """Enlarge the box where mass leaves it, shrink it where there is none; also which data that changed much."""
         width, side, margin = self.high - self.low, total.side, total.margin
-        heavy = (total.slabs > 1e-2 * self.tolerance / side) | (total.spread > 1e-2 * max(self.tolerance, 1e-6) / side)
+        heavy = (total.slabs > 1e-2 * self.tolerance / side) | (total.spread > max(0.1 * self.tolerance, 1e-8) / side)
         places = torch.arange(side, device=width.device)
         first = torch.where(heavy, places, side).amin(-1)
         last = torch.where(heavy, places, -1).amax(-1)
@@ -301,7 +301,7 @@ class Lattice(_Rows):
             high = torch.maximum(high - (side - 1 - margin - last).clamp_min(0) * total.step, inner[1]).minimum(high)
         low = torch.where(first < margin, self.low - width / 2, low).clamp_min(-_FAR)
         high = torch.where(last >= side - margin, self.high + width / 2, high).clamp_max(_FAR)
-        moved = torch.maximum((low - self.low).abs(), (high - self.high).abs())
+        moved = (low - self.low).abs() + (high - self.high).abs()
         changed = (moved > 0.2 * width).any(-1) & heavy.any(-1).all(-1)
         low, high = (torch.where(changed.unsqueeze(-1), *pair) for pair in ((low, self.low), (high, self.high)))
         return replace(self, low=low, high=high, cut=self.cut + cut * changed), changed

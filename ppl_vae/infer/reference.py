@@ -46,7 +46,7 @@ class Reference:
         diagnostics: what was checked; tensors have shape (n,). Quadrature has `settled`, the data that reached the
             tolerance in evidence and moments, and `moment_error`, the estimated error of mean and covariance in
             standard deviations; the errors of the others are large or infinite. With one latent variable it searches
-            three times the range of 576 draws of prior and guide in 4,000 steps or more. With two or three it searches
+            three times the range of 448 draws of prior and guide in 4,000 steps or more. With two or three it searches
             around the modes to which climbs from these draws lead, and the draws that matter: it can miss an isolated
             mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
             whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
