@@ -72,7 +72,7 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
     try:
         seen, shapes = _look(program, part, seed)
     except _FAILED as error:
-        if n <= 2 or isinstance(error, BrokenContract):
+        if isinstance(error, BrokenContract):
             raise
         part, whole = dict(batch), True
         seen, shapes = _look_at_all(program, part, seed)

@@ -156,7 +156,7 @@ def test_what_knows_only_its_data_answers_for_no_others(kind: str) -> None:
     assert (evidence.log_evidence - exact).abs().max() < 0.05
     mean, variance = codes(program, x)
     assert mean.shape == variance.shape == (N, 1)
-    for other in (x[:5], x[5:], x.flip(0), x + 1, torch.cat([x, x])):
+    for other in (x[:1], x[:2], x[:5], x[5:], x.flip(0), x + 1, torch.cat([x, x])):
         for verb in (lambda data: log_evidence(program, data, 5), lambda data: codes(program, data, 2)):
             with pytest.raises(ValueError, match="data that|one row per datum|data that this guide keeps"):
                 verb(other)
