@@ -77,15 +77,13 @@ def test_evidence_is_elbo_plus_kl(twin: str, factor: float, shift: float) -> Non
     """The mean log weight, by sampling, is the ELBO; the KL divergence is in closed form; their sum is dense."""
     t = TWINS[twin]()
     wrong = perturbed(t.program, factor, shift)
-    found = compare_posteriors(wrong, t.batch)
+    comparison = compare_posteriors(wrong, t.batch)
     weights = log_weights(wrong, t.batch, 2000, seed=1)
     error = weights.std(0) / math.sqrt(2000)
-    for gap in (found.kl, found.gap):
-        assert (gap > 0).all()
-        off = weights.mean(0) + gap - torch.from_numpy(t.log_evidence)
-        assert (off.abs() < 5 * error).all()
-        assert ((weights.mean(0) - torch.from_numpy(t.log_evidence)).abs() > 5 * error).all()
-    torch.testing.assert_close(found.kl, found.gap, rtol=1e-9, atol=1e-9)
+    assert (comparison.kl > 0).all()
+    truth = torch.from_numpy(t.log_evidence)
+    assert ((weights.mean(0) + comparison.kl - truth).abs() < 5 * error).all()
+    assert ((weights.mean(0) - truth).abs() > 5 * error).all()
 
 
 @twins
