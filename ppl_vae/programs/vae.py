@@ -13,7 +13,7 @@ from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
 from ppl_vae.families.supports import same_support
 from ppl_vae.networks.network import Amortized
-from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.program import unique_name
 from ppl_vae.programs.rows import numbered
 from ppl_vae.programs.traces import batch_of, check_batch
@@ -136,7 +136,7 @@ class VAE(nn.Module):
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw n data from the model, shape (n, *x)."""
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             return self.likelihood(self.prior().expand([n]).sample()).sample()
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class VAE(nn.Module):
         """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             return self.likelihood(self.approximate(**batch_of(self.guide, batch)).sample()).mean  # type: ignore[no-any-return]
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
