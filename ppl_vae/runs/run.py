@@ -35,7 +35,7 @@ class Run:
     Args:
         path: its directory.
         spec: the complete spec.
-        program: the trained program.
+        program: the trained program, in evaluation mode.
         report: what `report.json` says.
     """
 
@@ -43,6 +43,10 @@ class Run:
     spec: Spec
     program: Any
     report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.program, nn.Module):
+            self.program.eval()
 
 
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:

@@ -486,7 +486,10 @@ def test_components_are_listed_by_role():
     assert listed["likelihood"].keys() & {"StandardNormal", "ExactNormal"} == set()
     assert "ExactNormal" in listed["posterior"]
     assert listed["prior"]["MixtureNormal"].keys == {"components": 10}
-    assert listed["network"]["MLP"].keys == {"hidden": None, "activation": "tanh"}
+    assert listed["network"]["GatedMLP"].keys == {"hidden": None}
+    assert listed["network"]["Conv"].keys == {
+        "channels": [32, 64], "kernel": 3, "hidden": [256], "activation": "relu"
+    }  # fmt: skip
     assert all(c.doc.endswith(".") and ":math:" not in c.doc for c in components())
     with pytest.raises(
         ValueError, match="one of prior, likelihood, posterior, network; got 'priors'. Did you mean prior"
