@@ -294,7 +294,9 @@ def _write_trained(
     Returns:
         The spec as written for `folder`: it names the run's own copies of these files.
     """
-    own, copies, digests = {}, {}, []
+    own: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    digests = []
     for place, reference in spec.programs.items():
         file, colon, name = reference.partition(":")
         if file not in copies:

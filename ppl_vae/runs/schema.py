@@ -166,15 +166,15 @@ def sections(own: Mapping[str, type | None] = {}, *, opened: bool = False) -> di
 
 
 @cache
-def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
-    own = dict(owned)
+def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+    own = dict(code)
 
     def named(kind: Any, title: str, **more: Any) -> Any:
         tied = needs(kind) & set(ROLES)
         judge = _nothing if tied else partial(kind, **filled(kind, event=2, rows=1, shape=(1, 2)))
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
-    def code(place: str) -> tuple[Any, ...]:
+    def coded(place: str) -> tuple[Any, ...]:
         """What makes the table of a class from a file, as `_table` takes it."""
         kind = own.get(place)
         return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
@@ -184,7 +184,7 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
     read = _keywords(load).keys() - {"dtype"}
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
-        "model": {"": _table("Model", *code("model"), latent=(count | None, None), program=(str | None, None))},
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None))},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
     }
@@ -194,10 +194,10 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
         place, title = f"{role}.network", f"{role.title()}Network"
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
         if place in own:
-            inner[role] = {"": _table(title, *code(place), program=(str, ...))}
+            inner[role] = {"": _table(title, *coded(place), program=(str, ...))}
         kind_of_network = _union(inner[role])
         if opened and role != "prior":
-            kind_of_network |= _table(title, *code(place), program=(str, ...))
+            kind_of_network |= _table(title, *coded(place), program=(str, ...))
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
         tables[role] = {
             kind.__name__: named(kind, role.title() + kind.__name__, **{"network": field} if _parametric(kind) else {})

@@ -201,7 +201,8 @@ def load_spec(
 
 def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
-    data, own = _table(raw, "data"), {}
+    data = _table(raw, "data")
+    own: dict[str, Any] = {}
     name, root = data.get("name"), data.get("root")
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
@@ -310,7 +311,8 @@ def _assemble(
     parts: dict[str, Any] = {}
     for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
         table = getattr(spec, role)
-        kind, network = getattr(families, table.family), getattr(table, "network", None)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
         event = features if role == "likelihood" else latent
         family = kind(**filled(kind, event=event, **parts), **table.model_dump(exclude={"family", "network"}))
         context = {"prior": (), "likelihood": (latent,), "posterior": (features,)}[role]
@@ -337,12 +339,13 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         if not spec.programs:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        for place, reference in spec.programs.items():
-            file = reference.partition(":")[0]
-            lines = [frame.lineno for frame in frames if frame.filename == file]
-            if lines:
-                break
-        parts, where = "model and guide" if place == "model" else "the network", f"line {lines[-1]}" if lines else "it"
+        lines = {
+            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
+            for place, reference in spec.programs.items()
+        }
+        place = next((place for place in lines if lines[place]), next(iter(lines)))
+        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
+        where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "

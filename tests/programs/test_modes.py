@@ -1,4 +1,4 @@
-"""Training and evaluation mode: dropout and the like act in training alone, and every module is put back into its own."""
+"""Training and evaluation mode: dropout acts in training alone, and every module is put back into its own mode."""
 
 import copy
 from collections.abc import Callable
