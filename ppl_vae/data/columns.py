@@ -35,7 +35,9 @@ class Columns:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        words: Any = plain.get("categories")
-        given: dict[str, Any] = {"categories": {key: tuple(value) for key, value in words.items()}} if words else {}
-        return cls(**plain | given)
+        plain: dict[str, Any] = {}
+        for key, value in values.items():
+            plain[key] = tuple(value) if isinstance(value, list) else value
+        if "categories" in plain:
+            plain["categories"] = {key: tuple(words) for key, words in plain["categories"].items()}
+        return cls(**plain)
