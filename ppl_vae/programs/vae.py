@@ -11,7 +11,7 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
-from ppl_vae.families.supports import same_support
+from ppl_vae.families.supports import describe_support, same_support
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Amortized
 from ppl_vae.programs.param_store import device_and_dtype
@@ -213,12 +213,7 @@ def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, famil
         )
     place_ = f"row {first[0]}" + (f", column {', '.join(map(str, first[1:]))}" if first[1:] else "")
     raise ValueError(
-        f"Expected data in the support of {family}, {_name(support)}, at site '{site}'; got "
+        f"Expected data in the support of {family}, {describe_support(support)}, at site '{site}'; got "
         f"{x[tuple(first)].flatten()[0].item():g} at {place_} "
         f"and {int((~inside).sum())} such values in all. {remedy}"
     )
-
-
-def _name(support: Any) -> str:
-    inner = getattr(support, "base_constraint", support)
-    return {"Boolean": "{0, 1}", "Real": "the real numbers"}.get(type(inner).__name__.strip("_"), str(support))

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import types
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,7 +17,6 @@ from ppl_vae.data.datasets import NAMES
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
-from ppl_vae.runs.spec_file import near
 
 ROLES = ("prior", "likelihood", "posterior")
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
@@ -40,18 +38,6 @@ class _Open(_Table):
     model_config = ConfigDict(extra="allow")
 
 
-class Component(NamedTuple):
-    """A family or network that a spec can name.
-
-    `keys` holds the keys of its table with their defaults, None for one that must be given.
-    """
-
-    role: str
-    name: str
-    doc: str
-    keys: dict[str, Any]
-
-
 class Section(NamedTuple):
     """What may stand in a table: one model, or one per family; and those of the networks in it."""
 
@@ -70,30 +56,8 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document.model_json_schema()}
 
 
-def components(role: str | None = None) -> list[Component]:
-    """List what can be named in a role (`prior`, `likelihood`, `posterior` or `network`), by default in all of them.
-
-    Raises:
-        ValueError: If the role is unknown.
-    """
-    known = (*ROLES, "network")
-    if role is not None and role not in known:
-        raise ValueError(f"Expected a role, one of {', '.join(known)}; got {role!r}.{near(role, known)}")
-    return [
-        Component(each, kind.__name__, _summary(kind), _keys(kind))
-        for each in (known if role is None else (role,))
-        for kind in (_classes(networks) if each == "network" else _classes(families))
-        if each == "network" or plays(kind, each)
-    ]
-
-
-def _summary(kind: Any) -> str:
-    """First sentence of a class's docstring, as plain text."""
-    first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return re.sub(r",? ?:math:`[^`]*`|\*", "", first)
-
-
-def _classes(module: Any) -> list[Any]:
+def classes(module: Any) -> list[Any]:
+    """Classes that a spec can name, in the order of the alphabet."""
     return [getattr(module, name) for name in sorted(module.__all__)]
 
 
@@ -102,7 +66,7 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
-def _keys(function: Callable[..., Any]) -> dict[str, Any]:
+def keys_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Keys of a table with their defaults, None for one that must be given."""
     return {key: None if p.default is p.empty else p.default for key, p in _keywords(function).items()}
 
@@ -132,10 +96,10 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
 def example(kind: Any) -> Any:
     """A family over two features, or the class itself if it has keys that must be given."""
     with fork_rng(0, device=CPU):
-        return kind if None in _keys(kind).values() else kind(2)
+        return kind if None in keys_of(kind).values() else kind(2)
 
 
-def _parametric(kind: Any) -> bool:
+def parametric(kind: Any) -> bool:
     """Whether a family has parameters that a network may give."""
     return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
 
@@ -149,9 +113,9 @@ def plays(kind: Any, role: str) -> bool:
     if tied := wanted & set(ROLES):
         return role not in tied
     if role == "prior":
-        others = [example(other) for other in _classes(families) if not needs(other) & set(ROLES)]
+        others = [example(other) for other in classes(families) if not needs(other) & set(ROLES)]
         return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
-    return _parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
+    return parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
 
 
 def sections(program: type | None = None, *, opened: bool = False) -> dict[str, Section]:
@@ -161,7 +125,7 @@ def sections(program: type | None = None, *, opened: bool = False) -> dict[str, 
         program: class of the program that takes the place of the roles, if any; its keys are those of `model`.
         opened: whether `model` may hold any key.
     """
-    return _sections(program, opened, tuple(_classes(families)), tuple(_classes(networks)))
+    return _sections(program, opened, tuple(classes(families)), tuple(classes(networks)))
 
 
 @cache
@@ -191,7 +155,7 @@ def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[An
         kind_of_network = _union(inner[role])
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
         tables[role] = {
-            kind.__name__: named(kind, role.title() + kind.__name__, **{"network": field} if _parametric(kind) else {})
+            kind.__name__: named(kind, role.title() + kind.__name__, **{"network": field} if parametric(kind) else {})
             for kind in kinds
             if plays(kind, role)
         }

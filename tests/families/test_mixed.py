@@ -10,7 +10,8 @@ from ppl_vae.data import Columns
 from ppl_vae.families import Bernoulli, FullNormal, Mixed, MixtureNormal, Normal
 
 COLUMNS = Columns(5, names=("a", "b", "c", "d", "e"), kinds=("real", "binary", "real", "binary", "real"))
-KINDS = {"a": "Normal", "b": "Bernoulli", "c": {"family": "Normal", "scale": "feature"}, "d": "Bernoulli", "e": "Normal"}
+OWN = {"family": "Normal", "scale": "feature"}
+KINDS = {"a": "Normal", "b": "Bernoulli", "c": OWN, "d": "Bernoulli", "e": "Normal"}
 
 
 def softplus(raw):

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
-from ppl_vae.runs.schema import ROLES, SECTIONS, components, json_schema
+from ppl_vae.runs.catalogue import components
+from ppl_vae.runs.schema import ROLES, SECTIONS, json_schema
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override
 
