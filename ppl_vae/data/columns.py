@@ -35,6 +35,7 @@ class Columns:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        words = plain.get("categories")
-        return cls(**plain | ({"categories": {key: tuple(value) for key, value in words.items()}} if words else {}))
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        if known.get("categories"):
+            known["categories"] = {key: tuple(words) for key, words in known["categories"].items()}
+        return cls(**known)
