@@ -30,7 +30,11 @@ class Columns:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+        if self.categories is not None:
+            known["categories"] = {name: list(words) for name, words in self.categories.items()}
+        return known
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -178,9 +178,7 @@ def load(
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        columns=Columns(
-            raw.x.shape[1], raw.shape, None if raw.feature_names is None else tuple(raw.feature_names)
-        ),
+        columns=Columns(raw.x.shape[1], raw.shape, None if raw.feature_names is None else tuple(raw.feature_names)),
         transform=transform,
         stored={"x": stored["train"]} if transform.redraws else None,
     )
