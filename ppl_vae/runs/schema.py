@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ppl_vae import families, networks
 from ppl_vae._seeds import fold_in, fork_rng
+from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import NAMES
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
@@ -22,6 +23,7 @@ ROLES = ("prior", "likelihood", "posterior")
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 CPU = torch.device("cpu")
+_UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
 
 
 class _Table(BaseModel):
@@ -81,7 +83,7 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
     """Choose the arguments for a constructor's positional parameters.
 
     Raises:
-        ValueError: If it has others than these.
+        ValueError: If it has others than these, or needs a `shape` or `levels` that the data do not have.
     """
     wanted = needs(function)
     if strange := wanted - known.keys():
@@ -89,14 +91,28 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
             f"Expected positional parameters of {function.__name__} among {', '.join(known)}; got "
             f"{', '.join(sorted(strange))}. Make settings keyword-only."
         )
+    for key in sorted(wanted & _UNKNOWN.keys()):
+        if known[key] is None:
+            raise ValueError(f"Expected data of {_UNKNOWN[key]} for {function.__name__}; got none. Use another.")
     return {key: value for key, value in known.items() if key in wanted}
+
+
+def described(columns: Columns) -> dict[str, Any]:
+    """What constructors can be told of the columns of the data."""
+    return {"levels": columns.levels, "columns": columns, "shape": columns.shape}
+
+
+def _example(**known: Any) -> dict[str, Any]:
+    """Arguments for the positional parameters of any part, over two features or small pictures."""
+    columns = Columns(2, (8, 8), ("a", "b"), ("real", "real"), (2, 2))
+    return {"event": 2, "rows": 1, **described(columns), **known}
 
 
 @cache
 def example(kind: Any) -> Any:
     """A family over two features, or the class itself if it has keys that must be given."""
     with fork_rng(0, device=CPU):
-        return kind if None in keys_of(kind).values() else kind(2)
+        return kind if None in keys_of(kind).values() else kind(**filled(kind, **_example()))
 
 
 def parametric(kind: Any) -> bool:
@@ -112,6 +128,8 @@ def plays(kind: Any, role: str) -> bool:
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
         return role not in tied
+    if wanted & {"levels", "columns"} and role != "likelihood":
+        return False
     if role == "prior":
         others = [example(other) for other in classes(families) if not needs(other) & set(ROLES)]
         return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
@@ -131,8 +149,8 @@ def sections(program: type | None = None, *, opened: bool = False) -> dict[str, 
 @cache
 def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
     def named(kind: Any, title: str, **more: Any) -> Any:
-        tied = needs(kind) & set(ROLES)
-        judge = _nothing if tied else partial(kind, **filled(kind, event=2, rows=1))
+        unknown = needs(kind) & {*ROLES, "columns"}
+        judge = _nothing if unknown else partial(kind, **filled(kind, **_example()))
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
     count = Annotated[int, Field(ge=1)]

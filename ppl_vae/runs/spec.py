@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 from ppl_vae import families, networks
 from ppl_vae._seeds import fork_rng
+from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import root_folder
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
@@ -27,8 +28,10 @@ from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, example, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, is_path, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, read, show
+
+_TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
 
 
 @dataclass(frozen=True)
@@ -128,24 +131,27 @@ class Spec:
         data = self.load_data() if data is None else data
         x = data.train["x"]
         with _blamed(self, data):
-            program: Any = self.assemble(features=data.features, rows=len(x))
+            program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
                     program.initialise(x.cpu())
         return program
 
-    def assemble(self, *, features: int, rows: int) -> Any:
-        """Construct the program for data of these sizes, without the data.
+    def assemble(self, *, columns: Columns, rows: int) -> Any:
+        """Construct the program for such data, without the data.
 
         Args:
-            features: columns of `x`.
+            columns: the columns of `x`.
             rows: number of training data.
+
+        Raises:
+            ValueError: If a part needs to know of the columns what is not known.
         """
         with fork_rng(self.svi.seed, "build", device=CPU):
             if self.model.program is None:
-                return _assemble(self, features, self.model.latent, rows)
+                return _assemble(self, columns, self.model.latent, rows)
             kind = load_program(self.model.program)
-            sizes = filled(kind, features=features, latent=self.model.latent)
+            sizes = filled(kind, features=columns.count, latent=self.model.latent, **described(columns))
             return kind(**sizes, **self.model.model_dump(exclude={"latent", "program"}))
 
     def check(self, data: Data, program: Any = None) -> Check:
@@ -210,6 +216,11 @@ def _on_table(part: Any) -> bool:
     return network is not None and "rows" in needs(getattr(networks, network.family))
 
 
+def _on_columns(part: Any) -> bool:
+    """Whether a part has to know the columns of the data, by name or kind."""
+    return "columns" in needs(getattr(families, part.family))
+
+
 def _unused(data: Any) -> dict[str, str]:
     """Keys of [data] without effect, and the data on which they have none."""
     if data.name == "digits":
@@ -237,7 +248,7 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
         if program is not None and model is not None:
             try:
-                takes = filled(program, features=1, latent=latent)
+                takes = filled(program, features=1, latent=latent, **described(_TRIAL))
             except ValueError as error:
                 yield f"model.program: {error}"
             else:
@@ -263,10 +274,10 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 f"density of zeros and ones has no bound; got {show(data.binarization)}. Try --set "
                 "data.binarization=none, a Bernoulli, or a fixed scale."
             )
-    if latent is not None and None not in (spec.prior, likelihood, posterior):
+    if latent is not None and None not in (spec.prior, likelihood, posterior) and not _on_columns(likelihood):
         try:
             with fork_rng(0, device=CPU):
-                _assemble(spec, features=2, latent=latent, rows=1)
+                _assemble(spec, _TRIAL, latent=latent, rows=1)
         except ValueError as error:
             yield f"posterior: {error}"
 
@@ -282,18 +293,19 @@ def _support(part: Any) -> Any:
     return example(getattr(families, part.family)).support
 
 
-def _assemble(spec: Spec, features: int, latent: int, rows: int) -> VAE:
+def _assemble(spec: Spec, columns: Columns, latent: int, rows: int) -> VAE:
     """Build the three conditionals, those last that are tied to others."""
     parts: dict[str, Any] = {}
+    known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
         table = getattr(spec, role)
         kind, network = getattr(families, table.family), getattr(table, "network", None)
-        event = features if role == "likelihood" else latent
-        family = kind(**filled(kind, event=event, **parts), **table.model_dump(exclude={"family", "network"}))
+        event = columns.count if role == "likelihood" else latent
+        family = kind(**filled(kind, event=event, **known, **parts), **table.model_dump(exclude={"family", "network"}))
         if network is not None:
             kind = getattr(networks, network.family)
-            network = kind(**filled(kind, rows=rows), **network.model_dump(exclude={"family"}))
-        context = {"prior": (), "likelihood": (latent,), "posterior": (features,)}[role]
+            network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
+        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
         parts[role] = Conditional(family, network).bind(*context)
     return VAE(**parts)
 

@@ -228,7 +228,7 @@ def test_strange_positional_parameters_are_refused(tmp_path):
         "    def guide(self, x): ...\n"
     )
     path = write(tmp_path, '[data]\nname = "digits"\n[model]\nprogram = "odd.py"\n')
-    with pytest.raises(ValueError, match="positional parameters of Odd among features, latent; got width"):
+    with pytest.raises(ValueError, match="positional parameters of Odd among features, latent, .*; got width"):
         load_spec(path)
 
 
