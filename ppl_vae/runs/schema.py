@@ -12,16 +12,19 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
 
 from ppl_vae import families, networks
+from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import NAMES
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
+from ppl_vae.networks.encoding import WORDS
 
 ROLES = ("prior", "likelihood", "posterior")
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
+Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
 _UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
 
@@ -149,8 +152,8 @@ def sections(program: type | None = None, *, opened: bool = False) -> dict[str, 
 @cache
 def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
     def named(kind: Any, title: str, **more: Any) -> Any:
-        unknown = needs(kind) & {*ROLES, "columns"}
-        judge = _nothing if unknown else partial(kind, **filled(kind, **_example()))
+        tied = needs(kind) & set(ROLES)
+        judge = _nothing if tied else partial(_judge_part, kind)
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
     count = Annotated[int, Field(ge=1)]
@@ -172,8 +175,15 @@ def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[An
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
         kind_of_network = _union(inner[role])
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
+        more: Any = {"network": field}
+        if role == "posterior":
+            more["encoding"] = (Annotated[Encodings, AfterValidator(_judge_encoding)] | None, None)
         tables[role] = {
-            kind.__name__: named(kind, role.title() + kind.__name__, **{"network": field} if parametric(kind) else {})
+            kind.__name__: named(
+                kind,
+                role.title() + kind.__name__,
+                **(more if parametric(kind) else {}),
+            )
             for kind in kinds
             if plays(kind, role)
         }
@@ -227,6 +237,21 @@ def _table(
     make: Any = create_model
     validators = {"together": model_validator(mode="after")(together)}
     return make(title, __base__=_Open if opened else _Table, __validators__=validators, **fixed, **fields)
+
+
+def _judge_part(kind: Any, **keys: Any) -> None:
+    """Let a constructor judge its keys, over two columns, or over those that the keys name."""
+    kinds = keys.get("kinds")
+    names = tuple(kinds) if isinstance(kinds, dict) and kinds else ("a", "b")
+    real: Any = ("real",) * len(names)
+    columns = Columns(len(names), (8, 8), names, real, (2,) * len(names))
+    kind(**filled(kind, event=len(names), rows=1, **described(columns)), **keys)
+
+
+def _judge_encoding(encoding: Encodings) -> Encodings:
+    for word in encoding.values() if isinstance(encoding, dict) else [encoding]:
+        check_choice("encoding", word, WORDS)
+    return encoding
 
 
 def _judge_svi(**keys: Any) -> None:

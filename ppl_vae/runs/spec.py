@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import root_folder
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
@@ -134,7 +136,8 @@ class Spec:
             program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    program.initialise(x.cpu())
+                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
+                program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
@@ -301,13 +304,29 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int) -> VAE:
         table = getattr(spec, role)
         kind, network = getattr(families, table.family), getattr(table, "network", None)
         event = columns.count if role == "likelihood" else latent
-        family = kind(**filled(kind, event=event, **known, **parts), **table.model_dump(exclude={"family", "network"}))
+        keys = table.model_dump(exclude={"family", "network", "encoding"})
+        family = kind(**filled(kind, event=event, **known, **parts), **keys)
         if network is not None:
             kind = getattr(networks, network.family)
             network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
         context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
-        parts[role] = Conditional(family, network).bind(*context)
+        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
+        parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
     return VAE(**parts)
+
+
+def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
+    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
+    given, words = getattr(table, "encoding", None), list(family.encodings)
+    names = columns.names or tuple(map(str, range(columns.count)))
+    for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
+        matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"Expected the names of columns in `encoding`; got {pattern!r}.{near(pattern, names)}")
+        for j in matched:
+            words[j] = word
+    amortized = getattr(table, "network", None) is not None and not _on_table(table)
+    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
 
 
 @contextmanager
