@@ -113,8 +113,8 @@ def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: 
         from ppl_vae.runs.storage import is_run
 
         loaded = load_spec(spec, overrides, trust_code=trust_code or not is_run(spec.parent))
-        if loaded.model.program is not None:
-            say(f"runs the code of {loaded.model.program}")
+        for reference in loaded.programs.values():
+            say(f"runs the code of {reference}")
         result = loaded.check(loaded.load_data())
         show(screen, result.to_dict(), as_json, lambda: str(result))
 

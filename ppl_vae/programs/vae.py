@@ -14,7 +14,7 @@ from ppl_vae.families.family import moments
 from ppl_vae.families.supports import describe_support, same_support
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Amortized
-from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.program import unique_name
 from ppl_vae.programs.rows import numbered
 from ppl_vae.programs.traces import batch_of, check_batch
@@ -163,7 +163,7 @@ class VAE(nn.Module):
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw n data from the model, shape (n, *x)."""
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             return self.likelihood(self.prior().expand([n]).sample()).sample()
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class VAE(nn.Module):
         """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             z = self.approximate(**batch_of(self.guide, batch)).sample()
             return self.decode(z, **{key: value for key, value in batch.items() if key != "mask"}).mean  # type: ignore[no-any-return]
 

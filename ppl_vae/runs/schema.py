@@ -3,7 +3,7 @@
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -139,41 +139,50 @@ def plays(kind: Any, role: str) -> bool:
     return parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
 
 
-def sections(program: type | None = None, *, opened: bool = False) -> dict[str, Section]:
+def sections(own: Mapping[str, type | None] = {}, *, opened: bool = False) -> dict[str, Section]:  # noqa: B006
     """What may stand in each table of a spec.
 
     Args:
-        program: class of the program that takes the place of the roles, if any; its keys are those of `model`.
-        opened: whether `model` may hold any key.
+        own: classes from files of code, by the table that names them; their keys are those of that table. A table
+            whose class is None may hold any key.
+        opened: whether all such tables may hold any key.
     """
-    return _sections(program, opened, tuple(classes(families)), tuple(classes(networks)))
+    return _sections(tuple(own.items()), opened, tuple(classes(families)), tuple(classes(networks)))
 
 
 @cache
-def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+    own = dict(owned)
+
     def named(kind: Any, title: str, **more: Any) -> Any:
         tied = needs(kind) & set(ROLES)
         judge = _nothing if tied else partial(_judge_part, kind)
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
+    def code(place: str) -> tuple[Any, ...]:
+        """What makes the table of a class from a file, as `_table` takes it."""
+        kind = own.get(place)
+        return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
+
     count = Annotated[int, Field(ge=1)]
     data_name = Annotated[str, AfterValidator(_judge_name)]
     read = _keywords(load).keys() - {"dtype"}
     tables: dict[str, dict[str, Any]] = {
-        "data": {"": _table("Data", load, _judge_data, only=read, name=(data_name, ...))},
-        "model": {
-            "": _table(
-                "Model", program or _nothing, opened=opened, latent=(count | None, None), program=(str | None, None)
-            )
-        },
-        "svi": {"": _table("Svi", fit, _judge_svi, only=SVI)},
+        "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
+        "model": {"": _table("Model", *code("model"), latent=(count | None, None), program=(str | None, None))},
+        "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}
     for role in ROLES:
+        place, title = f"{role}.network", f"{role.title()}Network"
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
+        if place in own:
+            inner[role] = {"": _table(title, *code(place), program=(str, ...))}
         kind_of_network = _union(inner[role])
+        if opened and role != "prior":
+            kind_of_network |= _table(title, *code(place), program=(str, ...))
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
         more: Any = {"network": field}
         if role == "posterior":
@@ -200,7 +209,7 @@ def _union(models: dict[str, Any]) -> Any:
 
 
 def _table(
-    title: str, function: Any, judge: Any = _nothing, /, only: Any = None, opened: bool = False, **fixed: Any
+    title: str, function: Any, judge: Any = _nothing, only: Any = None, opened: bool = False, /, **fixed: Any
 ) -> Any:
     """Make the model of a table from the keyword-only parameters of a function, or `only` some of them.
 
