@@ -7,6 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.families.family import Family
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Network, join
 
 
@@ -20,6 +21,8 @@ class Conditional(nn.Module):
             and all batch dimensions in one. Its output starts wherever its last layer does, unless the module has a
             method `restart(start)` that sets it to parameters (p,), which `VAE.initialise` calls.
         context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
+        encoding: What the network sees of the context's columns; by default the columns as they are. The posterior of a
+            `VAE` takes the encoding that suits the likelihood.
 
     Raises:
         TypeError: If `family` is not a family or `network` not a module.
@@ -38,6 +41,7 @@ class Conditional(nn.Module):
         network: nn.Module | None = None,
         *,
         context: int | tuple[int | tuple[int, ...], ...] | None = None,
+        encoding: Encoding | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(family, Family):
@@ -47,6 +51,7 @@ class Conditional(nn.Module):
             raise TypeError(f"Expected a network, such as MLP(hidden=[200]), or any torch module; got {network!r}.")
         self.family = family
         self.network = network
+        self.encoding = encoding
         self.context: tuple[torch.Size, ...] | None = None
         if context is not None:
             self.bind(*([context] if isinstance(context, int) else context))
@@ -77,7 +82,8 @@ class Conditional(nn.Module):
                     f"Expected a network of its own for each conditional; got a {type(self.network).__name__} that "
                     f"is built already. Write it anew, or use copy.deepcopy before it is built."
                 )
-            self.network.build(sum(shape.numel() for shape in shapes), start)
+            size = sum(shape.numel() for shape in shapes)
+            self.network.build(size if self.encoding is None else self._encoded(size, self.encoding), start)
         self.context = shapes
         self._width = start.numel()
         return self
@@ -98,6 +104,8 @@ class Conditional(nn.Module):
             return network(*context)
         joined = join(context, self.context)
         seen = None if observed is None else join([observed], self.context)
+        if self.encoding is not None:
+            joined, seen = self.encoding(joined, seen)
         if isinstance(network, Network):
             return network(joined) if seen is None else network(joined, seen)
         joined = joined if seen is None else torch.where(seen, joined, 0.0)
@@ -123,3 +131,10 @@ class Conditional(nn.Module):
             given: What the family's `distribution` takes from the batch beside its parameters.
         """
         return self.family.distribution(self.unconstrained(*context, observed=observed), mask, **given)
+
+    @staticmethod
+    def _encoded(size: int, encoding: Encoding) -> int:
+        """Size of a context after its encoding, which must be of as many columns."""
+        if len(encoding.words) != size:
+            raise ValueError(f"Expected an encoding of {size} columns, as the context has; got {len(encoding.words)}.")
+        return encoding.size

@@ -1,5 +1,6 @@
 from .conv import Conv as Conv
 from .conv import ResidualConv as ResidualConv
+from .encoding import Encoding as Encoding
 from .linear import Linear as Linear
 from .mlp import MLP as MLP
 from .mlp import GatedMLP as GatedMLP

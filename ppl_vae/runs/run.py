@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ppl_vae._checks import check_int
+from ppl_vae.data.columns import Columns
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -64,9 +65,9 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
     spec = _read_spec(path, trust_code)
-    data = report["data"]
-    shape = tuple(data["shape"]) if data.get("shape") else None
-    program = spec.assemble(features=data["features"], rows=data["n_train"], shape=shape)
+    known = report["data"]
+    columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
+    program = spec.assemble(columns=columns, rows=known["n_train"])
     storage.load_learned_state(program, path / "model.safetensors")
     return Run(path, spec, program, report)
 
@@ -347,7 +348,7 @@ def _write_report(
             "measure": measure(target),
             "part": part,
             "features": data.features,
-            "shape": data.shape and list(data.shape),
+            "columns": data.columns.to_dict(),
             "n_train": len(data.train["x"]),
             "n_test": len(data.test["x"]),
         },

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ from torch.distributions import constraints
 
 from ppl_vae import families, networks
 from ppl_vae._seeds import fork_rng
+from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import root_folder
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, example, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, is_path, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
+
+_TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
 
 
 @dataclass(frozen=True)
@@ -144,25 +149,28 @@ class Spec:
         data = self.load_data() if data is None else data
         x = data.train["x"]
         with _blamed(self, data):
-            program: Any = self.assemble(features=data.features, rows=len(x), shape=data.shape)
+            program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    program.initialise(x.cpu())
+                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
+                program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
-    def assemble(self, *, features: int, rows: int, shape: tuple[int, ...] | None = None) -> Any:
-        """Construct the program for data of these sizes, without the data.
+    def assemble(self, *, columns: Columns, rows: int) -> Any:
+        """Construct the program for such data, without the data.
 
         Args:
-            features: columns of `x`.
+            columns: the columns of `x`.
             rows: number of training data.
-            shape: of the picture that a row of `x` flattens, if it does.
+
+        Raises:
+            ValueError: If a part needs to know of the columns what is not known.
         """
         with fork_rng(self.svi.seed, "build", device=CPU):
             if self.model.program is None:
-                return _assemble(self, features, self.model.latent, rows, shape)
+                return _assemble(self, columns, self.model.latent, rows)
             kind = load_program(self.model.program)
-            sizes = filled(kind, features=features, latent=self.model.latent)
+            sizes = filled(kind, features=columns.count, latent=self.model.latent, **described(columns))
             return kind(**sizes, **self.model.model_dump(exclude={"latent", "program"}))
 
     def check(self, data: Data, program: Any = None) -> Check:
@@ -232,6 +240,11 @@ def _on_table(part: Any) -> bool:
     return family is not None and "rows" in needs(getattr(networks, family))
 
 
+def _on_columns(part: Any) -> bool:
+    """Whether a part has to know the columns of the data, by name or kind."""
+    return "columns" in needs(getattr(families, part.family))
+
+
 def _unused(data: Any) -> dict[str, str]:
     """Keys of [data] without effect, and the data on which they have none."""
     if data.name == "digits":
@@ -259,7 +272,7 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
         if program is not None and model is not None:
             try:
-                takes = filled(program, features=1, latent=latent)
+                takes = filled(program, features=1, latent=latent, **described(_TRIAL))
             except ValueError as error:
                 yield f"model.program: {error}"
             else:
@@ -285,10 +298,10 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 f"density of zeros and ones has no bound; got {show(data.binarization)}. Try --set "
                 "data.binarization=none, a Bernoulli, or a fixed scale."
             )
-    if latent is not None and None not in (spec.prior, likelihood, posterior):
+    if latent is not None and None not in (spec.prior, likelihood, posterior) and not _on_columns(likelihood):
         try:
             with fork_rng(0, device=CPU):
-                _assemble(spec, features=2, latent=latent, rows=1, shape=(1, 2), own=False)
+                _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
             yield f"posterior: {error}"
 
@@ -304,27 +317,43 @@ def _support(part: Any) -> Any:
     return example(getattr(families, part.family)).support
 
 
-def _assemble(
-    spec: Spec, features: int, latent: int, rows: int, shape: tuple[int, ...] | None, *, own: bool = True
-) -> VAE:
+def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
+    known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
         network: Any = getattr(table, "network", None)
-        event = features if role == "likelihood" else latent
-        family = kind(**filled(kind, event=event, **parts), **table.model_dump(exclude={"family", "network"}))
-        context = {"prior": (), "likelihood": (latent,), "posterior": (features,)}[role]
+        event = columns.count if role == "likelihood" else latent
+        keys = table.model_dump(exclude={"family", "network", "encoding"})
+        family = kind(**filled(kind, event=event, **known, **parts), **keys)
+        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
+        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
-            sizes = filled(kind, context=sum(context), outputs=family.start().numel(), shape=shape)
+            size = sum(context) if encoding is None else encoding.size
+            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)
-            network = kind(**filled(kind, rows=rows, shape=shape), **network.model_dump(exclude={"family"}))
-        parts[role] = Conditional(family, network).bind(*context)
+            network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
+        parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
     return VAE(**parts)
+
+
+def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
+    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
+    given, words = getattr(table, "encoding", None), list(family.encodings)
+    names = columns.names or tuple(map(str, range(columns.count)))
+    for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
+        matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"Expected the names of columns in `encoding`; got {pattern!r}.{near(pattern, names)}")
+        for j in matched:
+            words[j] = word
+    amortized = getattr(table, "network", None) is not None and not _on_table(table)
+    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
 
 
 @contextmanager
