@@ -48,15 +48,21 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
-def refuse_constant(scale: Tensor, name: str = "scale") -> None:
-    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+def refuse_constant(scale: Tensor, name: str = "scale", *, settable: bool = True) -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own.
+
+    Args:
+        scale: Standard deviations, of any shape.
+        name: The parameter.
+        settable: Whether a user can set `name` to something else.
+    """
     constant = (scale.flatten() == 0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
         raise ValueError(
             f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
             f"(columns {shown}), where the density grows without bound. "
-            f'Use {name} = "shared" or a number, or leave these features out.'
+            + (f'Use {name} = "shared" or a number, or leave these features out.' if settable else "Leave them out.")
         )
 
 
@@ -70,6 +76,7 @@ class Family(nn.Module, ABC):
         support: The values that an entry of an event can take.
         reparameterised: Whether gradients flow through its draws.
         normals: Which of the members are normals, those that `nearest` finds.
+        encoding: How a guide sees such data, unless it is told otherwise.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -78,6 +85,7 @@ class Family(nn.Module, ABC):
     support: constraints.Constraint = constraints.real
     reparameterised = True
     normals: Literal["none", "some", "all"] = "none"
+    encoding: Literal["plain", "standardise", "log", "log1p", "one-hot"] = "plain"
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
