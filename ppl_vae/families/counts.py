@@ -12,7 +12,6 @@ from torch.distributions import constraints
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Entry, elementwise
 from ppl_vae.families.elementwise import Elementwise, Source
-from ppl_vae.families.family import positive, unconstrained
 
 
 class Binomial(Elementwise):
@@ -53,21 +52,8 @@ class Rates(Elementwise):
         """
         values = self.values(parameters)
         if size_factor is not None:
-            values["rate"] = values["rate"] * self._each(size_factor)
+            values["rate"] = values["rate"] * size_factor.reshape(*size_factor.shape, *(1 for _ in self.event_shape))
         return elementwise(self.kind(**values), len(self.event_shape), mask)
-
-    def fit_start(
-        self, x: Tensor, mask: Tensor | None = None, *, size_factor: Tensor | None = None
-    ) -> Tensor:
-        """Parameters (p,) that start at the data, as of every family; `size_factor` as of `distribution`."""
-        if size_factor is None:
-            return super().fit_start(x, mask)
-        typical, count = size_factor.mean(), self.event_shape.numel()
-        raw = super().fit_start(x * self._each(typical / size_factor), mask)
-        return torch.cat([unconstrained(positive(raw[:count]) / typical), raw[count:]])
-
-    def _each(self, size_factor: Tensor) -> Tensor:
-        return size_factor.reshape(*size_factor.shape, *(1 for _ in self.event_shape))
 
 
 class Poisson(Rates):

@@ -92,14 +92,13 @@ class DiscretizedLogistic(Elementwise):
     def __init__(
         self, event: int | tuple[int, ...], levels: int | tuple[int, ...], *, scale: Source = "network"
     ) -> None:
-        self.levels = _common(levels)
-        support = Steps(self.levels, 1 / (self.levels - 1))
-        super().__init__(
-            event, _DiscretizedLogistic, support, loc="network", scale=scale, levels=float(self.levels)
-        )
+        self.count = _common(levels)
+        support = Steps(self.count, 1 / (self.count - 1))
+        super().__init__(event, _DiscretizedLogistic, support, loc="network", scale=scale, levels=float(self.count))
+        self.levels = (self.count,) * self.event_shape.numel()
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        return {"loc": mean, "scale": _logistic_scale(scale, self.levels)}
+        return {"loc": mean, "scale": _logistic_scale(scale, self.count)}
 
 
 class MixtureDiscretizedLogistic(Family):
@@ -123,8 +122,9 @@ class MixtureDiscretizedLogistic(Family):
         self, event: int | tuple[int, ...], levels: int | tuple[int, ...], *, components: int = 5
     ) -> None:
         super().__init__(event)
-        self.levels, self.components = _common(levels), check_int("components", components)
-        self.support = Steps(self.levels, 1 / (self.levels - 1))
+        self.count, self.components = _common(levels), check_int("components", components)
+        self.levels = (self.count,) * self.event_shape.numel()
+        self.support = Steps(self.count, 1 / (self.count - 1))
 
     def start(self) -> Tensor:
         return self._pack(torch.full(self.event_shape, 0.5), torch.full(self.event_shape, 0.3))
@@ -136,15 +136,15 @@ class MixtureDiscretizedLogistic(Family):
         dims = len(self.event_shape)
         parts = parameters.unflatten(-1, (3, self.components, *self.event_shape)).movedim(-1 - dims, -1)
         logits, loc, raw = parts.unbind(-2 - dims)
-        each = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=float(self.levels))
+        each = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=float(self.count))
         return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), each), dims, mask)
 
     def _pack(self, mean: Tensor, scale: Tensor) -> Tensor:
         """Components side by side; equal ones would never part."""
         place = (torch.arange(self.components).to(mean) + 0.5) / self.components
         place = place.reshape(-1, *(1 for _ in self.event_shape)).logit()
-        loc = mean + place * _logistic_scale(scale, self.levels)
-        width = _logistic_scale(scale, self.levels).expand_as(loc)
+        loc = mean + place * _logistic_scale(scale, self.count)
+        width = _logistic_scale(scale, self.count).expand_as(loc)
         return torch.cat([torch.zeros_like(loc).flatten(), loc.flatten(), unconstrained(width).flatten()])
 
 

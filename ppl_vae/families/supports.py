@@ -32,8 +32,12 @@ class Steps(constraints.Constraint):
         place, levels = value / self.step, torch.as_tensor(self.levels, device=value.device)
         return ((place - place.round()).abs() < 0.01) & (place > -0.5) & (place < levels - 0.5)
 
-    def __repr__(self) -> str:
-        return f"{self.levels} numbers from 0 in steps of {self.step:g}"
+    @property
+    def words(self) -> str:
+        """The support in words."""
+        if self.step != 1:
+            return f"0, {self.step:g}, {2 * self.step:g}, ..., 1"
+        return f"the codes 0, 1, ... below {' or '.join(map(str, torch.as_tensor(self.levels).unique().tolist()))}"
 
 
 unit = OpenInterval(0.0, 1.0)
@@ -72,3 +76,23 @@ def value_inside(support: Any) -> float:
     """A value that lies in a support, to stand where an entry is hidden."""
     mean, _ = typical_moments(support)
     return (bounds(support) or (mean,))[0] if support.is_discrete else mean
+
+
+def describe_support(support: Any) -> str:
+    """A support in words, such as `the whole numbers from 0 to 15`."""
+    inner, limits = support, bounds(support)
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if limits is None or hasattr(inner, "words"):
+        return getattr(inner, "words", None) or str(inner).removesuffix("()")
+    low, high = limits
+    if isinstance(inner, type(constraints.boolean)):
+        return "{0, 1}"
+    if limits == (-math.inf, math.inf):
+        return "the real numbers"
+    start, end = (f"{bound:g}" for bound in limits)
+    if inner.is_discrete:
+        return f"the whole numbers from {start}" + (f" to {end}" if math.isfinite(high) else "")
+    if not math.isfinite(high):
+        return "the positive numbers" if low == 0 else f"the numbers above {start}"
+    return f"the numbers below {end}" if not math.isfinite(low) else f"the interval from {start} to {end}"
