@@ -23,7 +23,7 @@ class _Beta(dist.Beta):
 
 
 class Beta(Elementwise):
-    r"""Independent betas, :math:`\prod_j x_j^{a_j - 1} (1 - x_j)^{b_j - 1} / B(a_j, b_j)`, on :math:`0 < x_j < 1`."""
+    r"""Independent betas, :math:`\prod_j x_j^{a_j - 1} (1 - x_j)^{b_j - 1} / B(a_j, b_j)`, where 0 < x < 1."""
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event, _Beta, concentration1="network", concentration0="network")
@@ -63,7 +63,7 @@ class _Kumaraswamy(Entry):
 
 
 class Kumaraswamy(Elementwise):
-    r"""Independent Kumaraswamys, :math:`\prod_j a_j b_j x_j^{a_j - 1} (1 - x_j^{a_j})^{b_j - 1}`, on :math:`0 < x_j < 1`.
+    r"""Independent Kumaraswamys, :math:`\prod_j a_j b_j x_j^{a_j - 1} (1 - x_j^{a_j})^{b_j - 1}`, where 0 < x < 1.
 
     Much like a beta distribution, and cheaper to draw from (A generalized probability density function for
     double-bounded random processes, Kumaraswamy 1980).
@@ -74,12 +74,13 @@ class Kumaraswamy(Elementwise):
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         mean = mean.clamp(1e-3, 1 - 1e-3)
-        scale = torch.minimum(scale, (mean * (1 - mean) / 1.1).sqrt()).clamp_min(1e-3)
+        scale = torch.minimum(scale, (mean * (1 - mean) / 1.5).sqrt())
+        most = -9 / mean.log()  # a sharper start would need b above e^9
         a = b = torch.ones_like(mean)
         for _ in range(60):
             now = _Kumaraswamy(concentration1=a, concentration0=b)
-            a = (a * (now.stddev * mean / (scale * now.mean)).clamp(0.5, 2)).clamp(0.02, 1e4)
-            b = (b * (now.mean / mean).pow(a).clamp(0.5, 2)).clamp(0.02, 1e4)
+            a = torch.minimum(a * (now.stddev * mean / (scale * now.mean)).clamp(0.5, 2), most)
+            b = b * (now.mean / mean).pow(a).clamp(0.5, 2)
         return {"concentration1": a, "concentration0": b}
 
 

@@ -65,7 +65,7 @@ class Levels(Family):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         dims = len(self.event_shape)
-        return elementwise(_Levels(logits=self.logits(parameters).movedim(-1 - dims, -1)), dims, mask)
+        return elementwise(_Levels(logits=self.logits(parameters).movedim(-1 - dims, -1)), dims, mask, self.support)
 
     def frequencies(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Share of each level, shape (most levels, *event), a half added to each count."""
@@ -76,7 +76,7 @@ class Levels(Family):
 
 
 class Categorical(Levels):
-    r"""Independent categoricals, :math:`\prod_j p_{j x_j}`, by their logits; a datum holds the codes 0, 1, ... as floats.
+    r"""Independent categoricals, :math:`\prod_j p_{j x_j}`, by logits; x holds the codes 0, 1, ... as floats.
 
     Args:
         event: The shape of an event; an int is short for a 1-tuple.

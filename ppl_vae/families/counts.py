@@ -8,9 +8,10 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
 
 from ppl_vae._checks import check_int
-from ppl_vae.families.distributions import Entry, elementwise
+from ppl_vae.families.distributions import Entry
 from ppl_vae.families.elementwise import Elementwise, Source
 
 
@@ -53,7 +54,7 @@ class Rates(Elementwise):
         values = self.values(parameters)
         if size_factor is not None:
             values["rate"] = values["rate"] * size_factor.reshape(*size_factor.shape, *(1 for _ in self.event_shape))
-        return elementwise(self.kind(**values), len(self.event_shape), mask)
+        return self.independent(values, mask)
 
 
 class Poisson(Rates):
@@ -118,6 +119,36 @@ class NegativeBinomial(Rates):
         return {"rate": rate, "dispersion": _dispersion(rate, scale.square() - rate)}
 
 
+class _ZeroInflatedPoisson(Entry):
+    """Zero with the probability of the gate, else what `counts` says."""
+
+    arg_constraints = {"rate": constraints.positive, "gate_logits": constraints.real}
+    support = constraints.nonnegative_integer
+    rate: Tensor
+    gate_logits: Tensor
+
+    def counts(self) -> TorchDistribution:
+        return dist.Poisson(self.rate, validate_args=False)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        log = logsigmoid(-self.gate_logits) + self.counts().log_prob(value)
+        return torch.where(value == 0, torch.logaddexp(logsigmoid(self.gate_logits), log), log)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            kept = self.uniform(sample_shape) > self.gate_logits.sigmoid()
+            return kept * self.counts().sample(torch.Size(sample_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(-self.gate_logits) * self.rate
+
+    @property
+    def variance(self) -> Tensor:
+        kept = torch.sigmoid(-self.gate_logits)
+        return kept * (self.counts().variance + (1 - kept) * self.rate.square())
+
+
 class ZeroInflatedPoisson(Rates):
     r"""Independent Poissons with more zeros: an entry is 0 with probability :math:`g_j`, else Poisson.
 
@@ -125,7 +156,7 @@ class ZeroInflatedPoisson(Rates):
     """
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
-        super().__init__(event, dist.ZeroInflatedPoisson, rate="network", gate_logits="network")
+        super().__init__(event, _ZeroInflatedPoisson, rate="network", gate_logits="network")
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         mean = mean.clamp_min(1e-3)
@@ -133,18 +164,12 @@ class ZeroInflatedPoisson(Rates):
         return {"rate": mean / (1 - gate), "gate_logits": gate.logit()}
 
 
-class _ZeroInflatedNegativeBinomial(dist.ZeroInflatedDistribution):
-    arg_constraints = _NegativeBinomial.arg_constraints | {"gate_logits": constraints.real}
-    support = constraints.nonnegative_integer
+class _ZeroInflatedNegativeBinomial(_ZeroInflatedPoisson):
+    arg_constraints = {**_NegativeBinomial.arg_constraints, "gate_logits": constraints.real}
+    dispersion: Tensor
 
-    def __init__(self, rate: Tensor, dispersion: Tensor, gate_logits: Tensor, validate_args: Any = None) -> None:
-        self.rate, self.dispersion = rate, dispersion
-        base = _NegativeBinomial(rate=rate, dispersion=dispersion, validate_args=validate_args)
-        super().__init__(base, gate_logits=gate_logits, validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> TorchDistribution:
-        parts = [part.expand(batch_shape) for part in (self.rate, self.dispersion, self.gate_logits)]
-        return _ZeroInflatedNegativeBinomial(*parts, validate_args=False)
+    def counts(self) -> TorchDistribution:
+        return _NegativeBinomial(rate=self.rate, dispersion=self.dispersion, validate_args=False)
 
 
 class ZeroInflatedNegativeBinomial(Rates):

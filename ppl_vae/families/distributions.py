@@ -14,22 +14,27 @@ from torch.distributions.utils import broadcast_all
 from ppl_vae.families.supports import value_inside
 
 
-def elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
+def elementwise(base: Any, event_dims: int, mask: Tensor | None, support: Any = None) -> TorchDistribution:
     """Turn the last dimensions of independent entries into an event, and hide those where `mask` is false."""
-    return (base if mask is None else Filled(base, mask)).to_event(event_dims)
+    inside = base.support if support is None else support
+    return (base if mask is None else Filled(base, mask, value_inside(inside))).to_event(event_dims)  # type: ignore[no-any-return]
 
 
 class Filled(MaskedDistribution):
-    """A masked distribution that first fills hidden entries: a NaN under a mask would poison gradients."""
+    """A masked distribution that first fills hidden entries by `inside`: a NaN under a mask would poison gradients."""
 
     _mask: Any
 
+    def __init__(self, base: Any, mask: Tensor, inside: float) -> None:
+        super().__init__(base, mask)
+        self.inside = inside
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Filled":
         batch_shape = torch.Size(batch_shape)
-        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
+        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape), self.inside)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self._mask, value, value_inside(self.base_dist.support)))
+        return super().log_prob(torch.where(self._mask, value, self.inside))
 
 
 class Entry(TorchDistribution):

@@ -54,7 +54,8 @@ class Elementwise(Family):
                 if isinstance(source, str | bool | None) or not least < source < math.inf:
                     raise ValueError(f"Expected `{name}` to be network, shared, feature or {wanted}; got {source!r}.")
                 self.register_buffer(f"fixed_{name}", torch.tensor(float(source)), persistent=False)
-        self._set_learned(*map(torch.tensor, typical_moments(self.support)))
+        if set(sources.values()) & {"shared", "feature"}:
+            self._set_learned(*map(torch.tensor, typical_moments(self.support)))
 
     @abstractmethod
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -78,7 +79,11 @@ class Elementwise(Family):
         return getattr(self, f"fixed_{name}")
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
-        return elementwise(self.kind(**self.values(parameters)), len(self.event_shape), mask)
+        return self.independent(self.values(parameters), mask)
+
+    def independent(self, values: dict[str, Any], mask: Tensor | None) -> TorchDistribution:
+        """Distribution of independent entries from the values of their parameters."""
+        return elementwise(self.kind(**values), len(self.event_shape), mask, self.support)
 
     def values(self, parameters: Tensor) -> dict[str, Any]:
         """Values of the parameters of the class, each of shape (*batch, *event)."""

@@ -118,9 +118,7 @@ class MixtureDiscretizedLogistic(Family):
 
     reparameterised = False
 
-    def __init__(
-        self, event: int | tuple[int, ...], levels: int | tuple[int, ...], *, components: int = 5
-    ) -> None:
+    def __init__(self, event: int | tuple[int, ...], levels: int | tuple[int, ...], *, components: int = 5) -> None:
         super().__init__(event)
         self.count, self.components = _common(levels), check_int("components", components)
         self.levels = (self.count,) * self.event_shape.numel()
@@ -137,7 +135,7 @@ class MixtureDiscretizedLogistic(Family):
         parts = parameters.unflatten(-1, (3, self.components, *self.event_shape)).movedim(-1 - dims, -1)
         logits, loc, raw = parts.unbind(-2 - dims)
         each = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=float(self.count))
-        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), each), dims, mask)
+        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), each), dims, mask, self.support)
 
     def _pack(self, mean: Tensor, scale: Tensor) -> Tensor:
         """Components side by side; equal ones would never part."""

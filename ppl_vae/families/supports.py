@@ -20,13 +20,13 @@ class Steps(constraints.Constraint):
 
     is_discrete = True
 
-    def __init__(self, levels: int | tuple[int, ...] | Tensor, step: float = 1.0) -> None:
+    def __init__(self, levels: int | tuple[int, ...] | Tensor, step: float | Tensor = 1.0) -> None:
         self.levels, self.step = levels, step
         self.lower_bound = 0.0
 
     @property
     def upper_bound(self) -> float:
-        return self.step * (float(torch.as_tensor(self.levels).max()) - 1)
+        return float(self.step) * (float(torch.as_tensor(self.levels).max()) - 1)
 
     def check(self, value: Tensor) -> Tensor:
         place, levels = value / self.step, torch.as_tensor(self.levels, device=value.device)

@@ -50,7 +50,7 @@ class _TruncatedNormal(Entry):
         with torch.no_grad():
             d = _quantile(self.uniform(sample_shape), b, w)
         drop = _drop(d, b)
-        beyond = _mass(b - d, w - d) / _mass(b, w) * torch.where(b < 0, -drop, -(b - d).clamp_max(0) ** 2 / 2).exp()
+        beyond = _mass(b - d, w - d) / _mass(b, w) * torch.where(b < 0, -drop, -((b - d).clamp_max(0) ** 2) / 2).exp()
         density = (-drop).exp() / (_mass(b, w) * math.sqrt(2 * math.pi))
         tiny = torch.finfo(d.dtype).tiny
         d = d + (beyond - beyond.detach()) / density.detach().clamp_min(tiny)  # the gradient of the inverse

@@ -247,8 +247,7 @@ def test_roles_follow_from_support_and_reparameterisation() -> None:
     assert roles["FullNormal"] == roles["MixtureNormal"] == ["prior", "likelihood", "posterior"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(("elbo", "dtype"), [(Trace_ELBO, torch.float32), (TraceMeanField_ELBO, torch.float64)])
 @pytest.mark.parametrize(("case", "role"), ROLES)
 def test_gradient_reaches_every_parameter(case: Case, role: str, elbo: Any, dtype: torch.dtype) -> None:
     vae = _vae(case, role).to(dtype)
