@@ -1,4 +1,14 @@
+from .bounded import Beta as Beta
+from .bounded import ContinuousBernoulli as ContinuousBernoulli
+from .bounded import Kumaraswamy as Kumaraswamy
+from .categories import Categorical as Categorical
+from .categories import OrderedCategorical as OrderedCategorical
 from .conditional import Conditional as Conditional
+from .counts import Binomial as Binomial
+from .counts import NegativeBinomial as NegativeBinomial
+from .counts import Poisson as Poisson
+from .counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
+from .counts import ZeroInflatedPoisson as ZeroInflatedPoisson
 from .elementwise import Bernoulli as Bernoulli
 from .elementwise import Elementwise as Elementwise
 from .elementwise import Normal as Normal
@@ -6,9 +16,18 @@ from .elementwise import StandardNormal as StandardNormal
 from .exact_normal import ExactNormal as ExactNormal
 from .family import Family as Family
 from .full_normal import FullNormal as FullNormal
+from .intensities import DiscretizedLogistic as DiscretizedLogistic
+from .intensities import MixtureDiscretizedLogistic as MixtureDiscretizedLogistic
 from .linear_gaussian import LinearGaussian as LinearGaussian
 from .mixed import Mixed as Mixed
 from .mixture import MixtureNormal as MixtureNormal
+from .multinomial import Multinomial as Multinomial
+from .positive import Gamma as Gamma
+from .positive import LogNormal as LogNormal
+from .real_line import Laplace as Laplace
+from .real_line import Logistic as Logistic
+from .real_line import StudentT as StudentT
 from .supports import same_support as same_support
+from .truncated_normal import TruncatedNormal as TruncatedNormal
 
 __all__: list[str]

@@ -50,15 +50,21 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
-def refuse_constant(scale: Tensor, name: str = "scale") -> None:
-    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+def refuse_constant(scale: Tensor, name: str = "scale", *, settable: bool = True) -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own.
+
+    Args:
+        scale: Standard deviations, of any shape.
+        name: The parameter.
+        settable: Whether a user can set `name` to something else.
+    """
     constant = (scale.flatten() == 0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
         raise ValueError(
             f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
             f"(columns {shown}), where the density grows without bound. "
-            f'Use {name} = "shared" or a number, or leave these features out.'
+            + (f'Use {name} = "shared" or a number, or leave these features out.' if settable else "Leave them out.")
         )
 
 

@@ -108,7 +108,7 @@ def test_mistakes_in_kinds_are_named(kinds, message):
 
 
 def test_kinds_need_a_table_to_be_inferred():
-    with pytest.raises(ValueError, match="whose kinds are known, for kinds = \"infer\": a table; got data of 3"):
+    with pytest.raises(ValueError, match='whose kinds are known, for kinds = "infer": a table; got data of 3'):
         Mixed(3, Columns(3))
     with pytest.raises(ValueError, match="Expected 3 columns, as the data have; got 2"):
         Mixed(2, Columns(3), kinds={"*": "Normal"})
