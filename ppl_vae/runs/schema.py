@@ -147,7 +147,7 @@ def plays(kind: Any, role: str) -> bool:
         amortized = not issubclass(kind, networks.Free)
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
-        return role not in tied
+        return role == ("prior" if "posterior" in tied else "posterior")
     if role == "prior":
         others = [example(other) for other in _classes(families) if not needs(other) & set(ROLES)]
         return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
