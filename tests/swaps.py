@@ -26,7 +26,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of families and networks whose defaults a
     "MixtureDiscretizedLogistic": {"components": 2},
     "MixtureFullNormal": {"components": 2},
     "MixtureNormal": {"components": 2},
-    "Mixed": {"kinds": {"a": "Normal", "b": "Bernoulli", "*": "Normal"}},
+    "Mixed": {"kinds": {"a": "Normal", "b": "Bernoulli", "*": "Categorical"}},
     "VampPrior": {"components": 5},
     "Conv": {"channels": [3]},
     "ResidualConv": {"channels": [3]},
@@ -60,16 +60,19 @@ def pairwise(values: dict[str, list[str]], seed: int = 0) -> list[dict[str, str]
         row = dict(min(missing))
         for part in rng.permutation([part for part in parts if part not in row]):
 
-            def gain(value: str, part: str = part, row: dict[str, str] = row) -> int:
-                at = {**row, part: value}
-                here = [(p, at[p]) for p in parts if p in at]
-                return sum(pair in missing for pair in itertools.combinations(here, 2))
-
-            row[part] = max(rng.permutation(values[part]).tolist(), key=gain)
+            order = rng.permutation(values[part]).tolist()
+            gains = [_covered({**row, part: value}, parts, missing) for value in order]
+            row[part] = order[int(np.argmax(gains))]
         row = {part: row[part] for part in parts}
         missing -= set(itertools.combinations(row.items(), 2))
         rows.append(row)
     return rows
+
+
+def _covered(row: dict[str, str], parts: list[str], missing: set[Any]) -> int:
+    """How many of the missing pairs stand in a row."""
+    there = [(part, row[part]) for part in parts if part in row]
+    return sum(pair in missing for pair in itertools.combinations(there, 2))
 
 
 def spec_of(choice: dict[str, str]) -> Spec:

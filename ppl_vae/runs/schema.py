@@ -130,7 +130,7 @@ def plays(kind: Any, role: str) -> bool:
         amortized = not issubclass(kind, networks.Free)
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
-        return role not in tied
+        return role == ("prior" if "posterior" in tied else "posterior")
     if wanted & {"levels", "columns"} and role != "likelihood":
         return False
     if role == "prior":

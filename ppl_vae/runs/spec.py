@@ -303,13 +303,18 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             with fork_rng(0, device=CPU):
                 _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            yield f"posterior: {error}"
+            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     """A table as it stands in the file; an empty one if it is no table."""
     table = raw.get(name)
     return table if isinstance(table, dict) else {}
+
+
+def _tied(part: Any) -> set[str]:
+    """The other roles that a part is made of."""
+    return needs(getattr(families, part.family)) & set(ROLES)
 
 
 def _support(part: Any) -> Any:
@@ -321,7 +326,12 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
     known = described(columns)
-    for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
+    if _tied(spec.prior) and _tied(spec.posterior):
+        raise ValueError(
+            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
+            f"{spec.posterior.family}."
+        )
+    for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
         network: Any = getattr(table, "network", None)
