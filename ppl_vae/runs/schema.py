@@ -26,7 +26,7 @@ SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
-_UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
+_UNKNOWN = {"shape": "pictures, which have a shape,", "levels": "columns of known kinds or 8-bit intensities"}
 
 
 class _Table(BaseModel):
@@ -96,7 +96,8 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
         )
     for key in sorted(wanted & _UNKNOWN.keys()):
         if known[key] is None:
-            raise ValueError(f"Expected data of {_UNKNOWN[key]} for {function.__name__}; got none. Use another.")
+            other = "MLP or Linear" if key == "shape" else "another family"
+            raise ValueError(f"Expected {_UNKNOWN[key]} for {function.__name__}; got other data. Use {other}.")
     return {key: value for key, value in known.items() if key in wanted}
 
 

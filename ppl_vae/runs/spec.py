@@ -228,7 +228,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
                 own[place] = load_program(table["program"])
             else:
                 own[place] = load_network(table["program"])
-                filled(own[place], context=1, outputs=1, shape=None)
+                filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
@@ -343,7 +343,7 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)
