@@ -45,8 +45,8 @@ class Picture(Amortized):
                 f"load the data as pictures."
             )
         for key, sizes in (("channels", channels), ("hidden", hidden), ("shape", shape)):
-            for size in sizes:
-                check_int(f"each of `{key}`", size)
+            for place, size in enumerate(sizes):
+                check_int(f"{key}[{place}]", size)
         if not channels:
             raise ValueError("Expected `channels` to list one or more positive numbers; got []. Or use MLP.")
         if check_int("kernel", kernel) % 2 == 0:
@@ -103,7 +103,7 @@ class Picture(Amortized):
             even = large[0] - 2 * small[0] + 1, large[1] - 2 * small[1] + 1  # 1 for an even side, 0 for an odd one
             layers += self.refine(size)
             layers += [nn.ConvTranspose2d(size, width, self.kernel, 2, self.kernel // 2, even), self._act()]
-        layers[-2].bias = None  # type: ignore[assignment]  each pixel has one of its own
+        layers[-2].register_parameter("bias", None)  # each pixel has one of its own
         return layers[:-1]
 
     def _sizes(self) -> list[tuple[int, int]]:

@@ -130,7 +130,7 @@ def plays(kind: Any, role: str) -> bool:
         amortized = not issubclass(kind, networks.Free)
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
-        return role not in tied
+        return role == ("prior" if "posterior" in tied else "posterior")
     if wanted & {"levels", "columns"} and role != "likelihood":
         return False
     if role == "prior":
@@ -151,15 +151,15 @@ def sections(own: Mapping[str, type | None] = {}, *, opened: bool = False) -> di
 
 
 @cache
-def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
-    own = dict(owned)
+def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+    own = dict(code)
 
     def named(kind: Any, title: str, **more: Any) -> Any:
         tied = needs(kind) & set(ROLES)
         judge = _nothing if tied else partial(_judge_part, kind)
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
-    def code(place: str) -> tuple[Any, ...]:
+    def coded(place: str) -> tuple[Any, ...]:
         """What makes the table of a class from a file, as `_table` takes it."""
         kind = own.get(place)
         return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
@@ -169,7 +169,7 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
     read = _keywords(load).keys() - {"dtype"}
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
-        "model": {"": _table("Model", *code("model"), latent=(count | None, None), program=(str | None, None))},
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None))},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
     }
@@ -179,10 +179,10 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
         place, title = f"{role}.network", f"{role.title()}Network"
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
         if place in own:
-            inner[role] = {"": _table(title, *code(place), program=(str, ...))}
+            inner[role] = {"": _table(title, *coded(place), program=(str, ...))}
         kind_of_network = _union(inner[role])
         if opened and role != "prior":
-            kind_of_network |= _table(title, *code(place), program=(str, ...))
+            kind_of_network |= _table(title, *coded(place), program=(str, ...))
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
         more: Any = {"network": field}
         if role == "posterior":

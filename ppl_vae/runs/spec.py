@@ -209,7 +209,8 @@ def load_spec(
 
 def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
-    data, own = _table(raw, "data"), {}
+    data = _table(raw, "data")
+    own: dict[str, Any] = {}
     name, root = data.get("name"), data.get("root")
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
@@ -302,13 +303,18 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             with fork_rng(0, device=CPU):
                 _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            yield f"posterior: {error}"
+            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     """A table as it stands in the file; an empty one if it is no table."""
     table = raw.get(name)
     return table if isinstance(table, dict) else {}
+
+
+def _tied(part: Any) -> set[str]:
+    """The other roles that a part is made of."""
+    return needs(getattr(families, part.family)) & set(ROLES)
 
 
 def _support(part: Any) -> Any:
@@ -320,9 +326,15 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
     known = described(columns)
-    for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
+    if _tied(spec.prior) and _tied(spec.posterior):
+        raise ValueError(
+            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
+            f"{spec.posterior.family}."
+        )
+    for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
-        kind, network = getattr(families, table.family), getattr(table, "network", None)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
         event = columns.count if role == "likelihood" else latent
         keys = table.model_dump(exclude={"family", "network", "encoding"})
         family = kind(**filled(kind, event=event, **known, **parts), **keys)
@@ -366,12 +378,13 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         if not spec.programs:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        for place, reference in spec.programs.items():
-            file = reference.partition(":")[0]
-            lines = [frame.lineno for frame in frames if frame.filename == file]
-            if lines:
-                break
-        parts, where = "model and guide" if place == "model" else "the network", f"line {lines[-1]}" if lines else "it"
+        lines = {
+            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
+            for place, reference in spec.programs.items()
+        }
+        place = next((place for place in lines if lines[place]), next(iter(lines)))
+        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
+        where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
