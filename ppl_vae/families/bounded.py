@@ -117,14 +117,12 @@ class _ContinuousBernoulli(Entry):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Inverse of the distribution function: log(1 + u (e^a - 1)) / a, with a <= 0, mirrored for a > 0."""
-        u, (_, near) = self.uniform(sample_shape), self._half()
+        u, near = self.uniform(sample_shape), self.logits.abs() < 0.01
         down = -torch.where(near, 1.0, self.logits.abs())
         far = torch.log1p(u * torch.expm1(down)) / down
-        small = torch.where(near, -self.logits.abs(), 0.0)
-        v = u * (1 - u)
+        small, v = torch.where(near, self.logits, 0.0), u * (1 - u)
         series = u + v * small / 2 * (1 + (1 - 2 * u) * small / 3 + (1 - 6 * v) * small**2 / 12)
-        x = torch.where(near, series, far)
-        return torch.where(self.logits > 0, 1 - x, x)
+        return torch.where(near, series, torch.where(self.logits > 0, 1 - far, far))
 
     def _half(self) -> tuple[Tensor, Tensor]:
         """Half the size of the logit, at least 0.1, and where it is smaller than that."""

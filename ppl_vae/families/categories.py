@@ -30,7 +30,7 @@ class _Levels(dist.Categorical):
         return (self.probs * (self._codes() - self.mean.unsqueeze(-1)) ** 2).sum(-1)
 
     def _codes(self) -> Tensor:
-        return torch.arange(self.probs.shape[-1]).to(self.probs)
+        return torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
 
 
 class Levels(Family):
@@ -144,5 +144,7 @@ class OrderedCategorical(Levels):
 
 def _scatter(values: Tensor, where: Tensor, fill: float) -> Tensor:
     """Values (*batch, p) at the p places of `where` that are true, in their order."""
+    if not values.shape[-1]:
+        return values.new_full((*values.shape[:-1], *where.shape), fill)
     place = (where.flatten().cumsum(0) - 1).clamp_min(0).reshape(where.shape)
     return torch.where(where, values[..., place], fill)

@@ -123,6 +123,7 @@ class MixtureDiscretizedLogistic(Family):
         self.count, self.components = _common(levels), check_int("components", components)
         self.levels = (self.count,) * self.event_shape.numel()
         self.support = Steps(self.count, 1 / (self.count - 1))
+        self.register_buffer("each", torch.tensor(float(self.count)), persistent=False)
 
     def start(self) -> Tensor:
         return self._pack(torch.full(self.event_shape, 0.5), torch.full(self.event_shape, 0.3))
@@ -134,8 +135,8 @@ class MixtureDiscretizedLogistic(Family):
         dims = len(self.event_shape)
         parts = parameters.unflatten(-1, (3, self.components, *self.event_shape)).movedim(-1 - dims, -1)
         logits, loc, raw = parts.unbind(-2 - dims)
-        each = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=float(self.count))
-        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), each), dims, mask, self.support)
+        logistics = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=self.each)
+        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), logistics), dims, mask, self.support)
 
     def _pack(self, mean: Tensor, scale: Tensor) -> Tensor:
         """Components side by side; equal ones would never part."""
