@@ -150,3 +150,19 @@ class Family(nn.Module, ABC):
                 f"{tuple(self.event_shape)}. Flatten it."
             )
         return self.event_shape[0]
+
+
+class Centred(Family):
+    """A family of vectors that starts at a mean and a standard deviation of each entry."""
+
+    @abstractmethod
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters (p,) of the member with these moments, or near them."""
+
+    def start(self) -> Tensor:
+        return self.pack(torch.zeros(self._vector()), torch.ones(self._vector()))
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        loc, scale = moments(x, mask)
+        refuse_constant(scale)
+        return self.pack(loc, scale)
