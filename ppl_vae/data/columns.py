@@ -30,11 +30,16 @@ class Columns:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+        if self.categories is not None:
+            known["categories"] = {name: list(words) for name, words in self.categories.items()}
+        return known
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
-        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        words = plain.get("categories")
-        return cls(**plain | ({"categories": {key: tuple(value) for key, value in words.items()}} if words else {}))
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        if known.get("categories"):
+            known["categories"] = {key: tuple(words) for key, words in known["categories"].items()}
+        return cls(**known)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
+from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import read_dataset
 from ppl_vae.data.files import RawData
 from ppl_vae.data.transforms import Transform, fit_transform
@@ -34,8 +35,7 @@ class Data:
             part, is equal. `log_volume` (nats per datum) turns a density of `x` into one of the values as stored:
             log p(stored) = log p(x) - log_volume.
         transform: From stored values to `x`.
-        shape: The picture that a row of `x` flattens, such as (28, 28), or None.
-        feature_names: The header of a CSV file, or None.
+        columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
     """
 
@@ -45,14 +45,23 @@ class Data:
     test: dict[str, Tensor] = field(repr=False)
     protocol: dict[str, Any]
     transform: Transform = field(repr=False)
-    shape: tuple[int, ...] | None = None
-    feature_names: list[str] | None = None
+    columns: Columns
     stored: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def features(self) -> int:
         """Number of columns of `x`."""
-        return self.train["x"].shape[1]
+        return self.columns.count
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Picture that a row of `x` flattens, such as (28, 28), or None."""
+        return self.columns.shape
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """Names of the columns of `x`, or None."""
+        return None if self.columns.names is None else list(self.columns.names)
 
     def to(self, device: torch.device | str) -> "Data":
         """Copy of the data with every tensor on `device`."""
@@ -169,8 +178,7 @@ def load(
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        shape=raw.shape,
-        feature_names=raw.feature_names,
+        columns=Columns(raw.x.shape[1], raw.shape, None if raw.feature_names is None else tuple(raw.feature_names)),
         transform=transform,
         stored={"x": stored["train"]} if transform.redraws else None,
     )

@@ -1,4 +1,14 @@
+from .bounded import Beta as Beta
+from .bounded import ContinuousBernoulli as ContinuousBernoulli
+from .bounded import Kumaraswamy as Kumaraswamy
+from .categories import Categorical as Categorical
+from .categories import OrderedCategorical as OrderedCategorical
 from .conditional import Conditional as Conditional
+from .counts import Binomial as Binomial
+from .counts import NegativeBinomial as NegativeBinomial
+from .counts import Poisson as Poisson
+from .counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
+from .counts import ZeroInflatedPoisson as ZeroInflatedPoisson
 from .elementwise import Bernoulli as Bernoulli
 from .elementwise import Elementwise as Elementwise
 from .elementwise import Normal as Normal
@@ -7,15 +17,25 @@ from .exact_normal import ExactNormal as ExactNormal
 from .family import Family as Family
 from .flow import Flow as Flow
 from .full_normal import FullNormal as FullNormal
+from .intensities import DiscretizedLogistic as DiscretizedLogistic
+from .intensities import MixtureDiscretizedLogistic as MixtureDiscretizedLogistic
 from .linear_gaussian import LinearGaussian as LinearGaussian
 from .logistic_normal import LogisticNormal as LogisticNormal
 from .low_rank_normal import LowRankNormal as LowRankNormal
+from .mixed import Mixed as Mixed
 from .mixture import MixtureFullNormal as MixtureFullNormal
 from .mixture import MixtureNormal as MixtureNormal
+from .multinomial import Multinomial as Multinomial
+from .positive import Gamma as Gamma
+from .positive import LogNormal as LogNormal
+from .real_line import Laplace as Laplace
+from .real_line import Logistic as Logistic
+from .real_line import StudentT as StudentT
 from .sphere import HypersphericalUniform as HypersphericalUniform
 from .sphere import VonMisesFisher as VonMisesFisher
 from .supports import same_support as same_support
 from .tied_priors import ExemplarPrior as ExemplarPrior
 from .tied_priors import VampPrior as VampPrior
+from .truncated_normal import TruncatedNormal as TruncatedNormal
 
 __all__: list[str]

@@ -7,6 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.families.family import Family
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Network, join
 
 
@@ -15,9 +16,13 @@ class Conditional(nn.Module):
 
     Args:
         family: The kind of distribution.
-        network: How its parameters depend on the context; `Free` parameters by default. Any module that maps a context
-            (*batch, c) to parameters (*batch, p) will do.
+        network: How its parameters depend on the context; `Free` parameters by default. Any torch module that maps
+            contexts (n, c) to parameters (n, p), or (n, ...) with p numbers a row, will do: it gets the event flattened
+            and all batch dimensions in one. Its output starts wherever its last layer does, unless the module has a
+            method `restart(start)` that sets it to parameters (p,), which `VAE.initialise` calls.
         context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
+        encoding: What the network sees of the context's columns; by default the columns as they are. The posterior of a
+            `VAE` takes the encoding that suits the likelihood.
 
     Raises:
         TypeError: If `family` is not a family or `network` not a module.
@@ -36,6 +41,7 @@ class Conditional(nn.Module):
         network: nn.Module | None = None,
         *,
         context: int | tuple[int | tuple[int, ...], ...] | None = None,
+        encoding: Encoding | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(family, Family):
@@ -45,6 +51,7 @@ class Conditional(nn.Module):
             raise TypeError(f"Expected a network, such as MLP(hidden=[200]), or any torch module; got {network!r}.")
         self.family = family
         self.network = network
+        self.encoding = encoding
         self.context: tuple[torch.Size, ...] | None = None
         if context is not None:
             self.bind(*([context] if isinstance(context, int) else context))
@@ -75,7 +82,8 @@ class Conditional(nn.Module):
                     f"Expected a network of its own for each conditional; got a {type(self.network).__name__} that "
                     f"is built already. Write it anew, or use copy.deepcopy before it is built."
                 )
-            self.network.build(sum(shape.numel() for shape in shapes), start)
+            size = sum(shape.numel() for shape in shapes)
+            self.network.build(size if self.encoding is None else self._encoded(size, self.encoding), start)
         self.context = shapes
         self._width = start.numel()
         return self
@@ -95,11 +103,21 @@ class Conditional(nn.Module):
         if not self.context or self.wants == "index":
             return network(*context)
         joined = join(context, self.context)
-        if observed is None:
-            return network(joined)
-        observed = join([observed], self.context)
-        own = isinstance(network, Network)
-        return network(joined, observed) if own else network(torch.where(observed, joined, 0.0))
+        seen = None if observed is None else join([observed], self.context)
+        if self.encoding is not None:
+            joined, seen = self.encoding(joined, seen)
+        if isinstance(network, Network):
+            return network(joined) if seen is None else network(joined, seen)
+        joined = joined if seen is None else torch.where(seen, joined, 0.0)
+        answer: Tensor = network(joined.reshape(-1, joined.shape[-1]))
+        each = answer.shape[1:].numel()
+        if each != self._width or len(answer) != joined.shape[:-1].numel():
+            raise ValueError(
+                f"Expected the network to answer {self._width} parameters for {type(self.family).__name__}"
+                f"{tuple(self.family.event_shape)} for each of {joined.shape[:-1].numel()} contexts; got {each} for "
+                f"each of {len(answer)}."
+            )
+        return answer.reshape(*joined.shape[:-1], each)
 
     def forward(
         self, *context: Tensor, observed: Tensor | None = None, mask: Tensor | None = None, **given: Tensor
@@ -112,10 +130,11 @@ class Conditional(nn.Module):
             mask: Masks the event's entries.
             given: What the family's `distribution` takes from the batch beside its parameters.
         """
-        parameters = self.unconstrained(*context, observed=observed)
-        if parameters.shape[-1] != self._width and not isinstance(self.network, Network):
-            raise ValueError(
-                f"Expected the network to answer {self._width} parameters for {type(self.family).__name__}"
-                f"{tuple(self.family.event_shape)}; got {parameters.shape[-1]}."
-            )
-        return self.family.distribution(parameters, mask, **given)
+        return self.family.distribution(self.unconstrained(*context, observed=observed), mask, **given)
+
+    @staticmethod
+    def _encoded(size: int, encoding: Encoding) -> int:
+        """Size of a context after its encoding, which must be of as many columns."""
+        if len(encoding.words) != size:
+            raise ValueError(f"Expected an encoding of {size} columns, as the context has; got {len(encoding.words)}.")
+        return encoding.size

@@ -1,6 +1,7 @@
 """Distributions that Pyro lacks: masks that keep NaN out, mixtures with moments, covariances with their KL."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -8,30 +9,66 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from torch import Tensor
-from torch.distributions import register_kl
-from torch.distributions.utils import lazy_property
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import broadcast_all, lazy_property
 
 from ppl_vae.families.supports import value_inside
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
+def elementwise(base: Any, event_dims: int, mask: Tensor | None, support: Any = None) -> TorchDistribution:
     """Turn the last dimensions of independent entries into an event, and hide those where `mask` is false."""
-    return (base if mask is None else Filled(base, mask)).to_event(event_dims)
+    inside = base.support if support is None else support
+    return (base if mask is None else Filled(base, mask, value_inside(inside))).to_event(event_dims)  # type: ignore[no-any-return]
 
 
 class Filled(MaskedDistribution):
-    """A masked distribution that first fills hidden entries: a NaN under a mask would poison gradients."""
+    """A masked distribution that first fills hidden entries by `inside`: a NaN under a mask would poison gradients."""
 
     _mask: Any
 
+    def __init__(self, base: Any, mask: Tensor, inside: float) -> None:
+        super().__init__(base, mask)
+        self.inside = inside
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Filled":
         batch_shape = torch.Size(batch_shape)
-        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
+        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape), self.inside)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self._mask, value, value_inside(self.base_dist.support)))
+        return super().log_prob(torch.where(self._mask, value, self.inside))
+
+
+class Entry(TorchDistribution):
+    """A distribution of one number; `arg_constraints` names its parameters. A subclass writes `log_density`."""
+
+    def __init__(self, validate_args: bool | None = None, **parameters: Any) -> None:
+        for name, value in zip(parameters, broadcast_all(*parameters.values()), strict=True):
+            setattr(self, name, value)
+        super().__init__(value.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Entry":
+        batch_shape = torch.Size(batch_shape)
+        values = {name: getattr(self, name).expand(batch_shape) for name in self.arg_constraints}
+        new = type(self)(**values, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @abstractmethod
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log density of a value of the support."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.log_density(value)
+
+    def uniform(self, sample_shape: Any) -> Tensor:
+        """Uniform numbers between 0 and 1, without the bounds, for draws of this shape."""
+        like = getattr(self, next(iter(self.arg_constraints)))
+        info = torch.finfo(like.dtype)
+        return like.new_empty(self._extended_shape(sample_shape)).uniform_().clamp(info.tiny, 1 - info.eps / 2)
 
 
 class Mixture(dist.MixtureOfDiagNormals):
@@ -135,20 +172,19 @@ class Pushed(TorchDistribution):
         there: From a value of the base to one of this distribution, and the log of the volume that the map adds.
         back: The other way.
         size: Of an event.
-        support: Of an event.
     """
 
     arg_constraints = {}
+    support: Any = constraints.real_vector
     has_rsample = True
-    support: Any
 
-    def __init__(self, base: Any, there: Map, back: Map, size: int, support: Any) -> None:
-        self.base, self.there, self.back, self.support = base, there, back, support
+    def __init__(self, base: Any, there: Map, back: Map, size: int) -> None:
+        self.base, self.there, self.back = base, there, back
         self._drawn: tuple[Tensor, Tensor] | None = None
         super().__init__(base.batch_shape, torch.Size([size]))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Pushed":
-        new = type(self)(self.base.expand(batch_shape), self.there, self.back, self.event_shape[0], self.support)
+        new = type(self)(self.base.expand(batch_shape), self.there, self.back, self.event_shape[0])
         new._validate_args = self._validate_args
         return new
 

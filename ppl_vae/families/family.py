@@ -5,6 +5,7 @@ support and from whether it is reparameterised. A constructor's positional param
 filled in by whoever builds the family; its keyword-only parameters are the keys of its table in a spec.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae.networks.encoding import Word
 from ppl_vae.networks.network import Free, Network
 
 FLOOR = 1e-6
@@ -48,15 +50,21 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
-def refuse_constant(scale: Tensor, name: str = "scale") -> None:
-    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+def refuse_constant(scale: Tensor, name: str = "scale", *, settable: bool = True) -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own.
+
+    Args:
+        scale: Standard deviations, of any shape.
+        name: The parameter.
+        settable: Whether a user can set `name` to something else.
+    """
     constant = (scale.flatten() == 0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
         raise ValueError(
             f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
             f"(columns {shown}), where the density grows without bound. "
-            f'Use {name} = "shared" or a number, or leave these features out.'
+            + (f'Use {name} = "shared" or a number, or leave these features out.' if settable else "Leave them out.")
         )
 
 
@@ -71,6 +79,8 @@ class Family(nn.Module, ABC):
         reparameterised: Whether gradients flow through its draws.
         normals: Which of the members are normals, those that `nearest` finds.
         tied: The conditionals of other roles that it is made of; they are not registered a second time.
+        encoding: How a guide sees such data, unless it is told otherwise.
+        levels: How many values each entry of an event can take, 0 if that is not finite.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -80,12 +90,24 @@ class Family(nn.Module, ABC):
     reparameterised = True
     normals: Literal["none", "some", "all"] = "none"
     tied: tuple[Any, ...] = ()
+    encoding: Word = "plain"
+    levels: tuple[int, ...] = ()
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
         self.event_shape = torch.Size([event] if isinstance(event, int) else event)
         if not self.event_shape or min(self.event_shape) < 1:
             raise ValueError(f"Expected the event of {type(self).__name__} to have positive sizes; got {event!r}.")
+
+    @property
+    def encodings(self) -> list[Word]:
+        """Encoding of each entry of an event."""
+        return [self.encoding] * self.event_shape.numel()
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What `distribution` takes from the batch beside parameters and mask, such as `size_factor` and `total`."""
+        return tuple(inspect.signature(self.distribution).parameters)[2:]
 
     @abstractmethod
     def start(self) -> Tensor:

@@ -6,7 +6,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae.families.distributions import Pushed
@@ -85,7 +84,7 @@ class Flow(Centred):
             return noise, volume - scale.log().sum(-1)
 
         base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
-        return Pushed(base, there, back, loc.shape[-1], constraints.real_vector)
+        return Pushed(base, there, back, loc.shape[-1])
 
     def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         return torch.cat([loc, unconstrained(scale), loc.new_zeros(self.context)])

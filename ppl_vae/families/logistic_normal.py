@@ -56,7 +56,7 @@ class LogisticNormal(Family):
         self._refuse(mask)
         loc, raw = parameters.chunk(2, -1)
         base = dist.Normal(loc, positive(raw)).to_event(1)
-        return OnSimplex(base, self._there, self._back, self.event_shape[0], self.support)
+        return OnSimplex(base, self._there, self._back, self.event_shape[0])
 
     def _there(self, y: Tensor) -> tuple[Tensor, Tensor]:
         logs = (y @ self.basis.mT).log_softmax(-1)
@@ -70,6 +70,8 @@ class LogisticNormal(Family):
 
 class OnSimplex(Pushed):
     """The distribution of a `LogisticNormal`: any two of one size share their map."""
+
+    support = constraints.simplex
 
 
 @register_kl(OnSimplex, OnSimplex)

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
-from ppl_vae.runs.schema import ROLES, SECTIONS, components, json_schema
+from ppl_vae.runs.catalogue import components
+from ppl_vae.runs.schema import ROLES, SECTIONS, json_schema
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override
 
@@ -166,7 +167,7 @@ def test_every_prior_goes_with_every_posterior(prior, posterior):
         ({"prior.family": "MixtureNormal", "prior.components": 0}, "prior.components: Expected `components` to be"),
         ({"prior.network": MLP}, "prior.network: Expected family; got the unknown key network"),
         ({"prior": {"family": "Normal", "network": MLP}}, 'prior.network.family: Expected "Free"; got "MLP".'),
-        ({"likelihood": {"family": "Bernoulli"}}, "likelihood.network: Expected a network (Linear, MLP)"),
+        ({"likelihood": {"family": "Bernoulli"}}, "likelihood.network: Expected a network (Conv, GatedMLP, Linear, MLP, ResidualConv)"),
         ({"likelihood": {"family": "StandardNormal"}}, "StandardNormal can be prior, not likelihood."),
         ({"likelihood.scale": "feture"}, 'likelihood.scale: Expected "network", "shared" or "feature" or a number'),
         ({"likelihood.scale": "feture"}, 'got "feture". Did you mean feature?'),
@@ -176,7 +177,7 @@ def test_every_prior_goes_with_every_posterior(prior, posterior):
         ({"likelihood.network.hidden": 3}, "likelihood.network.hidden: Expected a list; got 3."),
         ({"likelihood.network.hidden": []}, "likelihood.network.hidden: Expected `hidden` to list one or more"),
         ({"likelihood.network": {"family": "MLP"}}, "likelihood.network.hidden: Expected list[int]; got none."),
-        ({"likelihood.network": {"family": "Table"}}, "likelihood.network.family: Expected Linear, MLP; got"),
+        ({"likelihood.network": {"family": "Table"}}, "likelihood.network.family: Expected Conv, GatedMLP, Linear, MLP, ResidualConv; got"),
         ({"likelihood.network.family": "Linear"}, "--set 'likelihood.network={family = \"Linear\"}'"),
         ({"posterior.family": "Bernoulli"}, "Bernoulli can be likelihood, not posterior."),
         ({"posterior": {"family": "ExactNormal"}}, "posterior: Expected a likelihood on a Linear network"),
@@ -227,7 +228,7 @@ def test_strange_positional_parameters_are_refused(tmp_path):
         "    def guide(self, x): ...\n"
     )
     path = write(tmp_path, '[data]\nname = "digits"\n[model]\nprogram = "odd.py"\n')
-    with pytest.raises(ValueError, match="positional parameters of Odd among features, latent; got width"):
+    with pytest.raises(ValueError, match="positional parameters of Odd among features, latent, .*; got width"):
         load_spec(path)
 
 
