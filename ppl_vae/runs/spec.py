@@ -325,12 +325,12 @@ def _support(part: Any) -> Any:
 def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
-    known = described(columns)
     if _tied(spec.prior) and _tied(spec.posterior):
         raise ValueError(
             f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
             f"{spec.posterior.family}."
         )
+    known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
