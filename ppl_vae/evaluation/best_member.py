@@ -149,7 +149,7 @@ class Search:
         with torch.no_grad(), self.target.running(*self.key, "start"):
             prior = self.program.prior().expand([_STARTS])
             draws = prior.sample().to(guide.start)
-            decoded = (self.program.likelihood(z, mask=batch.get("mask")) for z in draws.unsqueeze(1).split(self.chunk))
+            decoded = (self.program.decode(z, **batch) for z in draws.unsqueeze(1).split(self.chunk))
             likelihood = torch.cat([p.log_prob(batch["x"]) for p in decoded])  # decodes each draw once, for all data
             best = (likelihood + prior.log_prob(draws).unsqueeze(1)).argmax(0)
             return guide.around(draws[best], 0.1 * (draws - draws.mean(0)).expand(len(best), *draws.shape))

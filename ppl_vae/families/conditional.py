@@ -7,6 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.families.family import Family
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Network, join
 
 
@@ -18,6 +19,8 @@ class Conditional(nn.Module):
         network: How its parameters depend on the context; `Free` parameters by default. Any module that maps a context
             (*batch, c) to parameters (*batch, p) will do.
         context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
+        encoding: What the network sees of the context's columns; by default the columns as they are. The posterior of a
+            `VAE` takes the encoding that suits the likelihood.
 
     Raises:
         TypeError: If `family` is not a family or `network` not a module.
@@ -36,6 +39,7 @@ class Conditional(nn.Module):
         network: nn.Module | None = None,
         *,
         context: int | tuple[int | tuple[int, ...], ...] | None = None,
+        encoding: Encoding | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(family, Family):
@@ -45,6 +49,7 @@ class Conditional(nn.Module):
             raise TypeError(f"Expected a network, such as MLP(hidden=[200]), or any torch module; got {network!r}.")
         self.family = family
         self.network = network
+        self.encoding = encoding
         self.context: tuple[torch.Size, ...] | None = None
         if context is not None:
             self.bind(*([context] if isinstance(context, int) else context))
@@ -75,7 +80,8 @@ class Conditional(nn.Module):
                     f"Expected a network of its own for each conditional; got a {type(self.network).__name__} that "
                     f"is built already. Write it anew, or use copy.deepcopy before it is built."
                 )
-            self.network.build(sum(shape.numel() for shape in shapes), start)
+            size = sum(shape.numel() for shape in shapes)
+            self.network.build(size if self.encoding is None else self._encoded(size, self.encoding), start)
         self.context = shapes
         self._width = start.numel()
         return self
@@ -95,9 +101,11 @@ class Conditional(nn.Module):
         if not self.context or self.wants == "index":
             return network(*context)
         joined = join(context, self.context)
+        observed = None if observed is None else join([observed], self.context)
+        if self.encoding is not None:
+            joined, observed = self.encoding(joined, observed)
         if observed is None:
             return network(joined)
-        observed = join([observed], self.context)
         own = isinstance(network, Network)
         return network(joined, observed) if own else network(torch.where(observed, joined, 0.0))
 
@@ -119,3 +127,10 @@ class Conditional(nn.Module):
                 f"{tuple(self.family.event_shape)}; got {parameters.shape[-1]}."
             )
         return self.family.distribution(parameters, mask, **given)
+
+    @staticmethod
+    def _encoded(size: int, encoding: Encoding) -> int:
+        """Size of a context after its encoding, which must be of as many columns."""
+        if len(encoding.words) != size:
+            raise ValueError(f"Expected an encoding of {size} columns, as the context has; got {len(encoding.words)}.")
+        return encoding.size

@@ -5,6 +5,7 @@ support and from whether it is reparameterised. A constructor's positional param
 filled in by whoever builds the family; its keyword-only parameters are the keys of its table in a spec.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Literal
@@ -14,6 +15,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae.networks.encoding import Word
 from ppl_vae.networks.network import Free, Network
 
 FLOOR = 1e-6
@@ -70,6 +72,8 @@ class Family(nn.Module, ABC):
         support: The values that an entry of an event can take.
         reparameterised: Whether gradients flow through its draws.
         normals: Which of the members are normals, those that `nearest` finds.
+        encoding: How a guide sees such data, unless it is told otherwise.
+        levels: How many values each entry of an event can take, 0 if that is not finite.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -78,12 +82,24 @@ class Family(nn.Module, ABC):
     support: constraints.Constraint = constraints.real
     reparameterised = True
     normals: Literal["none", "some", "all"] = "none"
+    encoding: Word = "plain"
+    levels: tuple[int, ...] = ()
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
         self.event_shape = torch.Size([event] if isinstance(event, int) else event)
         if not self.event_shape or min(self.event_shape) < 1:
             raise ValueError(f"Expected the event of {type(self).__name__} to have positive sizes; got {event!r}.")
+
+    @property
+    def encodings(self) -> list[Word]:
+        """Encoding of each entry of an event."""
+        return [self.encoding] * self.event_shape.numel()
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What `distribution` takes from the batch beside parameters and mask, such as `size_factor` and `total`."""
+        return tuple(inspect.signature(self.distribution).parameters)[2:]
 
     @abstractmethod
     def start(self) -> Tensor:

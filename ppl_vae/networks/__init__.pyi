@@ -1,3 +1,4 @@
+from .encoding import Encoding as Encoding
 from .linear import Linear as Linear
 from .mlp import MLP as MLP
 from .network import Free as Free

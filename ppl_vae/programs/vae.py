@@ -12,6 +12,7 @@ from ppl_vae.data.batches import as_batch
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
 from ppl_vae.families.supports import same_support
+from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Amortized
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.program import unique_name
@@ -68,20 +69,42 @@ class VAE(nn.Module):
             )
         self.prior = prior.bind()
         self.likelihood = likelihood.bind(tuple(z))
+        words = likelihood.family.encodings
+        if posterior.context is None and posterior.encoding is None and set(words) != {"plain"}:
+            if posterior.wants == "context":
+                posterior.encoding = Encoding(words, likelihood.family.levels)
         self.posterior = posterior.bind(tuple(x))
 
-    def model(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    def model(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        size_factor: Tensor | None = None,
+    ) -> Tensor:
         """Draw z from the prior and x from the likelihood, or score x where it is observed.
 
         Args:
             x: data, shape (n, *x).
             mask: boolean, as `x`; entries where it is false are missing.
             index: the number of each datum in its data set, shape (n,), which a `Table` needs.
+            size_factor: by what the mean of each datum's counts is multiplied, shape (n,).
         """
         pyro.module(unique_name(self), self)
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
+            return pyro.sample("x", self.decode(z, x, mask, size_factor), obs=x)
+
+    def decode(
+        self, z: Tensor, x: Tensor, mask: Tensor | None = None, size_factor: Tensor | None = None, **others: Tensor
+    ) -> Any:
+        """Likelihood p(x|z) with what its family takes from the batch: size factors, or the totals of the rows of x."""
+        given: dict[str, Any] = {}
+        if "size_factor" in self.likelihood.family.takes:
+            given["size_factor"] = size_factor
+        if "total" in self.likelihood.family.takes:
+            given["total"] = (x if mask is None else torch.where(mask, x, 0.0)).sum(-1)
+        return self.likelihood(z, mask=mask, **given)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """Draw z from the approximate posterior; the arguments are those of `model`."""
@@ -109,10 +132,11 @@ class VAE(nn.Module):
 
         The likelihood's output begins at the data's mean (for a Bernoulli the logit of the clipped mean), a
         `Normal`'s scale at the data's standard deviation; the guide's input is centred on the mean and divided by one
-        number, the data's root mean square deviation, both kept as buffers.
+        number, the data's root mean square deviation, both kept as buffers. Columns with an encoding are each centred
+        and scaled by themselves.
 
         Args:
-            x: data, shape (n, *x).
+            x: data, shape (n, *x), or a batch dict.
             mask: boolean, as `x`; entries where it is false are missing.
 
         Returns:
@@ -123,10 +147,13 @@ class VAE(nn.Module):
         """
         batch = check_batch(self, numbered(self, as_batch(x if mask is None else {"x": x, "mask": mask})))
         data, seen = batch["x"], batch.get("mask")
-        start = self.likelihood.family.fit_start(data, seen)
+        counts = data / batch["size_factor"].unsqueeze(-1) if "size_factor" in batch else data
+        start = self.likelihood.family.fit_start(counts, seen)
         if hasattr(self.likelihood.network, "restart"):
             self.likelihood.network.restart(start)  # type: ignore[operator]
-        if isinstance(self.posterior.network, Amortized):
+        if self.posterior.encoding is not None:
+            self.posterior.encoding.fit(data.flatten(1), None if seen is None else seen.flatten(1))
+        elif isinstance(self.posterior.network, Amortized):
             loc, scale = moments(data, seen)
             spread = scale.square().mean().sqrt()
             self.posterior.network.centre(loc.flatten(), torch.where(spread > 0, spread, 1.0))
@@ -145,12 +172,18 @@ class VAE(nn.Module):
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
         with fork_rng(seed, device=device):
-            return self.likelihood(self.approximate(**batch_of(self.guide, batch)).sample()).mean  # type: ignore[no-any-return]
+            z = self.approximate(**batch_of(self.guide, batch)).sample()
+            return self.decode(z, **{key: value for key, value in batch.items() if key != "mask"}).mean  # type: ignore[no-any-return]
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
         """Refuse data that do not fit: their shape, or values outside the likelihood's support."""
         x, mask = batch["x"], batch.get("mask")
         family = self.likelihood.family
+        if "size_factor" in batch and "size_factor" not in family.takes:
+            raise ValueError(
+                f"Expected no `size_factor` beside a {type(family).__name__} likelihood, which has no use for it. "
+                "Leave it out, or choose a family of counts, such as NegativeBinomial."
+            )
         if x.shape[1:] != family.event_shape:
             raise ValueError(
                 f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."

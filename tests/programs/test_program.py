@@ -667,7 +667,7 @@ def test_prepare_brings_data_to_the_programs_type() -> None:
     batch = check_batch(_vae().float(), {"x": torch.randn(3, 5), "y": torch.arange(3)})
     assert batch["x"].dtype == torch.float32
     assert set(batch) == {"x", "index"}
-    with pytest.raises(ValueError, match="Expected data named x, mask, index; got images"):
+    with pytest.raises(ValueError, match="Expected data named x, mask, index, size_factor; got images"):
         check_batch(_vae(), {"images": torch.zeros(3, 5)})
 
 
