@@ -56,11 +56,11 @@ def check_name(name: str) -> None:
 
 def unused_keys(name: str) -> dict[str, str]:
     """Keys of `load` that have no effect on such data, and what the data are."""
+    embedded = ("root", "array", "download")
     if name == "digits":
-        keys = ("root", "array", "download", "test_fraction", *_ROLES)
-        return dict.fromkeys(keys, "digits, which are embedded, split and all")
+        return dict.fromkeys((*embedded, "test_fraction", *_ROLES), "digits, which are embedded, split and all")
     if name in BUNDLED:
-        keys = ("root", "array", "download", "label", "id", "size_factor", "separator")
+        keys = (*embedded, "label", "id", "size_factor", "separator")
         return dict.fromkeys(keys, f"{name}, which is embedded, labels and all")
     if name in NAMES:
         return dict.fromkeys(("array", "test_fraction", *_ROLES), f"{name}, which has a split of its own")
@@ -135,17 +135,17 @@ def _read_torchvision(name: str, root: str | os.PathLike[str] | None, download: 
             else f"Set `root` or PPL_VAE_DATA to the folder that holds {place}, or give download=True"
         )
         raise ValueError(f"Expected {name!r} under {folder} ({origin}); got: {error} {remedy}.") from error
-    if name == "omniglot":  # whose parts are of different characters
-        x = np.stack([np.asarray(picture) for part in parts for picture, _ in part])
-        labels = [np.array([label for _, label in part]) for part in parts]
-        labels[1] += labels[0].max() + 1
-    else:
-        x = np.concatenate([np.asarray(part.data) for part in parts])
-        labels = [np.asarray(part.labels if name == "svhn" else part.targets) for part in parts]
+    own: dict[str, Any] = {"maximum": 255, "in_order": True, "unit": True}
+    if name == "omniglot":  # torchvision takes its files in no sure order; the parts are of different characters
+        one, other = (vars(images.read_folder(Path(part.target_folder))) for part in parts)
+        x, y = np.concatenate([one["x"], other["x"]]), np.concatenate([one["y"], other["y"] + len(one["classes"])])
+        return RawData(x, y, one["shape"], n_train=len(one["x"]), classes=one["classes"] + other["classes"], **own)
+    x = np.concatenate([np.asarray(part.data) for part in parts])
+    labels = [np.asarray(part.labels if name == "svhn" else part.targets) for part in parts]
     rows, shape = flatten(x.swapaxes(1, 2) if name == "emnist" else x)  # EMNIST's files lay pictures on their side
     classes = tuple(getattr(parts[0], "classes", ())) or None
-    y, n_train = np.concatenate(labels).astype(np.int64), len(labels[0])
-    return RawData(rows, y, shape, maximum=255, n_train=n_train, in_order=True, unit=True, classes=classes)
+    y = np.concatenate(labels).astype(np.int64)
+    return RawData(rows, y, shape, n_train=len(labels[0]), classes=classes, **own)
 
 
 def root_folder(root: str | os.PathLike[str] | None) -> tuple[Path, str]:

@@ -217,7 +217,10 @@ def load(
     _check_categories(raw, rows["train"])
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
-    factors = raw.size_factor if size_factor != "total" or raw.size_factor is not None else _totals(raw, rows["train"])
+    factors = raw.size_factor
+    if factors is None and size_factor is not None:
+        check_choice("size_factor", size_factor, ("total",))
+        factors = _totals(raw, rows["train"])
     stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for part, index in rows.items():

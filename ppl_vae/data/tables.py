@@ -117,9 +117,8 @@ def read_table(path: Path, separator: str | None) -> Table:
             raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
     columns = list(zip(*(row for _, row in rows), strict=True))
     cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
-    return Table(
-        str(path), _named(header or [""] * width, cells, path), header is not None, np.array([n for n, _ in rows])
-    )
+    named = _named(header or [""] * width, cells, path)
+    return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
 
 
 def _reader(text: str, separator: str) -> Any:
@@ -152,10 +151,10 @@ def _read_pandas(path: Path) -> Table:
             levels[name] = [str(word) for word in column.cat.categories] if column.cat.ordered else []
         if name in levels or types.is_string_dtype(column) or types.is_object_dtype(column):
             cells[name] = [None if gone else str(cell) for cell, gone in zip(column, column.isna(), strict=True)]
+        elif types.is_numeric_dtype(column):
+            cells[name] = column.to_numpy(np.float64, na_value=np.nan)
         else:
-            cells[name] = (
-                column.to_numpy(np.float64, na_value=np.nan) if types.is_numeric_dtype(column) else column.to_numpy()
-            )
+            cells[name] = column.to_numpy()
     return Table(str(path), cells, levels=levels)
 
 
