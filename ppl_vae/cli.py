@@ -113,8 +113,8 @@ def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: 
         from ppl_vae.runs.storage import is_run
 
         loaded = load_spec(spec, overrides, trust_code=trust_code or not is_run(spec.parent))
-        if loaded.model.program is not None:
-            say(f"runs the code of {loaded.model.program}")
+        for reference in loaded.programs.values():
+            say(f"runs the code of {reference}")
         result = loaded.check(loaded.load_data())
         show(screen, result.to_dict(), as_json, lambda: str(result))
 
@@ -122,15 +122,29 @@ def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: 
 @app.command("list")
 def list_(
     role: Annotated[str | None, typer.Argument(help="prior, likelihood, posterior or network; by default all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A family or network, to be described whole.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the families and networks that a spec can name, with their keys."""
+    """List the families and networks that a spec can name, or describe one: its support, keys and a table to copy."""
     with plainly() as screen:
-        from ppl_vae.runs.console import listing
-        from ppl_vae.runs.schema import components
+        from ppl_vae.runs.catalogue import components, describe, detail, listing
 
-        listed = [component._asdict() for component in components(role)]
-        show(screen, {"components": listed}, as_json, lambda: listing(listed))
+        one = name or (role if role and role[0].isupper() else None)
+        if one is None:
+            listed = [component._asdict() for component in components(role)]
+            show(screen, {"components": listed}, as_json, lambda: listing(listed))
+        else:
+            about = describe(one)
+            show(screen, about, as_json, lambda: detail(about))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, by which editors complete and check it."""
+    with plainly() as screen:
+        from ppl_vae.runs.catalogue import schema_text
+
+        print(schema_text(), end="", file=screen)
 
 
 @app.command()

@@ -16,8 +16,10 @@ class Conditional(nn.Module):
 
     Args:
         family: The kind of distribution.
-        network: How its parameters depend on the context; `Free` parameters by default. Any module that maps a context
-            (*batch, c) to parameters (*batch, p) will do.
+        network: How its parameters depend on the context; `Free` parameters by default. Any torch module that maps
+            contexts (n, c) to parameters (n, p), or (n, ...) with p numbers a row, will do: it gets the event flattened
+            and all batch dimensions in one. Its output starts wherever its last layer does, unless the module has a
+            method `restart(start)` that sets it to parameters (p,), which `VAE.initialise` calls.
         context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
         encoding: What the network sees of the context's columns; by default the columns as they are. The posterior of a
             `VAE` takes the encoding that suits the likelihood.
@@ -101,13 +103,21 @@ class Conditional(nn.Module):
         if not self.context or self.wants == "index":
             return network(*context)
         joined = join(context, self.context)
-        observed = None if observed is None else join([observed], self.context)
+        seen = None if observed is None else join([observed], self.context)
         if self.encoding is not None:
-            joined, observed = self.encoding(joined, observed)
-        if observed is None:
-            return network(joined)
-        own = isinstance(network, Network)
-        return network(joined, observed) if own else network(torch.where(observed, joined, 0.0))
+            joined, seen = self.encoding(joined, seen)
+        if isinstance(network, Network):
+            return network(joined) if seen is None else network(joined, seen)
+        joined = joined if seen is None else torch.where(seen, joined, 0.0)
+        answer: Tensor = network(joined.reshape(-1, joined.shape[-1]))
+        each = answer.shape[1:].numel()
+        if each != self._width or len(answer) != joined.shape[:-1].numel():
+            raise ValueError(
+                f"Expected the network to answer {self._width} parameters for {type(self.family).__name__}"
+                f"{tuple(self.family.event_shape)} for each of {joined.shape[:-1].numel()} contexts; got {each} for "
+                f"each of {len(answer)}."
+            )
+        return answer.reshape(*joined.shape[:-1], each)
 
     def forward(
         self, *context: Tensor, observed: Tensor | None = None, mask: Tensor | None = None, **given: Tensor
@@ -120,13 +130,7 @@ class Conditional(nn.Module):
             mask: Masks the event's entries.
             given: What the family's `distribution` takes from the batch beside its parameters.
         """
-        parameters = self.unconstrained(*context, observed=observed)
-        if parameters.shape[-1] != self._width and not isinstance(self.network, Network):
-            raise ValueError(
-                f"Expected the network to answer {self._width} parameters for {type(self.family).__name__}"
-                f"{tuple(self.family.event_shape)}; got {parameters.shape[-1]}."
-            )
-        return self.family.distribution(parameters, mask, **given)
+        return self.family.distribution(self.unconstrained(*context, observed=observed), mask, **given)
 
     @staticmethod
     def _encoded(size: int, encoding: Encoding) -> int:

@@ -8,7 +8,7 @@ filled in by whoever builds the family; its keyword-only parameters are the keys
 import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -50,15 +50,21 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
-def refuse_constant(scale: Tensor, name: str = "scale") -> None:
-    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+def refuse_constant(scale: Tensor, name: str = "scale", *, settable: bool = True) -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own.
+
+    Args:
+        scale: Standard deviations, of any shape.
+        name: The parameter.
+        settable: Whether a user can set `name` to something else.
+    """
     constant = (scale.flatten() == 0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
         raise ValueError(
             f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
             f"(columns {shown}), where the density grows without bound. "
-            f'Use {name} = "shared" or a number, or leave these features out.'
+            + (f'Use {name} = "shared" or a number, or leave these features out.' if settable else "Leave them out.")
         )
 
 
@@ -74,6 +80,7 @@ class Family(nn.Module, ABC):
         normals: Which of the members are normals, those that `nearest` finds.
         encoding: How a guide sees such data, unless it is told otherwise.
         levels: How many values each entry of an event can take, 0 if that is not finite.
+        tied: The conditionals of other roles that it is made of; they are not registered a second time.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -84,6 +91,7 @@ class Family(nn.Module, ABC):
     normals: Literal["none", "some", "all"] = "none"
     encoding: Word = "plain"
     levels: tuple[int, ...] = ()
+    tied: tuple[Any, ...] = ()
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
@@ -126,6 +134,9 @@ class Family(nn.Module, ABC):
         """
         return self.start()
 
+    def observe(self, x: Tensor, mask: Tensor | None = None) -> None:  # noqa: B027
+        """Look at the training data `x`, shape (n, *features), before training."""
+
     def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
         r"""Normal members closest to normals, by the smallest :math:`\mathrm{KL}(q \,\|\, N(\mathrm{loc}, P^{-1}))`.
 
@@ -144,6 +155,14 @@ class Family(nn.Module, ABC):
     def network(self) -> Network:
         """Network of a conditional that names none."""
         return Free()
+
+    def _refuse(self, mask: Tensor | None) -> None:
+        """Refuse a mask: the marginal of the observed entries has no closed form."""
+        if mask is not None:
+            raise ValueError(
+                f"Expected data without missing entries for {type(self).__name__}, whose entries depend on each other "
+                "in a way that has no marginals in closed form; got a mask. Use FullNormal, LowRankNormal or a mixture."
+            )
 
     def _vector(self) -> int:
         """Size of an event, which must be a vector."""

@@ -8,10 +8,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import minibatches
+from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch, batch_of
 
@@ -39,7 +40,7 @@ class History:
 
 @dataclass
 class State:
-    """State of a training run: what it learns, the optimiser, the schedule and the history.
+    """State of a training run: what it learns and counts, the optimiser, the schedule and the history.
 
     Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
     keyed by seed and epoch.
@@ -49,7 +50,8 @@ class State:
         optimizer: of these tensors.
         scheduler: of the optimiser's learning rate.
         history: of the run.
-        best: values of the learned tensors that were kept, if any.
+        best: `values()` that were kept, if any.
+        module: the program; its buffers, such as the running means of batch normalisation, belong to the state.
     """
 
     learned: list[Tensor]
@@ -57,11 +59,12 @@ class State:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
+    module: Any = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
         return {
-            "learned": [tensor.detach().clone() for tensor in self.learned],
+            "learned": self.values(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "schedule": copy.deepcopy(self.scheduler.state_dict()),
             "history": copy.deepcopy(vars(self.history)),
@@ -70,16 +73,23 @@ class State:
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go back to a saved state."""
-        self.set_learned(saved["learned"])
+        self.set_values(saved["learned"])
         self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])
         vars(self.history).update(copy.deepcopy(saved["history"]))
         self.best = saved["best"]
 
+    def _tensors(self) -> list[Tensor]:
+        return [*self.learned, *(self.module.buffers() if isinstance(self.module, nn.Module) else ())]
+
+    def values(self) -> list[Tensor]:
+        """Copies of the learned tensors and the buffers."""
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
     @torch.no_grad()
-    def set_learned(self, values: list[Tensor]) -> None:
-        """Copy values into the learned tensors."""
-        for tensor, value in zip(self.learned, values, strict=True):
+    def set_values(self, values: list[Tensor]) -> None:
+        """Copy values into the learned tensors and the buffers."""
+        for tensor, value in zip(self._tensors(), values, strict=True):
             tensor.copy_(value)
 
     def is_finite(self) -> bool:
@@ -147,7 +157,8 @@ class Trainer:
     def bound(self, held_out: Target) -> float:
         """Bound of held-out data in nats per datum, estimated by the same draws each time."""
         total = 0.0
-        with fork_rng(self.seed, "validation", device=held_out.device), pyro.validation_enabled(False):
+        draws = fork_rng(self.seed, "validation", device=held_out.device)
+        with mode(self.program), draws, pyro.validation_enabled(False):
             for block in held_out.blocks(self.batch_size):
                 total -= float(self._loss(block.batch)) * block.n
         return total / held_out.n

@@ -57,6 +57,9 @@ def fit(
     data as one batch, in their order, and afterwards answers for these data alone; so does a guide that takes `index`,
     in batches too, but for data that come with their `index`.
 
+    The program's modules are in training mode meanwhile, so that dropout acts; `validation` is judged in evaluation
+    mode, as everything else that evaluates a program does.
+
     Args:
         program: any program, or a `Target`; what it learns is changed in place.
         x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch if its
@@ -120,11 +123,11 @@ def fit(
         learned = [*_parameters(target)] if parameters is None else [*parameters]
     if not learned:
         raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
-    with scope(program):
+    with scope(program, training=True):
         make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
         steps = epochs * math.ceil(target.n / batch_size)
         optim = make(learned, lr=learning_rate)
-        state = State(learned, optim, _scheduler(schedule, optim, learning_rate, steps))
+        state = State(learned, optim, _scheduler(schedule, optim, learning_rate, steps), module=program)
         if resume is not None:
             state.load(resume)
         trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle=sites.rows is None)
@@ -140,11 +143,11 @@ def fit(
                 history.validation.append(trainer.bound(held_out))
                 best = max(filter(math.isfinite, history.validation), default=None)
                 if keep == "best" and history.validation[-1] == best:
-                    history.best_epoch, state.best = epoch, [tensor.detach().clone() for tensor in learned]
+                    history.best_epoch, state.best = epoch, state.values()
             if on_epoch is not None:
                 on_epoch(epoch, state)
         if state.best is not None:
-            state.set_learned(state.best)
+            state.set_values(state.best)
     target.refresh()
     return history
 

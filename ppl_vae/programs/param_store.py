@@ -1,4 +1,4 @@
-"""Parameters that a program keeps by `pyro.param`: a store of its own for each program."""
+"""What a program runs on: parameters by `pyro.param` in a store of its own, and its modules in the right mode."""
 
 import copy
 import itertools
@@ -19,12 +19,28 @@ def own_params(program: Any) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def scope(program: Any, *, keep: bool = True) -> Iterator[None]:
+def mode(program: Any, *, training: bool = False) -> Iterator[None]:
+    """Run a program with its modules in evaluation mode, or all in training mode, and put each back into its own."""
+    parts = [program] if isinstance(program, nn.Module) else vars(program).values()
+    roots = [part for part in parts if isinstance(part, nn.Module)]
+    changed = [module for root in roots for module in root.modules() if module.training != training]
+    for root in roots if changed else ():
+        root.train(training)
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not training
+
+
+@contextmanager
+def scope(program: Any, *, keep: bool = True, training: bool = False) -> Iterator[None]:
     """Run a program with a parameter store of its own, on top of the global one, and leave that as it was.
 
     Args:
         program: any program.
         keep: whether the program keeps what is registered or changed meanwhile.
+        training: whether its modules are in training mode, with dropout, instead of evaluation mode.
     """
     store, own = pyro.get_param_store(), own_params(program)
     outer: Any = store.get_state()
@@ -36,7 +52,7 @@ def scope(program: Any, *, keep: bool = True) -> Iterator[None]:
         "params": {**copies, **own["params"]},
         "constraints": {**outer["constraints"], **own["constraints"]},
     }
-    with store.scope(merged):
+    with store.scope(merged), mode(program, training=training):
         yield
     if not keep:
         return

@@ -87,10 +87,23 @@ def load_program(reference: str) -> type:
     Raises:
         ValueError: If the file is missing, fails to run, or has no such class.
     """
+
+    def fits(kind: type) -> bool:
+        return callable(getattr(kind, "model", None)) and callable(getattr(kind, "guide", None))
+
+    return _load_class(reference, fits, "program", "with `model` and `guide`")
+
+
+def load_network(reference: str) -> type:
+    """Load a network's class, a torch module, from `"file.py:Class"`, as `load_program` does a program's."""
+    return _load_class(reference, lambda kind: issubclass(kind, nn.Module), "network", "as a torch module")
+
+
+def _load_class(reference: str, fits: Callable[[type], bool], what: str, how: str) -> type:
     path_text, _, wanted = reference.partition(":")
     path = Path(path_text).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"Expected a program as file.py:Class; got {reference!r}, and {path} is not a Python file.")
+        raise ValueError(f"Expected a {what} as file.py:Class; got {reference!r}, and {path} is not a Python file.")
     name = f"_ppl_vae_program_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -103,18 +116,15 @@ def load_program(reference: str) -> type:
         except Exception as error:
             del sys.modules[name]
             raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
-    programs = {
+    kinds: dict[str, type] = {
         key: value
         for key, value in vars(sys.modules[name]).items()
-        if inspect.isclass(value)
-        and value.__module__ == name
-        and callable(getattr(value, "model", None))
-        and callable(getattr(value, "guide", None))
+        if inspect.isclass(value) and value.__module__ == name and fits(value)
     }
-    wanted = wanted or (next(iter(programs)) if len(programs) == 1 else "")
-    if wanted not in programs:
+    wanted = wanted or (next(iter(kinds)) if len(kinds) == 1 else "")
+    if wanted not in kinds:
         raise ValueError(
-            f"Expected {path} to define the class {wanted or 'after the colon'} with `model` and `guide`; it has "
-            f"{', '.join(programs) or 'none'}."
+            f"Expected {path} to define the class {wanted or 'after the colon'} {how}; it has "
+            f"{', '.join(kinds) or 'none'}."
         )
-    return programs[wanted]  # type: ignore[no-any-return]
+    return kinds[wanted]

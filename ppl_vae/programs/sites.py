@@ -235,8 +235,6 @@ def by_place(program: Any, batch: Mapping[str, Tensor], shapes: dict[str, torch.
     for exact in (True, False):
         try:
             with torch.no_grad(), trial(program, double=exact) as twin, pyro.validation_enabled(False):
-                if isinstance(twin, nn.Module) and twin is not program:
-                    twin.eval()
                 return _moves(twin, double if exact else batch, seed, 1e-7 if exact else 1e-3)
         except Exception:  # of any kind, as in a flow that cannot be inverted: then there is no telling
             continue

@@ -11,10 +11,10 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
-from ppl_vae.families.supports import same_support
+from ppl_vae.families.supports import describe_support, same_support
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Amortized
-from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.program import unique_name
 from ppl_vae.programs.rows import numbered
 from ppl_vae.programs.traces import batch_of, check_batch
@@ -66,6 +66,11 @@ class VAE(nn.Module):
         if prior.context:
             raise ValueError(
                 f"Expected a prior without context; got one of shapes {[tuple(s) for s in prior.context]}."
+            )
+        if any(other is not posterior for other in prior.family.tied):
+            raise ValueError(
+                f"Expected a {type(prior.family).__name__} that is tied to the posterior of this VAE; got one that is "
+                "tied to another."
             )
         self.prior = prior.bind()
         self.likelihood = likelihood.bind(tuple(z))
@@ -133,7 +138,7 @@ class VAE(nn.Module):
         The likelihood's output begins at the data's mean (for a Bernoulli the logit of the clipped mean), a
         `Normal`'s scale at the data's standard deviation; the guide's input is centred on the mean and divided by one
         number, the data's root mean square deviation, both kept as buffers. Columns with an encoding are each centred
-        and scaled by themselves.
+        and scaled by themselves. Families that want to see the data, such as a prior of pseudo-inputs, see them.
 
         Args:
             x: data, shape (n, *x), or a batch dict.
@@ -157,13 +162,15 @@ class VAE(nn.Module):
             loc, scale = moments(data, seen)
             spread = scale.square().mean().sqrt()
             self.posterior.network.centre(loc.flatten(), torch.where(spread > 0, spread, 1.0))
+        for part in (self.prior, self.likelihood, self.posterior):
+            part.family.observe(data, seen)
         return self
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw n data from the model, shape (n, *x)."""
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             return self.likelihood(self.prior().expand([n]).sample()).sample()
 
     @torch.no_grad()
@@ -171,7 +178,7 @@ class VAE(nn.Module):
         """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
-        with fork_rng(seed, device=device):
+        with mode(self), fork_rng(seed, device=device):
             z = self.approximate(**batch_of(self.guide, batch)).sample()
             return self.decode(z, **{key: value for key, value in batch.items() if key != "mask"}).mean  # type: ignore[no-any-return]
 
@@ -213,12 +220,7 @@ def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, famil
         )
     place_ = f"row {first[0]}" + (f", column {', '.join(map(str, first[1:]))}" if first[1:] else "")
     raise ValueError(
-        f"Expected data in the support of {family}, {_name(support)}, at site '{site}'; got "
+        f"Expected data in the support of {family}, {describe_support(support)}, at site '{site}'; got "
         f"{x[tuple(first)].flatten()[0].item():g} at {place_} "
         f"and {int((~inside).sum())} such values in all. {remedy}"
     )
-
-
-def _name(support: Any) -> str:
-    inner = getattr(support, "base_constraint", support)
-    return {"Boolean": "{0, 1}", "Real": "the real numbers"}.get(type(inner).__name__.strip("_"), str(support))

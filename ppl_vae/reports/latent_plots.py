@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.families.elementwise import Normal, StandardNormal
-from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports import style
 
@@ -208,4 +208,5 @@ def _decode(vae: VAE, z: Tensor) -> style.Array:
     """The mean of p(x|z), (n, x), at z, (n, z)."""
     device, dtype = device_and_dtype(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
-    return style.as_array(vae.likelihood(at).mean.flatten(1))
+    with mode(vae):
+        return style.as_array(vae.likelihood(at).mean.flatten(1))

@@ -93,12 +93,20 @@ def trained(target: Target, data: Data, *, seed: int = 0) -> dict[str, Any]:
 
 
 def measure(target: Target) -> str:
-    """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units."""
+    """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units.
+
+    A table of mixed columns has a `mass of columns 1, 4 and a density of the others`.
+    """
     few = target.rows(slice(2))
     with torch.no_grad():
         sites: Any = few.traces(1, 0)[0].nodes
-    discrete = {bool(sites[name]["fn"].support.is_discrete) for name in few.structure.observed}
-    return {frozenset({True}): "probability mass", frozenset({False}): "density"}.get(frozenset(discrete), "mixed")
+    supports = [getattr(s := sites[name]["fn"].support, "base_constraint", s) for name in few.structure.observed]
+    columns = [flag for support in supports for flag in getattr(support, "discrete", [bool(support.is_discrete)])]
+    if len(set(columns)) == 1:
+        return "probability mass" if columns[0] else "density"
+    if len(supports) > 1:
+        return "mixed"
+    return f"mass of columns {', '.join(str(j) for j, flag in enumerate(columns) if flag)} and a density of the others"
 
 
 def finite(value: Any) -> Any:

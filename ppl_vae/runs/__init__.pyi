@@ -1,10 +1,11 @@
+from .catalogue import components as components
+from .catalogue import describe as describe
 from .check import Check as Check
 from .compare import compare_runs as compare_runs
 from .run import Run as Run
 from .run import evaluate_run as evaluate_run
 from .run import fit_spec as fit_spec
 from .run import load_run as load_run
-from .schema import components as components
 from .schema import json_schema as json_schema
 from .spec import Spec as Spec
 from .spec import load_spec as load_spec

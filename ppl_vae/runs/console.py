@@ -1,7 +1,6 @@
 """Text for the terminal: headlines, comparisons, lists and tables."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from ppl_vae.reports.findings import counted, figure
@@ -66,17 +65,6 @@ def comparison(compared: Mapping[str, Any]) -> str:
     lines += [f"{one['a']} - {one['b']}: {_figure(one)}" for one in compared["differences"]]
     if any(_is_bound(run["test"]["log_evidence"]) for run in compared["runs"]):
         lines.append(">= is a lower bound, so a difference may be one of bounds rather than of models.")
-    return "\n".join(lines)
-
-
-def listing(components: Sequence[Mapping[str, Any]]) -> str:
-    """Families and networks by role, with their keys."""
-    lines: list[str] = []
-    for role, group in groupby(components, lambda component: component["role"]):
-        lines.append(role)
-        for one in group:
-            keys = ", ".join(key if value is None else f"{key} = {value}" for key, value in one["keys"].items())
-            lines.append(f"  {one['name']:<15} {one['doc']}" + (f" [{keys}]" if keys else ""))
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from ppl_vae.reports.measures import evaluate, evaluation_split, measure, traine
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import storage
 from ppl_vae.runs.spec import Spec, load_spec
-from ppl_vae.runs.spec_file import read
+from ppl_vae.runs.spec_file import programs, read
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Run:
     Args:
         path: its directory.
         spec: the complete spec.
-        program: the trained program.
+        program: the trained program, in evaluation mode.
         report: what `report.json` says.
     """
 
@@ -44,6 +44,10 @@ class Run:
     spec: Spec
     program: Any
     report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.program, nn.Module):
+            self.program.eval()
 
 
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
@@ -106,8 +110,8 @@ def fit_spec(
             raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
         spec = _read_spec(folder, trust_code)
         storage.check_replaceable(folder)
-    if spec.model.program is not None:
-        say(f"runs the code of {spec.model.program}")
+    for reference in spec.programs.values():
+        say(f"runs the code of {reference}")
     with storage.reserved(folder):
         return _train(spec, folder, pick_device(device), resumed, say)
 
@@ -136,7 +140,7 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
         with storage.replacing(folder) as partial:
             _write_trained(partial, folder, spec, learned, reached["history"])
             storage.write_state({**reached, "protocol": data.protocol}, partial / storage.STATE)
-        trust = "" if spec.model.program is None else " --trust-code"
+        trust = " --trust-code" if spec.programs else ""
         return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}{trust}"
 
     history = None
@@ -243,17 +247,18 @@ def _read_spec(path: Path, trust_code: bool) -> Spec:
         ValueError: If the spec or the program file is not what was fitted.
     """
     known = storage.read_metadata(path / "model.safetensors")
-    model = read(path / "spec.toml").get("model")
-    own = {}
-    if isinstance(model, dict) and isinstance(model.get("program"), str):
-        file, colon, name = model["program"].partition(":")
+    own, digests, names = {}, known.get("program", "").split(), []
+    for place, table in programs(read(path / "spec.toml")):
+        file, colon, name = table["program"].partition(":")
         copy = path / Path(file).name
-        if not copy.is_file() or storage.digest(copy) != known.get("program"):
+        own[f"{place}.program"] = f"{copy.name}{colon}{name}"
+        names += [copy.name] if copy.name not in names else []
+        fitted = dict(zip(names, digests, strict=False)).get(copy.name)
+        if not copy.is_file() or storage.digest(copy) != fitted:
             raise ValueError(
                 f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
                 f"{'changed' if copy.is_file() else 'missing'}. Fit again."
             )
-        own = {"model.program": f"{copy.name}{colon}{name}"}
     spec = load_spec(path / "spec.toml", own, trust_code=trust_code)
     if _pinned(spec) != known.get("spec"):
         raise ValueError(
@@ -266,8 +271,10 @@ def _read_spec(path: Path, trust_code: bool) -> Spec:
 def _pinned(spec: Spec) -> str:
     """All of a spec that was fitted, as JSON; paths may change."""
     tables = spec.to_dict()
-    for table, key in (("data", "name"), ("data", "root"), ("data", "download"), ("model", "program")):
-        tables[table].pop(key, None)
+    for key in ("name", "root", "download"):
+        tables["data"].pop(key, None)
+    for _, table in programs(tables):
+        table.pop("program")
     return json.dumps(tables, sort_keys=True)
 
 
@@ -283,18 +290,22 @@ def _check_same_data(path: Path, known: Mapping[str, Any], data: Data) -> None:
 def _write_trained(
     partial: Path, folder: Path, spec: Spec, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
 ) -> Spec:
-    """Write what training leaves: weights, metrics, the program file if there is one, and the spec.
+    """Write what training leaves: weights, metrics, the files of programs if there are any, and the spec.
 
     Returns:
-        The spec as written for `folder`: it names the run's own copy of the program file.
+        The spec as written for `folder`: it names the run's own copies of these files.
     """
-    home, program = dataclasses.replace(spec, path=folder / "spec.toml"), {}
-    if spec.model.program is not None:
-        file, colon, name = spec.model.program.partition(":")
-        copy = Path(shutil.copy2(file, partial))
-        program = {"program": storage.digest(copy)}
-        own = {"program": f"{folder.resolve() / copy.name}{colon}{name}"}
-        home = dataclasses.replace(home, model=spec.model.model_copy(update=own))
+    own: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    digests = []
+    for place, reference in spec.programs.items():
+        file, colon, name = reference.partition(":")
+        if file not in copies:
+            taken = Path(file).name in copies.values()
+            copies[file] = f"{place.partition('.')[0]}_{Path(file).name}" if taken else Path(file).name
+            digests.append(storage.digest(Path(shutil.copy2(file, partial / copies[file]))))
+        own[place] = f"{folder.resolve() / copies[file]}{colon}{name}"
+    home, program = spec.relocated(folder / "spec.toml", own), {"program": " ".join(digests)} if digests else {}
     (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
     tensors, constraints = learned
     storage.write_tensors(tensors, partial / "model.safetensors", spec=_pinned(spec), **program, **constraints)

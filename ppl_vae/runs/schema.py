@@ -2,9 +2,8 @@
 
 import inspect
 import os
-import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -12,17 +11,19 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
 
 from ppl_vae import families, networks
+from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
-from ppl_vae.runs.spec_file import near
+from ppl_vae.networks.encoding import WORDS
 
 ROLES = ("prior", "likelihood", "posterior")
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
+Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
 _UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
 
@@ -39,18 +40,6 @@ class _Open(_Table):
     """A table whose other keys are checked elsewhere."""
 
     model_config = ConfigDict(extra="allow")
-
-
-class Component(NamedTuple):
-    """A family or network that a spec can name.
-
-    `keys` holds the keys of its table with their defaults, None for one that must be given.
-    """
-
-    role: str
-    name: str
-    doc: str
-    keys: dict[str, Any]
 
 
 class Section(NamedTuple):
@@ -71,30 +60,8 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document.model_json_schema()}
 
 
-def components(role: str | None = None) -> list[Component]:
-    """List what can be named in a role (`prior`, `likelihood`, `posterior` or `network`), by default in all of them.
-
-    Raises:
-        ValueError: If the role is unknown.
-    """
-    known = (*ROLES, "network")
-    if role is not None and role not in known:
-        raise ValueError(f"Expected a role, one of {', '.join(known)}; got {role!r}.{near(role, known)}")
-    return [
-        Component(each, kind.__name__, _summary(kind), _keys(kind))
-        for each in (known if role is None else (role,))
-        for kind in (_classes(networks) if each == "network" else _classes(families))
-        if each == "network" or plays(kind, each)
-    ]
-
-
-def _summary(kind: Any) -> str:
-    """First sentence of a class's docstring, as plain text."""
-    first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return re.sub(r",? ?:math:`[^`]*`|\*", "", first)
-
-
-def _classes(module: Any) -> list[Any]:
+def classes(module: Any) -> list[Any]:
+    """Classes that a spec can name, in the order of the alphabet."""
     return [getattr(module, name) for name in sorted(module.__all__)]
 
 
@@ -103,7 +70,7 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
-def _keys(function: Callable[..., Any]) -> dict[str, Any]:
+def keys_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Keys of a table with their defaults, None for one that must be given."""
     return {key: None if p.default is p.empty else p.default for key, p in _keywords(function).items()}
 
@@ -147,10 +114,10 @@ def _example(**known: Any) -> dict[str, Any]:
 def example(kind: Any) -> Any:
     """A family over two features, or the class itself if it has keys that must be given."""
     with fork_rng(0, device=CPU):
-        return kind if None in _keys(kind).values() else kind(**filled(kind, **_example()))
+        return kind if None in keys_of(kind).values() else kind(**filled(kind, **_example()))
 
 
-def _parametric(kind: Any) -> bool:
+def parametric(kind: Any) -> bool:
     """Whether a family has parameters that a network may give."""
     return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
 
@@ -162,53 +129,69 @@ def plays(kind: Any, role: str) -> bool:
         amortized = not issubclass(kind, networks.Free)
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
-        return role not in tied
+        return role == ("prior" if "posterior" in tied else "posterior")
     if wanted & {"levels", "columns"} and role != "likelihood":
         return False
     if role == "prior":
-        others = [example(other) for other in _classes(families) if not needs(other) & set(ROLES)]
+        others = [example(other) for other in classes(families) if not needs(other) & set(ROLES)]
         return any(o.reparameterised and families.same_support(o.support, example(kind).support) for o in others)
-    return _parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
+    return parametric(kind) and (role == "likelihood" or example(kind).reparameterised)
 
 
-def sections(program: type | None = None, *, opened: bool = False) -> dict[str, Section]:
+def sections(own: Mapping[str, type | None] = {}, *, opened: bool = False) -> dict[str, Section]:  # noqa: B006
     """What may stand in each table of a spec.
 
     Args:
-        program: class of the program that takes the place of the roles, if any; its keys are those of `model`.
-        opened: whether `model` may hold any key.
+        own: classes from files of code, by the table that names them; their keys are those of that table. A table
+            whose class is None may hold any key.
+        opened: whether all such tables may hold any key.
     """
-    return _sections(program, opened, tuple(_classes(families)), tuple(_classes(networks)))
+    return _sections(tuple(own.items()), opened, tuple(classes(families)), tuple(classes(networks)))
 
 
 @cache
-def _sections(program: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+    own = dict(code)
+
     def named(kind: Any, title: str, **more: Any) -> Any:
-        unknown = needs(kind) & {*ROLES, "columns"}
-        judge = _nothing if unknown else partial(kind, **filled(kind, **_example()))
+        tied = needs(kind) & set(ROLES)
+        judge = _nothing if tied else partial(_judge_part, kind)
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
+
+    def coded(place: str) -> tuple[Any, ...]:
+        """What makes the table of a class from a file, as `_table` takes it."""
+        kind = own.get(place)
+        return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
 
     count = Annotated[int, Field(ge=1)]
     data_name = Annotated[str, AfterValidator(_judge_name)]
     read = _keywords(load).keys() - {"dtype"}
     tables: dict[str, dict[str, Any]] = {
-        "data": {"": _table("Data", load, _judge_data, only=read, name=(data_name, ...))},
-        "model": {
-            "": _table(
-                "Model", program or _nothing, opened=opened, latent=(count | None, None), program=(str | None, None)
-            )
-        },
-        "svi": {"": _table("Svi", fit, _judge_svi, only=SVI)},
+        "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None))},
+        "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}
     for role in ROLES:
+        place, title = f"{role}.network", f"{role.title()}Network"
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
+        if place in own:
+            inner[role] = {"": _table(title, *coded(place), program=(str, ...))}
         kind_of_network = _union(inner[role])
+        if opened and role != "prior":
+            kind_of_network |= _table(title, *coded(place), program=(str, ...))
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
+        more: Any = {"network": field}
+        if role == "posterior":
+            more["encoding"] = (Annotated[Encodings, AfterValidator(_judge_encoding)] | None, None)
         tables[role] = {
-            kind.__name__: named(kind, role.title() + kind.__name__, **{"network": field} if _parametric(kind) else {})
+            kind.__name__: named(
+                kind,
+                role.title() + kind.__name__,
+                **(more if parametric(kind) else {}),
+            )
             for kind in kinds
             if plays(kind, role)
         }
@@ -225,7 +208,7 @@ def _union(models: dict[str, Any]) -> Any:
 
 
 def _table(
-    title: str, function: Any, judge: Any = _nothing, /, only: Any = None, opened: bool = False, **fixed: Any
+    title: str, function: Any, judge: Any = _nothing, only: Any = None, opened: bool = False, /, **fixed: Any
 ) -> Any:
     """Make the model of a table from the keyword-only parameters of a function, or `only` some of them.
 
@@ -262,6 +245,21 @@ def _table(
     make: Any = create_model
     validators = {"together": model_validator(mode="after")(together)}
     return make(title, __base__=_Open if opened else _Table, __validators__=validators, **fixed, **fields)
+
+
+def _judge_part(kind: Any, **keys: Any) -> None:
+    """Let a constructor judge its keys, over two columns, or over those that the keys name."""
+    kinds = keys.get("kinds")
+    names = tuple(kinds) if isinstance(kinds, dict) and kinds else ("a", "b")
+    real: Any = ("real",) * len(names)
+    columns = Columns(len(names), (8, 8), names, real, (2,) * len(names))
+    kind(**filled(kind, event=len(names), rows=1, **described(columns)), **keys)
+
+
+def _judge_encoding(encoding: Encodings) -> Encodings:
+    for word in encoding.values() if isinstance(encoding, dict) else [encoding]:
+        check_choice("encoding", word, WORDS)
+    return encoding
 
 
 def _judge_svi(**keys: Any) -> None:

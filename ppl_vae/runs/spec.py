@@ -9,7 +9,8 @@ import os
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
-from ppl_vae.programs.program import PyroPair, load_program
+from ppl_vae.networks.encoding import Encoding
+from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, needs, sections
-from ppl_vae.runs.spec_file import is_program, listed, merge, near, read, show
+from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
 _TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
 
@@ -44,7 +46,8 @@ class Spec:
         path: the file it was read from.
         data: what to load; the keys are those of `data.load`.
         model: `latent`, and `program` with its keys if a program file takes the place of the three roles.
-        prior, likelihood, posterior: `family`, its keys, and its `network`; None beside a program.
+        prior, likelihood, posterior: `family`, its keys, and its `network`, one of the library's by `family` or one of
+            your own by `program`, with its keys; None beside a program.
         svi: the keys of `fit`.
         evaluation: `samples`, the draws per datum.
     """
@@ -67,17 +70,18 @@ class Spec:
         Args:
             tables: the tables by name, as in a TOML file.
             path: the file that they stand for: messages name it, and paths are relative to its folder.
-            trust_code: whether the file of `model.program` may run; it does so here, to check its keys.
+            trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
 
         Raises:
             ValueError: If any key is wrong: each of them, its value, and what is allowed.
         """
         path, raw = Path(path), merge(Path(path), tables, {})
         errors: list[str] = []
-        program = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
+        own = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
+        program = own.get("model")
         if is_program(path) and program is not None and "latent" in needs(program):
             raw["model"].setdefault("latent", 10)
-        known = sections(program, opened=program is None and "program" in _table(raw, "model"))
+        known = sections(own)
         checked: dict[str, Any] = dict.fromkeys(SECTIONS)
         for name, section in known.items():
             if name in raw or name not in ROLES:
@@ -110,6 +114,20 @@ class Spec:
         """The spec as TOML, which loads as an equal spec."""
         return tomli_w.dumps(self.to_dict())
 
+    @property
+    def programs(self) -> dict[str, str]:
+        """The files of code that the spec names, `file.py:Class`, by the table that names them."""
+        return {place: table["program"] for place, table in programs(self.to_dict())}
+
+    def relocated(self, path: Path, references: Mapping[str, str]) -> "Spec":
+        """The same spec at another path, with other places for the files of its `programs`."""
+        parts = {}
+        for place, reference in references.items():
+            name, _, inner = place.partition(".")
+            part, update = getattr(self, name), {"program": reference}
+            parts[name] = part.model_copy(update={inner: part.network.model_copy(update=update)} if inner else update)
+        return replace(self, path=path, **parts)
+
     def load_data(self) -> Data:
         """Read the data.
 
@@ -134,7 +152,8 @@ class Spec:
             program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    program.initialise(x.cpu())
+                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
+                program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
@@ -179,7 +198,7 @@ def load_spec(
         path: a TOML file, or a program, `file.py[:Class]`, to be fitted to the digits with 10 latent variables.
         overrides: values by dotted key, set before anything is checked:
             `{"svi.epochs": 3, "likelihood.network.hidden": [50]}`. A whole table replaces the old one.
-        trust_code: whether the file of `model.program` may run; it does so here, to check its keys.
+        trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
 
     Raises:
         ValueError: If the file or any key is wrong: each of them, its value, and what is allowed.
@@ -188,32 +207,37 @@ def load_spec(
     return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code)
 
 
-def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> type | None:
-    """Make paths absolute, and load the program's class if there is one."""
-    data, model = _table(raw, "data"), _table(raw, "model")
+def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
+    """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
+    data = _table(raw, "data")
+    own: dict[str, Any] = {}
     name, root = data.get("name"), data.get("root")
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
     if isinstance(name, str) and is_path(name):
         places = [place / Path(name).expanduser() for place in (folder, root_folder(None)[0], Path.cwd())]
         data["name"] = str(next((place for place in places if place.exists()), places[0]).resolve())
-    if not isinstance(model.get("program"), str):
-        return None
-    file, colon, name = model["program"].partition(":")
-    model["program"] = f"{(folder / Path(file).expanduser()).resolve()}{colon}{name}"
-    try:
-        if not trust_code:
-            raise ValueError(f"Cannot run {model['program']} without --trust-code. Read its code first.")
-        return load_program(model["program"])
-    except ValueError as error:
-        errors.append(f"model.program: {error}")
-        return None
+    for place, table in programs(raw):
+        file, colon, name = table["program"].partition(":")
+        table["program"] = f"{(folder / Path(file).expanduser()).resolve()}{colon}{name}"
+        own[place] = None
+        try:
+            if not trust_code:
+                raise ValueError(f"Cannot run {table['program']} without --trust-code. Read its code first.")
+            if place == "model":
+                own[place] = load_program(table["program"])
+            else:
+                own[place] = load_network(table["program"])
+                filled(own[place], context=1, outputs=1, shape=None)
+        except ValueError as error:
+            errors.append(f"{place}.program: {error}")
+    return own
 
 
 def _on_table(part: Any) -> bool:
     """Whether a part keeps one row per datum."""
-    network = getattr(part, "network", None)
-    return network is not None and "rows" in needs(getattr(networks, network.family))
+    family = getattr(getattr(part, "network", None), "family", None)
+    return family is not None and "rows" in needs(getattr(networks, family))
 
 
 def _on_columns(part: Any) -> bool:
@@ -266,9 +290,9 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
     if latent is not None and None not in (spec.prior, likelihood, posterior) and not _on_columns(likelihood):
         try:
             with fork_rng(0, device=CPU):
-                _assemble(spec, _TRIAL, latent=latent, rows=1)
+                _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            yield f"posterior: {error}"
+            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -277,26 +301,58 @@ def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
+def _tied(part: Any) -> set[str]:
+    """The other roles that a part is made of."""
+    return needs(getattr(families, part.family)) & set(ROLES)
+
+
 def _support(part: Any) -> Any:
     """Support of the family that a part names."""
     return example(getattr(families, part.family)).support
 
 
-def _assemble(spec: Spec, columns: Columns, latent: int, rows: int) -> VAE:
-    """Build the three conditionals, those last that are tied to others."""
+def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
+    """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
     known = described(columns)
-    for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
+    if _tied(spec.prior) and _tied(spec.posterior):
+        raise ValueError(
+            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
+            f"{spec.posterior.family}."
+        )
+    for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
-        kind, network = getattr(families, table.family), getattr(table, "network", None)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
         event = columns.count if role == "likelihood" else latent
-        family = kind(**filled(kind, event=event, **known, **parts), **table.model_dump(exclude={"family", "network"}))
-        if network is not None:
+        keys = table.model_dump(exclude={"family", "network", "encoding"})
+        family = kind(**filled(kind, event=event, **known, **parts), **keys)
+        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
+        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
+        if hasattr(network, "program"):
+            kind = load_network(network.program) if own else networks.Linear
+            size = sum(context) if encoding is None else encoding.size
+            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
+        elif network is not None:
             kind = getattr(networks, network.family)
             network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
-        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
-        parts[role] = Conditional(family, network).bind(*context)
+        parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
     return VAE(**parts)
+
+
+def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
+    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
+    given, words = getattr(table, "encoding", None), list(family.encodings)
+    names = columns.names or tuple(map(str, range(columns.count)))
+    for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
+        matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"Expected the names of columns in `encoding`; got {pattern!r}.{near(pattern, names)}")
+        for j in matched:
+            words[j] = word
+    amortized = getattr(table, "network", None) is not None and not _on_table(table)
+    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
 
 
 @contextmanager
@@ -308,14 +364,19 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data)
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
     except Exception as error:
-        if spec.model.program is None:
+        if not spec.programs:
             raise
-        file = spec.model.program.partition(":")[0]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        where = f"line {lines[-1]}" if lines else "it"
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = {
+            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
+            for place, reference in spec.programs.items()
+        }
+        place = next((place for place in lines if lines[place]), next(iter(lines)))
+        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
+        where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{spec.path}: model.program: Expected model and guide of {file} to run on the data; {where} raised "
+            f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
             f"{type(error).__name__}: {what}"
         ) from error
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,16 @@ def merge(path: Path, tables: Mapping[str, Any], overrides: Mapping[str, Any]) -
                 raise ValueError(f"{path}: {dotted}: Expected {where} to be a table; got {show(table)}.")
         table[last] = _plain(value)
     return merged
+
+
+def programs(tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables that name a file of code by their key `program`, each after its place, such as `posterior.network`."""
+    for place in ("model", "likelihood.network", "posterior.network"):
+        table: Any = tables
+        for key in place.split("."):
+            table = table.get(key) if isinstance(table, Mapping) else None
+        if isinstance(table, dict) and isinstance(table.get("program"), str):
+            yield place, table
 
 
 def _plain(value: Any) -> Any:

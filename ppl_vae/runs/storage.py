@@ -100,7 +100,7 @@ def _others(folder: Path) -> list[str]:
         for path in sorted(entry.iterdir()) if opened else [entry]:
             name = path.relative_to(folder).as_posix()
             plain = path.is_file() and not path.is_symlink()
-            program = plain and path.suffix == ".py" and digest(path) == metadata.get("program")
+            program = plain and path.suffix == ".py" and digest(path) in metadata.get("program", "").split()
             if not (plain and name in own or program):
                 others.append(name)
     return others

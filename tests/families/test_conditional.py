@@ -99,7 +99,7 @@ def test_any_module_serves_as_network() -> None:
 @pytest.mark.parametrize(("family", "needed"), [(Normal(3), 6), (FullNormal(3), 9), (Bernoulli(3), 3)])
 def test_a_module_of_another_size_is_refused(family: Any, needed: int) -> None:
     conditional = Conditional(family, nn.Linear(4, 5), context=4)
-    message = rf"answer {needed} parameters for {type(family).__name__}\(3,\); got 5"
+    message = rf"answer {needed} parameters for {type(family).__name__}\(3,\).*; got 5 "
     with pytest.raises(ValueError, match=message):
         conditional(torch.zeros(2, 4))
 

@@ -10,7 +10,8 @@ from ppl_vae.data import Columns
 from ppl_vae.families import Bernoulli, FullNormal, Mixed, MixtureNormal, Normal
 
 COLUMNS = Columns(5, names=("a", "b", "c", "d", "e"), kinds=("real", "binary", "real", "binary", "real"))
-KINDS = {"a": "Normal", "b": "Bernoulli", "c": {"family": "Normal", "scale": "feature"}, "d": "Bernoulli", "e": "Normal"}
+OWN = {"family": "Normal", "scale": "feature"}
+KINDS = {"a": "Normal", "b": "Bernoulli", "c": OWN, "d": "Bernoulli", "e": "Normal"}
 
 
 def softplus(raw):
@@ -107,7 +108,7 @@ def test_mistakes_in_kinds_are_named(kinds, message):
 
 
 def test_kinds_need_a_table_to_be_inferred():
-    with pytest.raises(ValueError, match="whose kinds are known, for kinds = \"infer\": a table; got data of 3"):
+    with pytest.raises(ValueError, match='whose kinds are known, for kinds = "infer": a table; got data of 3'):
         Mixed(3, Columns(3))
     with pytest.raises(ValueError, match="Expected 3 columns, as the data have; got 2"):
         Mixed(2, Columns(3), kinds={"*": "Normal"})
