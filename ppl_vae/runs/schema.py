@@ -5,7 +5,6 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -15,7 +14,7 @@ from ppl_vae import families, networks
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import NAMES
+from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
@@ -278,12 +277,6 @@ def _judge_data(**keys: Any) -> None:
             raise
 
 
-def is_path(name: str) -> bool:
-    """Whether the name of data is a path."""
-    return name not in NAMES and (bool(Path(name).suffix) or len(Path(name).parts) > 1)
-
-
 def _judge_name(name: str) -> str:
-    if name not in NAMES and not is_path(name):
-        load(name)
+    check_name(name)
     return name
