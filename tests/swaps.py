@@ -96,8 +96,7 @@ def refused(first: str, second: str, values: dict[str, list[str]]) -> dict[Any, 
     for x, y in itertools.product(values[first], values[second]):
         choice = {**PLAIN, first: x, second: y}
         try:
-            spec = spec_of(choice)
-            spec.build(data_for(choice["likelihood"]))
+            spec_of(choice).assemble(columns=COLUMNS, rows=ROWS)
         except ValueError as error:
             messages[(first, x), (second, y)] = str(error)
     return messages

@@ -131,6 +131,6 @@ class GatedMLP(Layered):
 
     def build_layers(self, context: int, start: Tensor) -> None:
         super().build_layers(context, start)
-        for layer in self.layers[:-1]:
+        for layer in list(self.layers)[:-1]:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=math.sqrt(2 / max(layer.in_features, 1)))

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def test_every_pair_stands_in_a_row():
     assert {(row["a"], row["b"]) for row in allowed} == set(itertools.product("xyz", "uvw")) - {("x", "u")}
 
 
+@cache
 def suiting():
     """Choices for rows that train, and the pairs of them that are refused by name.
 
