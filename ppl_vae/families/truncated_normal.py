@@ -155,7 +155,7 @@ class TruncatedNormal(Elementwise):
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         loc, width = mean, scale
         for _ in range(60):
-            now = _TruncatedNormal(loc=loc, scale=width, **self.limits)
+            now = _TruncatedNormal(**{"loc": loc, "scale": width, **self.limits})
             loc = loc + (mean - now.mean).clamp(-scale, scale)
             width = torch.minimum(width * (scale / now.stddev).clamp(0.5, 2), 10 * scale)
         return {"loc": loc, "scale": width}

@@ -248,7 +248,7 @@ def _table(
     return make(title, __base__=_Open if opened else _Table, __validators__=validators, **fixed, **fields)
 
 
-def _judge_part(kind: Any, **keys: Any) -> None:
+def _judge_part(kind: Any, /, **keys: Any) -> None:
     """Let a constructor judge its keys, over two columns, or over those that the keys name."""
     kinds = keys.get("kinds")
     names = tuple(kinds) if isinstance(kinds, dict) and kinds else ("a", "b")
