@@ -41,6 +41,8 @@ class Steps(constraints.Constraint):
 
 
 unit = OpenInterval(0.0, 1.0)
+
+
 class Sphere(constraints.Constraint):
     """Vectors of length 1, to a tolerance of 1e-4."""
 
