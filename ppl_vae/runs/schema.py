@@ -5,7 +5,6 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -15,7 +14,7 @@ from ppl_vae import families, networks
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import NAMES
+from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
@@ -26,7 +25,7 @@ SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
-_UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
+_UNKNOWN = {"shape": "pictures, which have a shape,", "levels": "columns of known kinds or 8-bit intensities"}
 
 
 class _Table(BaseModel):
@@ -96,7 +95,8 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
         )
     for key in sorted(wanted & _UNKNOWN.keys()):
         if known[key] is None:
-            raise ValueError(f"Expected data of {_UNKNOWN[key]} for {function.__name__}; got none. Use another.")
+            other = "MLP or Linear" if key == "shape" else "another family"
+            raise ValueError(f"Expected {_UNKNOWN[key]} for {function.__name__}; got other data. Use {other}.")
     return {key: value for key, value in known.items() if key in wanted}
 
 
@@ -277,12 +277,6 @@ def _judge_data(**keys: Any) -> None:
             raise
 
 
-def is_path(name: str) -> bool:
-    """Whether the name of data is a path."""
-    return name not in NAMES and (bool(Path(name).suffix) or len(Path(name).parts) > 1)
-
-
 def _judge_name(name: str) -> str:
-    if name not in NAMES and not is_path(name):
-        load(name)
+    check_name(name)
     return name

@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from ppl_vae import families, networks
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import root_folder
+from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.networks.encoding import Encoding
@@ -30,7 +30,7 @@ from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
 _TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
@@ -106,7 +106,7 @@ class Spec:
         """All keys that apply, defaults filled in, as plain values."""
         tables = {name: getattr(self, name) for name in SECTIONS}
         plain = {name: table.model_dump(exclude_none=True) for name, table in tables.items() if table is not None}
-        for key in _unused(self.data):
+        for key in unused_keys(self.data.name):
             plain["data"].pop(key, None)
         return plain
 
@@ -228,7 +228,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
                 own[place] = load_program(table["program"])
             else:
                 own[place] = load_network(table["program"])
-                filled(own[place], context=1, outputs=1, shape=None)
+                filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
@@ -245,23 +245,12 @@ def _on_columns(part: Any) -> bool:
     return "columns" in needs(getattr(families, part.family))
 
 
-def _unused(data: Any) -> dict[str, str]:
-    """Keys of [data] without effect, and the data on which they have none."""
-    if data.name == "digits":
-        owner = "digits, which are embedded, split and all"
-        return dict.fromkeys(("root", "array", "download", "test_fraction"), owner)
-    if not is_path(data.name):
-        return dict.fromkeys(("array", "test_fraction"), f"{data.name}, which has a split of its own")
-    unused = dict.fromkeys(("root", "download"), "the path of a file; `name` says where it lies")
-    return unused if data.name.lower().endswith(".npz") else {**unused, "array": "a file that is no .npz"}
-
-
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
     """What is wrong between the tables, and what has no effect."""
     data, model, likelihood, posterior = spec.data, spec.model, spec.likelihood, spec.posterior
     latent = getattr(model, "latent", None)
     if data is not None:
-        for key, owner in _unused(data).items():
+        for key, owner in unused_keys(data.name).items():
             if key in data.model_fields_set:
                 yield f"data.{key}: Expected no `{key}` for {owner}; got {show(getattr(data, key))}. Leave it out."
         if spec.svi is not None and spec.svi.keep == "best" and not data.validation_fraction:
@@ -325,12 +314,12 @@ def _support(part: Any) -> Any:
 def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
-    known = described(columns)
     if _tied(spec.prior) and _tied(spec.posterior):
         raise ValueError(
             f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
             f"{spec.posterior.family}."
         )
+    known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
@@ -343,7 +332,7 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)

@@ -140,7 +140,7 @@ def test_every_prior_goes_with_every_posterior(prior, posterior):
         ({"epochs": 3}, "epochs: Expected the tables data, model, prior"),
         ({"epochs": 3}, "Did you mean svi.epochs?"),
         ({"priors.family": "Normal"}, "Did you mean prior?"),
-        ({"data.name": "digit"}, "data.name: Expected `name` to be 'digits', 'mnist' or"),
+        ({"data.name": "digit"}, "data.name: Expected `name` to be 'digits', 'iris', "),
         ({"data.name": "digit"}, "got 'digit'. Did you mean 'digits'?"),
         ({"data.seed": -1}, "data.seed: Expected a seed"),
         ({"data.binarization": "dinamic"}, "data.binarization: Expected"),
