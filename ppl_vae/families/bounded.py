@@ -1,6 +1,5 @@
 """Families of numbers between 0 and 1."""
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -155,10 +154,7 @@ def _kl_continuous_bernoulli(q: Any, p: Any) -> Tensor:
 
 def _log1mexp(x: Tensor) -> Tensor:
     """Logarithm of 1 - exp(x), for x < 0."""
-    near = x > -math.log(2)
-    return torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
-    )
+    return torch.log(-torch.expm1(x))
 
 
 def _inside(x: Tensor) -> Tensor:

@@ -24,17 +24,8 @@ class _TruncatedNormal(Entry):
     density at the bound, so that nothing cancels or underflows far in the tail.
     """
 
-    arg_constraints = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "low": constraints.real,
-        "high": constraints.real,
-    }
+    arg_constraints = dict.fromkeys(("loc", "low", "high"), constraints.real) | {"scale": constraints.positive}
     has_rsample = True
-    loc: Tensor
-    scale: Tensor
-    low: Tensor
-    high: Tensor
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
@@ -143,19 +134,14 @@ class TruncatedNormal(Elementwise):
                 f"Expected `low` below `high`, and one of them finite; got {low!r} and {high!r}. "
                 "Without bounds, use Normal."
             )
-        self.limits = {"low": float(low), "high": float(high)}
-        support = constraints.interval(*self.limits.values())
-        super().__init__(event, _TruncatedNormal, support, loc="network", scale=scale)
-        for name, limit in self.limits.items():
-            self.register_buffer(name, torch.tensor(limit), persistent=False)
-
-    def values(self, parameters: Tensor) -> dict[str, Any]:
-        return super().values(parameters) | {name: self.get_buffer(name) for name in self.limits}
+        low, high = float(low), float(high)
+        support = constraints.interval(low, high)
+        super().__init__(event, _TruncatedNormal, support, loc="network", scale=scale, low=low, high=high)
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        loc, width = mean, scale
+        loc, width, limits = mean, scale, {name: self.sources[name] for name in ("low", "high")}
         for _ in range(60):
-            now = _TruncatedNormal(loc=loc, scale=width, **self.limits)
+            now = _TruncatedNormal(None, **limits, loc=loc, scale=width)
             loc = loc + (mean - now.mean).clamp(-scale, scale)
             width = torch.minimum(width * (scale / now.stddev).clamp(0.5, 2), 10 * scale)
         return {"loc": loc, "scale": width}
