@@ -125,7 +125,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         n_train=target.n,
         features=data.features,
         columns=_columns(data),
-        hints=_hints(data),
+        hints=column_hints(data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
         kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
@@ -142,7 +142,7 @@ def _columns(data: Data) -> dict[str, str]:
     return {name: f"{kind} feature" for name, kind in zip(names, kinds, strict=False)} | data.roles
 
 
-def _hints(data: Data) -> list[str]:
+def column_hints(data: Data) -> list[str]:
     """What looks wrong with the columns of a table, and what mends it."""
     hints, columns = [], _columns(data)
     left = [name for name, role in data.roles.items() if role == "left out"]
@@ -151,7 +151,7 @@ def _hints(data: Data) -> list[str]:
         for group in [names] if key == "leave_out" and names else [[name] for name in names]:
             value = json.dumps([*left, *group] if key == "leave_out" else group[0])
             hints.append(f"{', '.join(group)} {said}; if so, --set 'data.{key}={value}'")
-    kept = [name for name, what in columns.items() if what.endswith(" feature") and what[:4] not in ("real", "posi")]
+    kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
     if data.protocol["scaling"] == "standardize" and kept:
-        hints.append(f"standardize leaves {', '.join(kept)} alone, whose kinds it would spoil")
+        hints.append(f"{', '.join(kept)} stay as they are: standardize scales no counts and no shares")
     return hints

@@ -28,7 +28,7 @@ from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
-from ppl_vae.runs.check import Check, check_program
+from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
@@ -361,7 +361,7 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data)
+        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
     except Exception as error:
         if not spec.programs:
@@ -381,8 +381,10 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         ) from error
 
 
-def _remedy(spec: Spec, data: Data) -> str:
+def _remedy(spec: Spec, data: Data, error: str) -> str:
     """The `--set` that fits the data to the likelihood, if there is one."""
+    if "constant" in data.suspects.values() and "constant" in error:
+        return f" {next(hint for hint in column_hints(data) if 'constant' in hint)}."
     x = data.train["x"]
     if not bool(_support(spec.likelihood).check(x).all()) and data.protocol["maximum"] is not None:
         unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
