@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import sys
 import time
@@ -24,8 +25,10 @@ CHUNKS = 20
 COUNTED = ("estimates", "accepted", "settled", "converged")  # what a kind calls the cases that it answers for
 
 
-def attack(kind: str, count: int, seed: int) -> dict[str, float]:
-    """Rates of a share of the cases, in a process of its own."""
+def attack(kind: str, count: int, seed: int, until: float) -> dict[str, float] | None:
+    """Rates of a chunk of the cases, in a process of its own; None if the time is up."""
+    if time.time() > until:
+        return None
     import pyro
     import torch
 
@@ -57,21 +60,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", help=f"some of {', '.join(COUNTS)}; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="of the cases")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which a kind begins no further chunk")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; one a core by default")
     parser.add_argument("--page", type=Path, help="the page whose table takes the rates, docs/adversary.md")
     given = parser.parse_args()
     there = [kind for kind in COUNTS if (FOLDER / f"test_{kind}.py").is_file()]
     with ProcessPoolExecutor(given.workers) as pool:
         for kind in given.kinds or there:
-            began, count = time.perf_counter(), max(round(given.share * COUNTS[kind] / CHUNKS), 1)
-            seeds = [1_000_000 + chunk * count for chunk in range(CHUNKS)]
+            began, count = time.time(), max(round(given.share * COUNTS[kind] / CHUNKS), 1)
+            chunks = [(kind, count, 1_000_000 + chunk * count, began + 60 * given.minutes) for chunk in range(CHUNKS)]
             parts = []
-            for seed, part in zip(seeds, pool.map(attack, [kind] * CHUNKS, [count] * CHUNKS, seeds), strict=True):
+            for chunk, part in zip(chunks, pool.map(attack, *zip(*chunks, strict=True)), strict=True):
+                if part is None:
+                    continue
                 parts.append(part)
                 if part["beyond_5"]:
-                    print(f"  rates({count}, {seed}): {told(part)}", flush=True)
+                    print(f"  rates{chunk[1:3]}: {told(part)}", flush=True)
             total = {key: sum(part[key] for part in parts) for key in parts[0]}
-            print(f"{kind:12} {told(total)} ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(f"{kind:12} {told(total)} ({time.time() - began:.0f} s)", flush=True)
             if given.page is not None:
                 write(given.page, kind, total)
 
