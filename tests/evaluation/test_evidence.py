@@ -599,9 +599,11 @@ def test_the_bound_over_its_samples_is_that_of_disjoint_groups() -> None:
             else:
                 assert error.isnan().all()
     found = bound_curve(vae, x, 130)
-    assert found.counts.tolist() == [1, 2, 5, 10, 20, 50, 100]
-    assert found.bound.shape == found.error.shape == (7, 130)
-    torch.testing.assert_close(found.bound[0], log_evidence(vae, x, 130).elbo, rtol=1e-9, atol=1e-9)
+    assert found.counts.tolist() == [1, 2, 5, 10, 20, 50, 100, 130]
+    assert found.bound.shape == found.error.shape == (8, 130)
+    whole = log_evidence(vae, x, 130)
+    torch.testing.assert_close(found.bound[0], whole.elbo, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.bound[-1], whole.log_evidence, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("check", ["A14", "A17"])
