@@ -115,7 +115,9 @@ def _read(target: Target, role: Role) -> Gaussian:
     hessian = (gradient[1 : size + 1] - slope).transpose(0, 1)
     precision = -(hessian + hessian.mT) / 2
     steep = gradient.abs().amax(0)  # (n, z)
-    slack = 1e-4 * steep.amax(-1).clamp_min(1e-12), 1e-6 + 1e5 * probe.rounding * value.abs().amax(0)
+    largest = value.abs().amax(0)
+    bend = 1e-6 * largest.clamp_max(1e3)  # so far out, where a small one grows; around the mean it counts as error
+    slack = 1e-4 * steep.amax(-1).clamp_min(1e-12), 1e-6 + bend + 1e5 * probe.rounding * largest
     read = value[0], slope, precision
     probe.hold(_missed(read, probes, value[size + 1 :], gradient[size + 1 :]), slack)
     factor, failed = torch.linalg.cholesky_ex(precision)

@@ -18,7 +18,7 @@ from scipy.special import digamma, polygamma
 from scipy.stats import binom, norm
 from sklearn.datasets import load_digits
 from torch import Tensor
-from twins import TWINS, draws, linear_vae, perturbed, randomise
+from twins import TWINS, draws, linear_vae, perturbed, randomise, single
 
 from ppl_vae import PPCA, VAE, Conditional, Program, Target, exact_log_evidence, log_evidence, log_weights
 from ppl_vae.data import load
@@ -51,17 +51,7 @@ def psis(log_weights: np.ndarray) -> float:
 
 def wide(target: Any, proposal: Any) -> Program:
     """Give a pair whose posterior is `target` whatever the data, and whose evidence is N(x; 0, 1)."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", target)
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x)), 1.0), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", proposal)
-
-    return Program(model, guide)
+    return single(target, lambda z: dist.Normal(torch.zeros(()), 1.0), proposal)
 
 
 def tailed(k: float) -> Program:
