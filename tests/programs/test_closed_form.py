@@ -346,6 +346,20 @@ def test_a_small_bend_is_part_of_the_error_and_a_larger_one_refused(power: int, 
         assert torch.equal(compare_posteriors(program, x).error, exact.error)
 
 
+@pytest.mark.parametrize("n", [1, 4, 40])
+@pytest.mark.parametrize("centre", [-1.6, 1.5, 2.4])
+def test_a_bump_far_off_the_posterior_is_refused(n: int, centre: float) -> None:
+    """Ten posterior deviations off, z could explain x as well, by a bump of a hundredth of the prior's width."""
+    prior, height = dist.Normal(torch.zeros(()), 1.0), -math.copysign(1.0, centre)
+
+    def likelihood(z: Tensor) -> Any:
+        return dist.Normal(0.27 * z + height * torch.exp(-0.5 * ((z - centre) / 0.01) ** 2), 0.045)
+
+    x = 0.27 * centre + height * torch.linspace(0.5, 0.6, n).unsqueeze(-1)
+    with pytest.raises(ValueError, match="not quadratic"):
+        exact_log_evidence(single(prior, likelihood, prior), x)
+
+
 def test_a_step_that_gradients_do_not_show_is_refused() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
