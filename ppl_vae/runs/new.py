@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ppl_vae.data.columns import infer_kind
 from ppl_vae.data.datasets import is_path
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.mixed import INFERRED
@@ -98,7 +99,8 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
             said = f"{levels} intensities. Or black and white: data.binarization = dynamic and a Bernoulli."
             return "DiscretizedLogistic", {"data": {"scaling": "unit"}}, said
         return "Normal", {"scale": "shared"}, "Real numbers with one noise scale."
-    kinds = set(columns.kinds or ("real",))
+    each = columns.kinds or [infer_kind(x, x) for x in data.train["x"].double().numpy().T]
+    kinds = set(each)
     if kinds == {"real"}:
         said = "Real numbers, standardised, with a noise scale for each column."
         return "Normal", {"scale": "feature", "data": {"scaling": "standardize"}}, said
@@ -106,8 +108,8 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
         (kind,) = kinds
         return INFERRED[kind], {}, f"All columns are of the kind {kind}."
     names = columns.names or tuple(map(str, range(columns.count)))
-    families = {name: INFERRED[kind] for name, kind in zip(names, columns.kinds or (), strict=True)}
-    if len(names) > _LISTED:
+    families = {name: INFERRED[kind] for name, kind in zip(names, each, strict=True)}
+    if len(names) > _LISTED and columns.kinds:
         return "Mixed", {"kinds": "infer"}, "A family for each column, by its kind; see ppl-vae check."
     return "Mixed", {"kinds": families}, "A family for each column; change any."
 
