@@ -23,15 +23,14 @@ def mode(program: Any, *, training: bool = False) -> Iterator[None]:
     """Run a program with its modules in evaluation mode, or all in training mode, and put each back into its own."""
     parts = [program] if isinstance(program, nn.Module) else vars(program).values()
     roots = [part for part in parts if isinstance(part, nn.Module)]
-    before = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots if any(was != training for _, was in before) else ():
+    changed = [module for root in roots for module in root.modules() if module.training != training]
+    for root in roots if changed else ():
         root.train(training)
     try:
         yield
     finally:
-        for module, was in before:
-            if module.training != was:
-                module.training = was
+        for module in changed:
+            module.training = not training
 
 
 @contextmanager

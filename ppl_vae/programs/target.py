@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.programs.latent_vector import Layout
-from ppl_vae.programs.param_store import device_and_dtype, own_params, scope, to_double
+from ppl_vae.programs.param_store import device_and_dtype, mode, own_params, scope, to_double
 from ppl_vae.programs.rows import known_data
 from ppl_vae.programs.sites import OTHER_DATA, Structure, points_of, structure
 from ppl_vae.programs.traces import Batch, batch_of, check_batch, log_density, trace_pair
@@ -114,7 +114,7 @@ class Target:
 
     @contextmanager
     def running(self, *key: int | str) -> Iterator[None]:
-        """Run the program on a parameter store of its own, with draws from the streams of a key."""
+        """Run the program in evaluation mode on a store of its own, with draws from the streams of a key."""
         with scope(self.program), fork_rng(*key, device=self.device):
             yield
 
@@ -136,7 +136,8 @@ class Target:
             self._check_rows()
         function = getattr(self.program, role)
         particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
-        return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
+        with mode(self.program):
+            return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
 
     def _check_rows(self) -> None:
         """Refuse data that a guide with one row per datum does not know; one that has forgotten is believed."""

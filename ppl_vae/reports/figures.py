@@ -21,6 +21,7 @@ from ppl_vae.reports.findings import counted
 from ppl_vae.reports.latent_plots import latent_grid, latent_scatter, traversals
 from ppl_vae.reports.measures import MOST_DATA, evaluation_split
 from ppl_vae.reports.posterior_plots import ellipses, regions
+from ppl_vae.reports.table_plots import column_errors, marginals, scatter_pairs
 
 
 class _Album(dict[str, str]):
@@ -59,12 +60,23 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     whose = "Held-out" if part == "test" else "Training"
     few = target.rows(slice(10))
     x = few.batch.get("x")
-    if (means := _means(few, seed)) is not None:
+    by_column = data.columns.names is not None and shape is None
+    if by_column and (means := _means(target.rows(slice(MOST_DATA)), seed)) is not None:
+        caption = f"{whose} data: what one draw of z from the guide misses of each column."
+        album.add("columns.png", column_errors(rows["x"][:MOST_DATA], means, data.columns), caption)
+    elif (means := _means(few, seed)) is not None:
         caption = f"{whose} data, and the mean of p(x given z) for one draw of z from the guide."
         album.add("reconstructions.png", reconstructions(x, means, shape=shape), caption)  # type: ignore[arg-type]
     if (drawn := _draws(target, seed)) is not None:
         caption = "Draws from the model: z from the prior, x from the likelihood."
-        album.add("samples.png", samples(drawn, shape=shape), caption)
+        if by_column:
+            learned, more = data.train["x"][:MOST_DATA], _draws(target, seed, MOST_DATA)
+            beside = learned, drawn if more is None else more, data.columns
+            album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
+            if (scattered := scatter_pairs(*beside)) is not None:
+                album.add("pairs.png", scattered, "Pairs of columns: data below the diagonal, draws above it.")
+        else:
+            album.add("samples.png", samples(drawn, shape=shape), caption)
     if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
         return album
     latents = program.prior.family.event_shape.numel()
@@ -149,11 +161,11 @@ def _means(target: Target, seed: int) -> Tensor | None:
         return None
 
 
-def _draws(target: Target, seed: int) -> Tensor | None:
-    """Draw up to 64 data from the model, if it can be drawn from."""
+def _draws(target: Target, seed: int, count: int = 64) -> Tensor | None:
+    """Draw data from the model, as many as asked for or as there are, if it can be drawn from."""
     if isinstance(target.program, VAE):
-        return target.program.sample(64, seed=seed)
-    few = target.rows(slice(64))
+        return target.program.sample(count, seed=seed)
+    few = target.rows(slice(count))
     if "x" not in few.batch:
         return None
     try:

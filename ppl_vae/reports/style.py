@@ -48,10 +48,16 @@ def check_panels(n: int) -> None:
 
 
 def as_pictures(rows: Array, shape: Sequence[int]) -> Array:
-    """Rows of pixels as pictures, (n, height, width)."""
-    if len(shape) != 2 or math.prod(shape) != rows.shape[1]:
-        raise ValueError(f"Expected a shape (height, width) of {rows.shape[1]} pixels; got {tuple(shape)}.")
-    return rows.reshape(-1, *shape)
+    """Rows of pixels as pictures, (n, height, width), or (n, height, width, 3) in colour."""
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    colour = len(shape) == 3 and shape[0] == 3
+    if (len(shape) != 2 and not colour) or math.prod(shape) != rows.shape[1]:
+        raise ValueError(
+            f"Expected a shape (height, width) or (3, height, width) of {rows.shape[1]} numbers; got {tuple(shape)}."
+        )
+    pictures = rows.reshape(-1, *shape)
+    return pictures.transpose(0, 2, 3, 1) if colour else pictures
 
 
 def mosaic(
@@ -65,13 +71,13 @@ def mosaic(
     bottom: float = 0.05,
     limits: Array | None = None,
 ) -> tuple[Figure, Axes, Array, Array]:
-    """Arrange grey pictures in a grid, as one large picture.
+    """Arrange pictures in a grid, as one large picture.
 
     Black and white are 0 and 1 if all values of `limits` (by default the pictures) lie between, else their range.
 
     Args:
         rows: pixels of the pictures, (n, x).
-        shape: of a picture, (height, width).
+        shape: of a picture, (height, width) or (3, height, width).
         columns: pictures side by side.
         gap: pixels between pictures, by default a sixteenth of their larger side.
         cell: width of a picture in inches.
@@ -82,11 +88,13 @@ def mosaic(
     Returns:
         The figure, its axes, and the centres of the rows and of the columns of pictures, in pixels.
     """
-    pictures, (height, width) = as_pictures(rows, shape), shape
-    gap = max(1, round(max(shape) / 16)) if gap is None else gap
-    padded = np.pad(pictures, ((0, -len(rows) % columns), (0, gap), (0, gap)), constant_values=np.nan)
-    grid = padded.reshape(-1, columns, height + gap, width + gap).transpose(0, 2, 1, 3)
-    picture = grid.reshape(-1, columns * (width + gap))[: -gap or None, : -gap or None]
+    pictures = as_pictures(rows, shape)
+    (height, width), colours = pictures.shape[1:3], pictures.shape[3:]
+    gap = max(1, round(max(height, width) / 16)) if gap is None else gap
+    beyond = ((0, -len(rows) % columns), (0, gap), (0, gap), *((0, 0),) * len(colours))
+    padded = np.pad(pictures, beyond, constant_values=np.nan)
+    grid = padded.reshape(-1, columns, height + gap, width + gap, *colours).swapaxes(1, 2)
+    picture = grid.reshape(-1, columns * (width + gap), *colours)[: -gap or None, : -gap or None]
     shades = rows if limits is None else limits
     shades = shades[np.isfinite(shades)]
     low, high = (shades.min(), shades.max()) if len(shades) else (0.0, 1.0)
@@ -96,7 +104,8 @@ def mosaic(
     size = np.array([wide + left + 0.05, wide * ratio + bottom + 0.05])
     figure = Figure(size.tolist(), dpi=120)
     ax = figure.add_axes((left / size[0], bottom / size[1], wide / size[0], wide * ratio / size[1]))
-    _show(ax, picture, vmin=low, vmax=high)
+    shown = ((picture - low) / (high - low)).clip(0, 1) if colours else picture  # a picture in colour has no limits
+    _show(ax, np.nan_to_num(shown, nan=1.0) if colours else shown, vmin=low, vmax=high)
     ax.tick_params(length=0)
     across, up = (np.arange(count, dtype=np.float64) for count in (columns, len(grid)))
     return figure, ax, up * (height + gap) + (height - 1) / 2, across * (width + gap) + (width - 1) / 2

@@ -21,16 +21,16 @@ from torch.distributions import constraints
 from ppl_vae import families, networks
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import root_folder
+from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
-from ppl_vae.runs.check import Check, check_program
+from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, needs, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
 _TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
@@ -106,7 +106,7 @@ class Spec:
         """All keys that apply, defaults filled in, as plain values."""
         tables = {name: getattr(self, name) for name in SECTIONS}
         plain = {name: table.model_dump(exclude_none=True) for name, table in tables.items() if table is not None}
-        for key in _unused(self.data):
+        for key in unused_keys(self.data.name):
             plain["data"].pop(key, None)
         return plain
 
@@ -209,7 +209,8 @@ def load_spec(
 
 def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
-    data, own = _table(raw, "data"), {}
+    data = _table(raw, "data")
+    own: dict[str, Any] = {}
     name, root = data.get("name"), data.get("root")
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
@@ -227,7 +228,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
                 own[place] = load_program(table["program"])
             else:
                 own[place] = load_network(table["program"])
-                filled(own[place], context=1, outputs=1, shape=None)
+                filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
@@ -244,23 +245,12 @@ def _on_columns(part: Any) -> bool:
     return "columns" in needs(getattr(families, part.family))
 
 
-def _unused(data: Any) -> dict[str, str]:
-    """Keys of [data] without effect, and the data on which they have none."""
-    if data.name == "digits":
-        owner = "digits, which are embedded, split and all"
-        return dict.fromkeys(("root", "array", "download", "test_fraction"), owner)
-    if not is_path(data.name):
-        return dict.fromkeys(("array", "test_fraction"), f"{data.name}, which has a split of its own")
-    unused = dict.fromkeys(("root", "download"), "the path of a file; `name` says where it lies")
-    return unused if data.name.lower().endswith(".npz") else {**unused, "array": "a file that is no .npz"}
-
-
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
     """What is wrong between the tables, and what has no effect."""
     data, model, likelihood, posterior = spec.data, spec.model, spec.likelihood, spec.posterior
     latent = getattr(model, "latent", None)
     if data is not None:
-        for key, owner in _unused(data).items():
+        for key, owner in unused_keys(data.name).items():
             if key in data.model_fields_set:
                 yield f"data.{key}: Expected no `{key}` for {owner}; got {show(getattr(data, key))}. Leave it out."
         if spec.svi is not None and spec.svi.keep == "best" and not data.validation_fraction:
@@ -332,7 +322,8 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
     known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
-        kind, network = getattr(families, table.family), getattr(table, "network", None)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
         event = columns.count if role == "likelihood" else latent
         keys = table.model_dump(exclude={"family", "network", "encoding"})
         family = kind(**filled(kind, event=event, **known, **parts), **keys)
@@ -341,7 +332,7 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)
@@ -370,18 +361,19 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data)
+        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
     except Exception as error:
         if not spec.programs:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        for place, reference in spec.programs.items():
-            file = reference.partition(":")[0]
-            lines = [frame.lineno for frame in frames if frame.filename == file]
-            if lines:
-                break
-        parts, where = "model and guide" if place == "model" else "the network", f"line {lines[-1]}" if lines else "it"
+        lines = {
+            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
+            for place, reference in spec.programs.items()
+        }
+        place = next((place for place in lines if lines[place]), next(iter(lines)))
+        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
+        where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
@@ -389,8 +381,10 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         ) from error
 
 
-def _remedy(spec: Spec, data: Data) -> str:
+def _remedy(spec: Spec, data: Data, error: str) -> str:
     """The `--set` that fits the data to the likelihood, if there is one."""
+    if "constant" in data.suspects.values() and "constant" in error:
+        return f" {next(hint for hint in column_hints(data) if 'constant' in hint)}."
     x = data.train["x"]
     if not bool(_support(spec.likelihood).check(x).all()) and data.protocol["maximum"] is not None:
         unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""

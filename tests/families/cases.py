@@ -279,7 +279,7 @@ def _continuous_bernoulli(x: Array, logits: Array) -> Array:
 
 
 def _truncated(low: float, high: float) -> Case:
-    def law(x: Array, loc: Array, scale: Array) -> Array:
+    def law(x: Array, loc: Array, scale: Array, *_: Array) -> Array:
         return scipy.stats.truncnorm.logpdf(x, (low - loc) / scale, (high - loc) / scale, loc, scale)
 
     axis, points = (unit_interval, unit_points) if high == 1 else (positive_numbers, positive_points)

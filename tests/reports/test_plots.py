@@ -504,8 +504,8 @@ def test_the_limits_of_the_tails_are_named_above_the_curve() -> None:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "shapes differ": (lambda: data_plots.reconstructions(torch.rand(2, 6), torch.rand(3, 6)), "of one shape"),
-    "pixels": (lambda: data_plots.samples(torch.rand(2, 6), shape=(2, 2)), "of 6 pixels"),
-    "three sides": (lambda: data_plots.samples(torch.rand(2, 6), shape=(1, 2, 3)), "of 6 pixels"),
+    "pixels": (lambda: data_plots.samples(torch.rand(2, 6), shape=(2, 2)), "of 6 numbers"),
+    "three sides": (lambda: data_plots.samples(torch.rand(2, 6), shape=(2, 1, 3)), "of 6 numbers"),
     "no leading n": (lambda: data_plots.samples(torch.rand(6)), r"\(n, \*x\)"),
     "count": (lambda: data_plots.samples(torch.rand(2, 6), count=0), "`count` to be at least 1"),
     "one latent": (lambda: latent_plots.latent_scatter(torch.rand(4, 1)), "two latents or more"),
@@ -543,3 +543,12 @@ def test_roles_are_asked_for_by_name() -> None:
     vae = _vae()
     with pytest.raises(TypeError, match="Expected a VAE.*got Program"):
         latent_plots.traversals(Program(vae.model, vae.guide))
+
+
+def test_pictures_in_colour_keep_their_channels() -> None:
+    rows = torch.rand(2, 3, 4, 5)
+    ax = data_plots.samples(rows.flatten(1), shape=(3, 4, 5)).axes[0]
+    shown: Any = ax.images[0].get_array()
+    np.testing.assert_allclose(shown[:4, :5], rows[0].permute(1, 2, 0).numpy(), rtol=1e-6)
+    grey: Any = data_plots.samples(rows[:, :1].flatten(1), shape=(1, 4, 5)).axes[0].images[0].get_array()
+    np.testing.assert_allclose(grey[:4, :5], rows[0, 0].numpy(), rtol=1e-6)

@@ -1,0 +1,135 @@
+"""Plots of tables by column: marginals and pairs of the data beside samples, and errors of the reconstruction."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ppl_vae.data.columns import Columns
+from ppl_vae.reports import style
+
+_MOST = 12  # columns with a panel each
+_BARS = 12  # values that have a bar each
+
+
+def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
+    """Compare each column's values in the data with those of samples, one panel per column, the first twelve.
+
+    Columns of at most twelve whole-number values have bars, by their words where they have any; others histograms.
+
+    Args:
+        x: data, (n, x).
+        samples: draws from the model, (m, x).
+        columns: what the columns are.
+
+    Raises:
+        ValueError: If there are no data, or the numbers of columns differ.
+    """
+    data, drawn = _rows(x, samples, columns)
+    names = _names(columns)[:_MOST]
+    figure, axes = style.panels(len(names), ("", "share"), size=(1.9, 1.3), gap=(0.6, 0.6), top=0.6)
+    for j, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        ax.set_title(_short(name), fontsize="small", loc="left")
+        style.bare(ax)
+        pair = [np.sort(part[:, j][np.isfinite(part[:, j])]) for part in (data, drawn)]
+        values = np.unique(np.concatenate(pair))
+        if len(values) <= _BARS and (values == np.rint(values)).all():
+            for shift, part, colour, label in zip((-0.2, 0.2), pair, _COLOURS, _LABELS, strict=True):
+                shares = [(part == value).mean() if len(part) else 0.0 for value in values]
+                ax.bar(np.arange(len(values)) + shift, shares, 0.4, color=colour, label=label)
+            words = (columns.categories or {}).get(name)
+            ticks = [_short(words[int(v)], 10) if words and v < len(words) else f"{v:g}" for v in values]
+            ax.set_xticks(range(len(values)), ticks, rotation=30 if words else 0, ha="right" if words else "center")
+        else:
+            low, high = np.quantile(np.concatenate(pair), [0.005, 0.995]) if len(values) else (0.0, 1.0)
+            bins: Any = np.linspace(low, high + (high == low), 26)
+            for part, colour, label in zip(pair, _COLOURS, _LABELS, strict=True):
+                weights = np.full(len(part), 1 / max(len(part), 1))
+                ax.hist(part, bins, weights=weights, histtype="step", color=colour, label=label, lw=1.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
+    return figure
+
+
+def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4) -> Figure | None:
+    """Scatter pairs of columns, data below the diagonal and samples above it, at most 500 points each.
+
+    Of columns with more than twelve values the first `most` are shown; None if there are fewer than two.
+
+    Args:
+        x: data, (n, x).
+        samples: draws from the model, (m, x).
+        columns: what the columns are.
+        most: the number of columns to show.
+    """
+    data, drawn = (part[:500] for part in _rows(x, samples, columns))
+    shown = [j for j in range(columns.count) if len(np.unique(data[:, j])) > _BARS][:most]
+    if len(shown) < 2:
+        return None
+    names, size = _names(columns), len(shown)
+    figure = Figure((1.5 * size + 0.7, 1.5 * size + 0.7), dpi=120, layout="constrained")
+    grid = figure.subplots(size, size, squeeze=False)
+    for (a, row), (b, column) in itertools.product(enumerate(shown), repeat=2):
+        ax: Axes = style.bare(grid[a, b])
+        part, colour = (data, style.BLUE) if a > b else (drawn, style.VERMILLION)
+        if a == b:
+            ax.text(0.5, 0.5, _short(names[row]), ha="center", va="center", transform=ax.transAxes, fontsize="small")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            continue
+        ax.plot(part[:, column], part[:, row], ".", color=colour, ms=2, alpha=0.5)
+        low, high = np.quantile(data[:, [column, row]], [0.002, 0.998], axis=0)
+        room = 0.08 * np.where(high > low, high - low, 1.0)
+        ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+        ax.tick_params(labelsize="x-small", labelbottom=a == size - 1, labelleft=b == 0)
+    return figure
+
+
+def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None = None) -> Axes:
+    """Show how much of each column the reconstruction misses, the worst above.
+
+    For numbers: root mean square error over the column's standard deviation (1 is no better than the mean). For
+    codes: the share of data whose nearest code to the mean is another.
+
+    Args:
+        x: data, (n, x).
+        means: means of p(x|z), (n, x).
+        columns: what the columns are.
+        ax: where to draw, by default in a new figure.
+    """
+    data, fitted = _rows(x, means, columns)
+    errors = []
+    for j in range(columns.count):
+        one, other = data[:, j], fitted[:, j]
+        coded = columns.kinds is not None and columns.kinds[j] in ("binary", "category", "ordered")
+        spread = one.std() or 1.0
+        errors.append(float((np.rint(other) != one).mean() if coded else np.sqrt(((one - other) ** 2).mean()) / spread))
+    order = np.argsort(errors)[-20:]
+    ax = style.axes_for(ax, (6, 0.7 + 0.25 * len(order)))
+    ax.barh(range(len(order)), [errors[j] for j in order], color=style.BLUE)
+    ax.set_yticks(range(len(order)), [_short(_names(columns)[j], 24) for j in order], fontsize="small")
+    ax.axvline(1, color="0.6", lw=1, ls=":")
+    ax.set(xlabel="error: RMSE / standard deviation, or share of wrong codes", ylim=(-0.6, len(order) - 0.4))
+    return ax
+
+
+_COLOURS, _LABELS = (style.BLUE, style.VERMILLION), ("data", "samples")
+
+
+def _rows(x: Tensor, other: Tensor, columns: Columns) -> tuple[style.Array, style.Array]:
+    rows = style.as_array(x.flatten(1)), style.as_array(other.flatten(1))
+    style.check_some(min(map(len, rows)))
+    if {part.shape[1] for part in rows} != {columns.count}:
+        raise ValueError(f"Expected {columns.count} columns; got {rows[0].shape[1]} and {rows[1].shape[1]}.")
+    return rows
+
+
+def _names(columns: Columns) -> Sequence[str]:
+    return columns.names or [str(j) for j in range(columns.count)]
+
+
+def _short(text: str, most: int = 18) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
