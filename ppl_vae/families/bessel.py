@@ -40,7 +40,7 @@ def debye(size: int) -> Tensor:
         term = 0.5 * p**2 * (1 - p**2) * term.deriv() + ((1 - 5 * p**2) * term).integ() / 8
         total = total + term / order**k
     total = total / total(1.0)
-    slope = [*total.deriv().coef, 0.0]
+    slope = [*total.deriv().coef.tolist(), 0.0]
     return torch.tensor([total.coef.tolist(), slope]).T.contiguous()
 
 

@@ -1,6 +1,5 @@
 """Families of numbers between 0 and 1."""
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -117,14 +116,12 @@ class _ContinuousBernoulli(Entry):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Inverse of the distribution function: log(1 + u (e^a - 1)) / a, with a <= 0, mirrored for a > 0."""
-        u, (_, near) = self.uniform(sample_shape), self._half()
+        u, near = self.uniform(sample_shape), self.logits.abs() < 0.01
         down = -torch.where(near, 1.0, self.logits.abs())
         far = torch.log1p(u * torch.expm1(down)) / down
-        small = torch.where(near, -self.logits.abs(), 0.0)
-        v = u * (1 - u)
+        small, v = torch.where(near, self.logits, 0.0), u * (1 - u)
         series = u + v * small / 2 * (1 + (1 - 2 * u) * small / 3 + (1 - 6 * v) * small**2 / 12)
-        x = torch.where(near, series, far)
-        return torch.where(self.logits > 0, 1 - x, x)
+        return torch.where(near, series, torch.where(self.logits > 0, 1 - far, far))
 
     def _half(self) -> tuple[Tensor, Tensor]:
         """Half the size of the logit, at least 0.1, and where it is smaller than that."""
@@ -157,10 +154,7 @@ def _kl_continuous_bernoulli(q: Any, p: Any) -> Tensor:
 
 def _log1mexp(x: Tensor) -> Tensor:
     """Logarithm of 1 - exp(x), for x < 0."""
-    near = x > -math.log(2)
-    return torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
-    )
+    return torch.log(-torch.expm1(x))
 
 
 def _inside(x: Tensor) -> Tensor:

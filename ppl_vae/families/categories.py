@@ -30,7 +30,7 @@ class _Levels(dist.Categorical):
         return (self.probs * (self._codes() - self.mean.unsqueeze(-1)) ** 2).sum(-1)
 
     def _codes(self) -> Tensor:
-        return torch.arange(self.probs.shape[-1]).to(self.probs)
+        return torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
 
 
 class Levels(Family):
@@ -117,23 +117,12 @@ class OrderedCategorical(Levels):
         return self.start().to(x)
 
     def logits(self, parameters: Tensor) -> Tensor:
-        raw = _scatter(self.raw_cutpoints, self.valid[1:], 0.0)
-        gaps = positive(raw[1:])
-        cutpoints = torch.cat([raw[:1], gaps]).cumsum(0)
-        above = cutpoints - parameters.unflatten(-1, (1, *self.event_shape))  # of each level but the last
-        below = nn.functional.pad(logsigmoid(above), self._pad(0, 1))
-        below = torch.where(self._last(), 0.0, below)
-        over = nn.functional.pad(logsigmoid(-above), self._pad(1, 0))
-        inner = nn.functional.pad(torch.log(-torch.expm1(-gaps)), self._pad(1, 1))
-        inner = torch.where(self._last(), 0.0, inner)
-        return torch.where(self.valid, below + over + inner, -math.inf)
-
-    def _pad(self, before: int, after: int) -> list[int]:
-        return [0, 0] * len(self.event_shape) + [before, after]
-
-    def _last(self) -> Tensor:
-        """The last level of each feature, and those that it lacks."""
-        return torch.cat([~self.valid[1:], torch.ones_like(self.valid[:1])])
+        raw = _scatter(self.raw_cutpoints, self.valid[1:], math.inf)
+        gaps, end = positive(raw[1:]), torch.full_like(raw[:1], math.inf)
+        edges = torch.cat([-end, torch.cat([raw[:1], gaps]).cumsum(0), end])
+        place = parameters.unflatten(-1, (1, *self.event_shape))
+        inner = torch.log(-torch.expm1(-torch.cat([end, gaps, end])))  # as in a logistic in bins: nothing cancels
+        return logsigmoid(edges[1:] - place) + logsigmoid(place - edges[:-1]) + inner
 
     @torch.no_grad()
     def _cut(self, frequencies: Tensor) -> None:
@@ -144,5 +133,7 @@ class OrderedCategorical(Levels):
 
 def _scatter(values: Tensor, where: Tensor, fill: float) -> Tensor:
     """Values (*batch, p) at the p places of `where` that are true, in their order."""
+    if not values.shape[-1]:
+        return values.new_full((*values.shape[:-1], *where.shape), fill)
     place = (where.flatten().cumsum(0) - 1).clamp_min(0).reshape(where.shape)
     return torch.where(where, values[..., place], fill)

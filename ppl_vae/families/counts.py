@@ -72,8 +72,6 @@ class _NegativeBinomial(Entry):
 
     arg_constraints = {"rate": constraints.positive, "dispersion": constraints.positive}
     support = constraints.nonnegative_integer
-    rate: Tensor
-    dispersion: Tensor
 
     def log_density(self, value: Tensor) -> Tensor:
         r, ratio = self.dispersion, self.rate / self.dispersion
@@ -124,8 +122,6 @@ class _ZeroInflatedPoisson(Entry):
 
     arg_constraints = {"rate": constraints.positive, "gate_logits": constraints.real}
     support = constraints.nonnegative_integer
-    rate: Tensor
-    gate_logits: Tensor
 
     def counts(self) -> TorchDistribution:
         return dist.Poisson(self.rate, validate_args=False)
@@ -166,7 +162,6 @@ class ZeroInflatedPoisson(Rates):
 
 class _ZeroInflatedNegativeBinomial(_ZeroInflatedPoisson):
     arg_constraints = {**_NegativeBinomial.arg_constraints, "gate_logits": constraints.real}
-    dispersion: Tensor
 
     def counts(self) -> TorchDistribution:
         return _NegativeBinomial(rate=self.rate, dispersion=self.dispersion, validate_args=False)

@@ -2,16 +2,19 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from torch import Tensor
-from torch.distributions import register_kl
-from torch.distributions.utils import broadcast_all
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import broadcast_all, lazy_property
 
 from ppl_vae.families.supports import value_inside
+
+Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def elementwise(base: Any, event_dims: int, mask: Tensor | None, support: Any = None) -> TorchDistribution:
@@ -159,6 +162,60 @@ def _kl_from_independent(q: Any, p: LowRank) -> Tensor:
         raise NotImplementedError
     precision = p.precision_matrix.diagonal(dim1=-2, dim2=-1)
     return 0.5 * (base.variance * precision).sum(-1) - p.log_prob(base.loc) - q.entropy()
+
+
+class Pushed(TorchDistribution):
+    """Normals pushed through an invertible map; mean and variance are averages over 512 fixed draws.
+
+    Args:
+        base: Independent normals.
+        there: From a value of the base to one of this distribution, and the log of the volume that the map adds.
+        back: The other way.
+        size: Of an event.
+    """
+
+    arg_constraints = {}
+    support: Any = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, there: Map, back: Map, size: int) -> None:
+        self.base, self.there, self.back = base, there, back
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        super().__init__(base.batch_shape, torch.Size([size]))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Pushed":
+        new = type(self)(self.base.expand(batch_shape), self.there, self.back, self.event_shape[0])
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = self.base.rsample(torch.Size(sample_shape))
+        value, volume = self.there(noise)
+        self._drawn = value, self.base.log_prob(noise) - volume
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        if self._drawn is not None and value is self._drawn[0]:
+            if value.grad_fn is not None or not torch.is_grad_enabled():  # else the value is to be held fixed
+                return self._drawn[1]
+        noise, volume = self.back(value)
+        return self.base.log_prob(noise) + volume
+
+    @lazy_property
+    def _values(self) -> Tensor:
+        noise = quasi_normal(self.base.event_shape[0], self.base.mean)
+        noise = noise.reshape(len(noise), *(1,) * len(self.batch_shape), -1)
+        return self.there(self.base.mean + self.base.stddev * noise)[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._values.mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._values.var(0, correction=0)
 
 
 def quasi_normal(size: int, like: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ class Elementwise(Family):
                 shape = self.event_shape if source == "feature" else ()
                 self.register_parameter(f"raw_{name}", nn.Parameter(torch.empty(shape)))
             elif source != "network":
-                least, wanted = (0.0, "a positive number") if name in self._positive else (-math.inf, "a number")
-                if isinstance(source, str | bool | None) or not least < source < math.inf:
+                wanted = "a positive number" if name in self._positive else "a number"
+                proper = isinstance(source, int | float) and not isinstance(source, bool) and source == source
+                if not proper or (name in self._positive and not 0 < source < math.inf):  # type: ignore[operator]
                     raise ValueError(f"Expected `{name}` to be network, shared, feature or {wanted}; got {source!r}.")
                 self.register_buffer(f"fixed_{name}", torch.tensor(float(source)), persistent=False)
         if set(sources.values()) & {"shared", "feature"}:

@@ -78,9 +78,9 @@ class Family(nn.Module, ABC):
         support: The values that an entry of an event can take.
         reparameterised: Whether gradients flow through its draws.
         normals: Which of the members are normals, those that `nearest` finds.
+        tied: The conditionals of other roles that it is made of; they are not registered a second time.
         encoding: How a guide sees such data, unless it is told otherwise.
         levels: How many values each entry of an event can take, 0 if that is not finite.
-        tied: The conditionals of other roles that it is made of; they are not registered a second time.
 
     Raises:
         ValueError: If the shape is empty or a size is below 1.
@@ -89,9 +89,9 @@ class Family(nn.Module, ABC):
     support: constraints.Constraint = constraints.real
     reparameterised = True
     normals: Literal["none", "some", "all"] = "none"
+    tied: tuple[Any, ...] = ()
     encoding: Word = "plain"
     levels: tuple[int, ...] = ()
-    tied: tuple[Any, ...] = ()
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__()
@@ -172,3 +172,19 @@ class Family(nn.Module, ABC):
                 f"{tuple(self.event_shape)}. Flatten it."
             )
         return self.event_shape[0]
+
+
+class Centred(Family):
+    """A family of vectors that starts at a mean and a standard deviation of each entry."""
+
+    @abstractmethod
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters (p,) of the member with these moments, or near them."""
+
+    def start(self) -> Tensor:
+        return self.pack(torch.zeros(self._vector()), torch.ones(self._vector()))
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        loc, scale = moments(x, mask)
+        refuse_constant(scale)
+        return self.pack(loc, scale)

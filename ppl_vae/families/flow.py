@@ -2,22 +2,21 @@
 
 from typing import Any, Literal
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.distributions.utils import lazy_property
 
 from ppl_vae._checks import check_choice, check_int
-from ppl_vae.families.distributions import quasi_normal
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.distributions import Pushed
+from ppl_vae.families.family import Centred, positive, unconstrained
 
 Kind = Literal["autoregressive", "spline", "coupling", "inverse-autoregressive"]
 _KINDS = ("autoregressive", "spline", "coupling", "inverse-autoregressive")
 _BINS = 8  # of a spline
 
 
-class Flow(Family):
+class Flow(Centred):
     r"""A normal bent by a flow, :math:`x = \mathrm{loc} + \mathrm{scale} \cdot T(u)` with u standard normal.
 
     The parameters are loc and scale, one of each per entry, and `context` further numbers that the transform T is
@@ -67,81 +66,28 @@ class Flow(Family):
     def __repr__(self) -> str:
         return f"Flow({self.event_shape[0]}, {self.kind}, transforms={len(self.layers)}, hidden={self.hidden})"
 
-    def start(self) -> Tensor:
-        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        refuse_constant(scale)
-        return self._pack(loc, scale)
-
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
         loc, raw, rest = parameters.split([*self.event_shape, *self.event_shape, self.context], -1)
+        scale = positive(raw)
         steps = [layer(rest if self.context else None) for layer in self.layers]
+        others = [step.inv for step in reversed(steps)]
         if self.kind != "inverse-autoregressive":  # zuko's cheap direction leads from the value to the noise
-            steps = [step.inv for step in reversed(steps)]
-        return Bent(loc, positive(raw), steps)
+            steps, others = others, steps
 
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        def there(noise: Tensor) -> tuple[Tensor, Tensor]:
+            value, volume = _through(steps, noise)
+            return loc + scale * value, volume + scale.log().sum(-1)
+
+        def back(value: Tensor) -> tuple[Tensor, Tensor]:
+            noise, volume = _through(others, (value - loc) / scale)
+            return noise, volume - scale.log().sum(-1)
+
+        base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return Pushed(base, there, back, loc.shape[-1])
+
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         return torch.cat([loc, unconstrained(scale), loc.new_zeros(self.context)])
-
-
-class Bent(TorchDistribution):
-    """A normal whose standardised value went through transforms.
-
-    Args:
-        loc: Shape (*batch, size).
-        scale: Likewise.
-        steps: From standard normal noise to the standardised value, of zuko's kind.
-    """
-
-    arg_constraints = {"loc": constraints.real_vector, "scale": constraints.independent(constraints.positive, 1)}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, scale: Tensor, steps: list[Any], validate_args: bool | None = None) -> None:
-        self.loc, self.scale, self.steps = loc, scale, steps
-        self._drawn: tuple[Tensor, Tensor] | None = None
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Bent":
-        shape = torch.Size(batch_shape) + self.event_shape
-        return Bent(self.loc.expand(shape), self.scale.expand(shape), self.steps, validate_args=False)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        noise = torch.randn(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
-        value, volume = _through(self.steps, noise)
-        value = self.loc + self.scale * value
-        self._drawn = value, self._density(noise, -volume)
-        return value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        if self._drawn is not None and value is self._drawn[0]:
-            if value.grad_fn is not None or not torch.is_grad_enabled():  # else the value would be held fixed
-                return self._drawn[1]
-        back = [step.inv for step in reversed(self.steps)]
-        return self._density(*_through(back, (value - self.loc) / self.scale))
-
-    def _density(self, noise: Tensor, volume: Tensor) -> Tensor:
-        normal = torch.distributions.Normal(torch.zeros_like(noise), 1.0, validate_args=False)
-        return normal.log_prob(noise).sum(-1) + volume - self.scale.log().sum(-1)
-
-    @lazy_property
-    def _bent(self) -> Tensor:
-        """Standardised values at fixed noise, the first dimension."""
-        noise = quasi_normal(self.event_shape[0], self.loc)
-        return _through(self.steps, noise.reshape(len(noise), *(1,) * len(self.batch_shape), -1))[0]
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc + self.scale * self._bent.mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        return self.scale**2 * self._bent.var(0, correction=0)
 
 
 def _through(steps: list[Any], value: Tensor) -> tuple[Tensor, Tensor]:

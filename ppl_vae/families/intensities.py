@@ -20,14 +20,7 @@ from ppl_vae.families.supports import Steps
 class _DiscretizedLogistic(Entry):
     """A logistic in bins about 0, 1 / (levels - 1), ..., 1, of which the outer two are open."""
 
-    arg_constraints = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "levels": constraints.positive_integer,
-    }
-    loc: Tensor
-    scale: Tensor
-    levels: Tensor
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive, "levels": constraints.positive_integer}
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
@@ -54,22 +47,16 @@ class _DiscretizedLogistic(Entry):
 
     @property
     def variance(self) -> Tensor:
-        mean, square = self._moments()
-        return square
+        return self._moments()[1]
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance by summing tails about the level next to loc."""
-        steps = self.levels - 1
-        centre = (self.loc * steps).round().clamp_min(0).minimum(steps)
-        first, second = torch.zeros_like(self.loc), torch.zeros_like(self.loc)
-        for place in range(1, int(self.levels.max())):  # the bins at `place` and above, or those below it
-            edge = (place - 0.5) / steps
-            upper = place > centre
-            sign = torch.where(upper, 1.0, -1.0).to(first)
-            tail = torch.sigmoid(sign * (self.loc - edge) / self.scale) * (place <= steps)
-            first = first + sign * tail
-            second = second + torch.where(upper, 2 * (place - centre) - 1, 2 * (centre - place) + 1) * tail
-        return (centre + first) / steps, (second - first.square()) / steps**2
+        """Mean and variance by the chances of each level and those above it, in double precision as they cancel."""
+        loc, scale, steps = self.loc.double(), self.scale.double(), self.levels.double() - 1
+        first, second = torch.zeros_like(loc), torch.zeros_like(loc)
+        for level in range(1, int(self.levels.max())):
+            above = torch.sigmoid((loc - (level - 0.5) / steps) / scale)
+            first, second = first + above, second + (2 * level - 1) * above
+        return (first / steps).to(self.loc), ((second - first.square()) / steps**2).to(self.loc)
 
 
 class DiscretizedLogistic(Elementwise):
@@ -123,6 +110,7 @@ class MixtureDiscretizedLogistic(Family):
         self.count, self.components = _common(levels), check_int("components", components)
         self.levels = (self.count,) * self.event_shape.numel()
         self.support = Steps(self.count, 1 / (self.count - 1))
+        self.register_buffer("each", torch.tensor(float(self.count)), persistent=False)
 
     def start(self) -> Tensor:
         return self._pack(torch.full(self.event_shape, 0.5), torch.full(self.event_shape, 0.3))
@@ -134,8 +122,8 @@ class MixtureDiscretizedLogistic(Family):
         dims = len(self.event_shape)
         parts = parameters.unflatten(-1, (3, self.components, *self.event_shape)).movedim(-1 - dims, -1)
         logits, loc, raw = parts.unbind(-2 - dims)
-        each = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=float(self.count))
-        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), each), dims, mask, self.support)
+        logistics = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=self.each)
+        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), logistics), dims, mask, self.support)
 
     def _pack(self, mean: Tensor, scale: Tensor) -> Tensor:
         """Components side by side; equal ones would never part."""

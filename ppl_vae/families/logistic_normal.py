@@ -1,16 +1,14 @@
 """Normals mapped to the simplex."""
 
 import math
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Transform, constraints
-from torch.distributions.utils import lazy_property
+from torch.distributions import constraints, kl_divergence, register_kl
 
-from ppl_vae.families.distributions import quasi_normal
+from ppl_vae.families.distributions import Pushed
 from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
 
 
@@ -50,68 +48,32 @@ class LogisticNormal(Family):
 
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         self._refuse(mask)
-        loc, scale = moments(Shares(self.basis.to(x)).inv(x))
+        loc, scale = moments(self._back(x)[0])
         refuse_constant(scale)
         return torch.cat([loc, unconstrained(scale)])
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
         loc, raw = parameters.chunk(2, -1)
-        return OnSimplex(dist.Normal(loc, positive(raw)).to_event(1), [Shares(self.basis, cache_size=1)])
+        base = dist.Normal(loc, positive(raw)).to_event(1)
+        return OnSimplex(base, self._there, self._back, self.event_shape[0])
+
+    def _there(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        logs = (y @ self.basis.mT).log_softmax(-1)
+        return logs.exp(), logs.sum(-1) + 0.5 * math.log(len(self.basis))
+
+    def _back(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse; shares below 1e-30 count as that."""
+        y = x.clamp_min(1e-30).log() @ self.basis.to(x)
+        return y, -self._there(y)[1]
 
 
-class Shares(Transform):
-    """From y to x of a `LogisticNormal`; shares below 1e-30 count as that."""
+class OnSimplex(Pushed):
+    """The distribution of a `LogisticNormal`: any two of one size share their map."""
 
-    domain = constraints.real_vector
-    codomain = constraints.simplex
-    bijective = True
-
-    def __init__(self, basis: Tensor, cache_size: int = 0) -> None:
-        self.basis = basis
-        super().__init__(cache_size)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shares) and self.basis.shape == other.basis.shape
-
-    __hash__ = Transform.__hash__
-
-    def with_cache(self, cache_size: int = 1) -> "Shares":
-        return Shares(self.basis, cache_size)
-
-    def _call(self, y: Tensor) -> Tensor:
-        return (y @ self.basis.mT).softmax(-1)
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        return x.clamp_min(1e-30).log() @ self.basis
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:  # torch's names: from x to y
-        return (x @ self.basis.mT).log_softmax(-1).sum(-1) + 0.5 * math.log(len(self.basis))
-
-    def forward_shape(self, shape: Any) -> torch.Size:
-        return torch.Size([*shape[:-1], shape[-1] + 1])
-
-    def inverse_shape(self, shape: Any) -> torch.Size:
-        return torch.Size([*shape[:-1], shape[-1] - 1])
+    support = constraints.simplex
 
 
-class OnSimplex(dist.TransformedDistribution):
-    """A transformed normal with moments, by fixed draws."""
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "OnSimplex":
-        return super().expand(batch_shape, self._get_checked_instance(OnSimplex, _instance))
-
-    @lazy_property
-    def _values(self) -> Tensor:
-        normal = self.base_dist
-        noise = quasi_normal(normal.event_shape[0], normal.mean)
-        noise = noise.reshape(len(noise), *(1,) * len(self.batch_shape), -1)
-        return self.transforms[0]._call(normal.mean + normal.stddev * noise)
-
-    @property
-    def mean(self) -> Tensor:
-        return self._values.mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        return self._values.var(0, correction=0)
+@register_kl(OnSimplex, OnSimplex)
+def _kl_on_simplex(q: OnSimplex, p: OnSimplex) -> Tensor:
+    return kl_divergence(q.base, p.base)

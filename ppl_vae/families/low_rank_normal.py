@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import low_rank
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.family import Centred, positive, unconstrained
 
 
-class LowRankNormal(Family):
+class LowRankNormal(Centred):
     r"""A normal with a low-rank covariance, :math:`N(\mathrm{loc}, S (I + U U^\top) S)` with S = diag(scale).
 
     The parameters are loc, scale and the directions U, one column each, in units of the scale. Density and divergences
@@ -34,14 +34,6 @@ class LowRankNormal(Family):
         self._vector()
         self.rank = check_int("rank", rank)
 
-    def start(self) -> Tensor:
-        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        refuse_constant(scale)
-        return self._pack(loc, scale)
-
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         size = self.event_shape[0]
         loc, raw, flat = parameters.split([size, size, size * self.rank], -1)
@@ -53,7 +45,7 @@ class LowRankNormal(Family):
         raw = unconstrained(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
         return {"parameters": torch.cat([loc, raw, raw.repeat(1, self.rank).zero_()], -1)}
 
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Start with small columns at random; at 0 they would have no gradient."""
         columns = 0.1 * torch.randn(self.event_shape[0] * self.rank).to(loc)
         return torch.cat([loc, unconstrained(scale), columns])

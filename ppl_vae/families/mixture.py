@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Mixture, elementwise
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.family import Centred, Family, positive, unconstrained
 from ppl_vae.families.full_normal import FullNormal
 
 
-class MixtureNormal(Family):
+class MixtureNormal(Centred):
     r"""A mixture of diagonal normals, :math:`\sum_c \pi_c \prod_j N(x_j;\, \mathrm{loc}_{cj}, \mathrm{scale}_{cj}^2)`.
 
     Draws are reparameterised (Pathwise Derivatives for Multivariate Distributions, Jankowiak and Karaletsos 2018).
@@ -33,14 +33,6 @@ class MixtureNormal(Family):
         self.components = check_int("components", components)
         self.reparameterised = self._vector() > 1
 
-    def start(self) -> Tensor:
-        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        refuse_constant(scale)
-        return self._pack(loc, scale)
-
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         logits, rest = parameters[..., : self.components], parameters[..., self.components :]
         locs, raw = rest.unflatten(-1, (2, self.components, self.event_shape[0])).unbind(-3)
@@ -56,7 +48,7 @@ class MixtureNormal(Family):
         copies = [part.repeat(1, self.components) for part in (loc, raw)]
         return {"parameters": torch.cat([loc.new_zeros(len(loc), self.components), *copies], -1)}
 
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Scatter the components about `loc`; equal components would never part."""
         locs = loc + scale * torch.randn(self.components, *self.event_shape).to(loc)
         scales = scale.expand_as(locs)

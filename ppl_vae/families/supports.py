@@ -8,6 +8,18 @@ from torch import Tensor
 from torch.distributions import constraints
 
 
+class Sphere(constraints.Constraint):
+    """Vectors of length 1, to a tolerance of 1e-4."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value.norm(dim=-1) - 1).abs() < 1e-4
+
+    def __repr__(self) -> str:
+        return "the unit sphere"
+
+
 class OpenInterval(constraints.interval):
     """The numbers between two bounds, without the bounds."""
 
@@ -41,16 +53,6 @@ class Steps(constraints.Constraint):
 
 
 unit = OpenInterval(0.0, 1.0)
-class Sphere(constraints.Constraint):
-    """Vectors of length 1, to a tolerance of 1e-4."""
-
-    event_dim = 1
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value.norm(dim=-1) - 1).abs() < 1e-4
-
-    def __repr__(self) -> str:
-        return "the unit sphere"
 
 
 def bounds(support: Any) -> tuple[float, float] | None:

@@ -12,12 +12,61 @@ from torch import Tensor, nn
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.elementwise import Normal
-from ppl_vae.families.family import Family, unconstrained
+from ppl_vae.families.family import Family, moments, unconstrained
 
 _ENTRIES = 2**22  # numbers that values beside components may hold at a time
 
 
-class VampPrior(Family):
+class TiedPrior(Family):
+    """A mixture with a component for each of some inputs to the guide, of the data or like them.
+
+    Args:
+        event: The shape of a latent variable.
+        posterior: The guide, built: its `context` is the shape of the data.
+        components: The number of components.
+        learned: Whether the inputs are learned, or stay data.
+
+    Raises:
+        ValueError: If the guide is not built, not amortized, or itself tied to the prior.
+    """
+
+    reparameterised = False
+    inputs: Tensor
+
+    def __init__(self, event: int | tuple[int, ...], posterior: Conditional, components: int, learned: bool) -> None:
+        super().__init__(event)
+        name, other = type(self).__name__, type(posterior.family).__name__
+        if posterior.family.tied:
+            raise ValueError(f"Expected a posterior that is not tied to the prior, for a {name}; got {other}.")
+        if posterior.wants != "context":
+            other = type(posterior.network).__name__
+            raise ValueError(f"Expected a posterior on an amortized network, such as MLP, for a {name}; got {other}.")
+        if not posterior.context:
+            raise ValueError(f"Expected a posterior that is built, for a {name}: give it `context=`.")
+        self.tied = (posterior,)  # a tuple, so that it is not registered a second time
+        self.components = check_int("components", components)
+        inputs = torch.randn(self.components, *posterior.context[0])
+        if learned:
+            self.inputs = nn.Parameter(inputs)
+        else:
+            self.register_buffer("inputs", inputs)
+
+    def start(self) -> Tensor:
+        return torch.zeros(0)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Set the inputs to rows of the data, drawn at random; missing entries count as the mean of their feature."""
+        if self.components > len(x):
+            raise ValueError(
+                f"Expected no more components of the {type(self).__name__} than training data, {len(x)}; got "
+                f"{self.components}. Try --set prior.components={len(x)}."
+            )
+        rows = torch.randperm(len(x))[: self.components].to(x.device)
+        self.inputs.copy_(x[rows] if mask is None else torch.where(mask, x, moments(x, mask)[0])[rows])
+
+
+class VampPrior(TiedPrior):
     r"""The guide's average over pseudo-inputs, :math:`p(z) = \sum_c \pi_c\, q(z \mid u_c)`, tied to the guide.
 
     The pseudo-inputs :math:`u_c` start at data drawn at random. With all data for pseudo-inputs it is the aggregate
@@ -37,8 +86,6 @@ class VampPrior(Family):
         VAE with a VampPrior (Tomczak and Welling 2018), equation 9.
     """
 
-    reparameterised = False
-
     def __init__(
         self,
         event: int | tuple[int, ...],
@@ -48,23 +95,11 @@ class VampPrior(Family):
         inputs: Literal["learned", "data"] = "learned",
         weights: Literal["uniform", "learned"] = "uniform",
     ) -> None:
-        super().__init__(event)
         check_choice("inputs", inputs, ("learned", "data"))
         check_choice("weights", weights, ("uniform", "learned"))
-        self.tied = (_checked(self, posterior),)  # a tuple, so that it is not registered a second time
-        self.support, self.components = posterior.family.support, check_int("components", components)
-        start = torch.randn(self.components, *_shape(posterior))
-        if inputs == "learned":
-            self.inputs = nn.Parameter(start)
-        else:
-            self.register_buffer("inputs", start)
+        super().__init__(event, posterior, components, inputs == "learned")
+        self.support = posterior.family.support
         self.logits = nn.Parameter(torch.zeros(components)) if weights == "learned" else None
-
-    def start(self) -> Tensor:
-        return torch.zeros(0)
-
-    def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
-        _choose(self, self.inputs, x, mask)
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
@@ -74,7 +109,7 @@ class VampPrior(Family):
         return Components(posterior.family.distribution, rows, logits, parameters.shape[:-1])
 
 
-class ExemplarPrior(Family):
+class ExemplarPrior(TiedPrior):
     r"""Normals of one width around the guide's means at some of the data, tied to the guide.
 
     :math:`p(z) = \frac{1}{C} \sum_c N(z;\, m(x_c), s^2 I)`, where m is the mean of the guide, whose network is in
@@ -82,7 +117,7 @@ class ExemplarPrior(Family):
     datum is not left out of the prior of its own training step.
 
     Args:
-        event: The shape of a latent variable.
+        event: The size of a latent variable, a vector.
         posterior: The guide, built: its `context` is the shape of the data.
         components: The number of exemplars.
 
@@ -90,69 +125,22 @@ class ExemplarPrior(Family):
         ValueError: If the guide is not amortized or itself tied to the prior.
 
     References:
-        Exemplar VAE (Norouzi, Fleet and Norouzi 2020), equation 7.
+        Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data Augmentation (Norouzi, Fleet and
+        Norouzi 2020), section 3.
     """
 
-    reparameterised = False
-    inputs: Tensor
-
     def __init__(self, event: int | tuple[int, ...], posterior: Conditional, *, components: int = 500) -> None:
-        super().__init__(event)
-        self.tied = (_checked(self, posterior),)
-        self.components, self.each = check_int("components", components), Normal(event)
-        self.register_buffer("inputs", torch.randn(self.components, *_shape(posterior)))
+        super().__init__(event, posterior, components, learned=False)
+        self._vector()
+        self.each = Normal(event)
         self.raw_scale = nn.Parameter(unconstrained(torch.tensor(1.0)))
-
-    def start(self) -> Tensor:
-        return torch.zeros(0)
-
-    def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
-        _choose(self, self.inputs, x, mask)
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
         with evaluating(*self.tied) as posterior:
-            means = posterior(self.inputs).mean.flatten(1)
+            means = posterior(self.inputs).mean
         rows = torch.cat([means, self.raw_scale.expand(means.shape)], -1)
         return Components(self.each.distribution, rows, rows.new_zeros(self.components), parameters.shape[:-1])
-
-
-def _checked(family: Family, posterior: Conditional) -> Conditional:
-    """Refuse a guide that a prior cannot be made of."""
-    name, other = type(family).__name__, type(posterior.family).__name__
-    if posterior.family.tied:
-        raise ValueError(f"Expected a posterior that is not tied to the prior, for a {name}; got {other}.")
-    if posterior.wants != "context":
-        network = type(posterior.network).__name__
-        raise ValueError(f"Expected an amortized posterior, such as one on an MLP, for a {name}; got one on {network}.")
-    if posterior.family.event_shape != family.event_shape:
-        raise ValueError(
-            f"Expected prior and posterior of one latent shape; got {tuple(family.event_shape)} for the {name} and "
-            f"{tuple(posterior.family.event_shape)}."
-        )
-    return posterior
-
-
-def _shape(posterior: Conditional) -> torch.Size:
-    """The shape of the data."""
-    if not posterior.context:
-        raise ValueError("Expected a posterior that is built, for a prior tied to it: give it `context=`.")
-    return posterior.context[0]
-
-
-@torch.no_grad()
-def _choose(family: Any, inputs: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    """Set the inputs to rows of the data, drawn at random; missing entries count as the mean of their feature."""
-    if family.components > len(x):
-        raise ValueError(
-            f"Expected at most as many components of the {type(family).__name__} as training data, {len(x)}; got "
-            f"{family.components}. Try --set prior.components={max(1, len(x) // 2)}."
-        )
-    rows = torch.randperm(len(x))[: family.components].to(x.device)
-    if mask is not None:
-        seen = torch.where(mask, x, 0.0)
-        x = torch.where(mask, x, seen.sum(0) / mask.sum(0).clamp_min(1))
-    inputs.copy_(x[rows])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Normals between bounds."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from ppl_vae.families.distributions import Entry
 from ppl_vae.families.elementwise import Elementwise, Source
 
 _ROOT = math.sqrt(0.5)
-_NODES, _WEIGHTS = (torch.as_tensor(each) for each in np.polynomial.legendre.leggauss(64))
 
 
 class _TruncatedNormal(Entry):
@@ -24,17 +24,8 @@ class _TruncatedNormal(Entry):
     density at the bound, so that nothing cancels or underflows far in the tail.
     """
 
-    arg_constraints = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-        "low": constraints.real,
-        "high": constraints.real,
-    }
+    arg_constraints = dict.fromkeys(("loc", "low", "high"), constraints.real) | {"scale": constraints.positive}
     has_rsample = True
-    loc: Tensor
-    scale: Tensor
-    low: Tensor
-    high: Tensor
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
@@ -80,11 +71,18 @@ class _TruncatedNormal(Entry):
         start = (b - 10).clamp_min(0)
         down = b.clamp_max(0)
         end = torch.minimum(w, torch.where(b > 0, b + 10, 100 / ((down.square() + 100).sqrt() - down)))
-        d = start + (end - start) * (1 + _NODES.to(b)) / 2
-        mass = (-_drop(d, b)).exp() * _WEIGHTS.to(b)
+        nodes, weights = _legendre(b.dtype, b.device)
+        d = start + (end - start) * (1 + nodes) / 2
+        mass = (-_drop(d, b)).exp() * weights
         mass = mass / mass.sum(-1, keepdim=True)
         mean = (mass * d).sum(-1)
         return mean, (mass * (d - mean.unsqueeze(-1)) ** 2).sum(-1)
+
+
+@cache
+def _legendre(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Nodes and weights of the Gauss-Legendre rule between -1 and 1."""
+    return [torch.as_tensor(each, dtype=dtype, device=device) for each in np.polynomial.legendre.leggauss(64)]
 
 
 def _drop(d: Tensor, b: Tensor) -> Tensor:
@@ -136,17 +134,14 @@ class TruncatedNormal(Elementwise):
                 f"Expected `low` below `high`, and one of them finite; got {low!r} and {high!r}. "
                 "Without bounds, use Normal."
             )
-        self.low, self.high = float(low), float(high)
-        support = constraints.interval(self.low, self.high)
-        super().__init__(event, _TruncatedNormal, support, loc="network", scale=scale)
-
-    def values(self, parameters: Tensor) -> dict[str, Any]:
-        return super().values(parameters) | {"low": self.low, "high": self.high}
+        low, high = float(low), float(high)
+        support = constraints.interval(low, high)
+        super().__init__(event, _TruncatedNormal, support, loc="network", scale=scale, low=low, high=high)
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        loc, width = mean, scale
+        loc, width, limits = mean, scale, {name: self.sources[name] for name in ("low", "high")}
         for _ in range(60):
-            now = _TruncatedNormal(loc=loc, scale=width, low=self.low, high=self.high)
+            now = _TruncatedNormal(None, **limits, loc=loc, scale=width)
             loc = loc + (mean - now.mean).clamp(-scale, scale)
             width = torch.minimum(width * (scale / now.stddev).clamp(0.5, 2), 10 * scale)
         return {"loc": loc, "scale": width}

@@ -11,6 +11,8 @@ from ppl_vae._checks import check_choice, check_int
 from ppl_vae.networks.mlp import ACTIVATIONS, Activation, Residual
 from ppl_vae.networks.network import Amortized
 
+_AT_ONCE = 256  # pictures, without gradients on a CPU: many more would leave its cache
+
 
 class Picture(Amortized):
     """An encoder or a decoder of pictures, by the size of its context. A subclass writes what follows a convolution.
@@ -79,8 +81,12 @@ class Picture(Amortized):
         self.bias.copy_(start)
 
     def apply_layers(self, standard: Tensor) -> Tensor:
-        rows = self.layers(standard.reshape(-1, standard.shape[-1]))
-        return (rows.flatten(1) + self.bias).reshape(*standard.shape[:-1], self.bias.numel())
+        rows = standard.reshape(-1, standard.shape[-1])
+        if torch.is_grad_enabled() or rows.device.type != "cpu":
+            answer = self.layers(rows)
+        else:
+            answer = torch.cat([self.layers(part) for part in rows.split(_AT_ONCE)])
+        return (answer.flatten(1) + self.bias).reshape(*standard.shape[:-1], self.bias.numel())
 
     def _encoder(self, outputs: int) -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Unflatten(1, self.shape)]

@@ -352,7 +352,7 @@ def _write_report(
             "n_train": len(data.train["x"]),
             "n_test": len(data.test["x"]),
         },
-        "train": {**run.report["train"], **trained(target, data, seed=seed)},
+        "train": {**run.report["train"], **trained(target, data, blocks["test"], seed=seed)},
         **blocks,
     }
     captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []

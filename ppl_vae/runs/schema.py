@@ -25,7 +25,7 @@ SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
-_UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
+_UNKNOWN = {"shape": "pictures, which have a shape,", "levels": "columns of known kinds or 8-bit intensities"}
 
 
 class _Table(BaseModel):
@@ -95,7 +95,8 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
         )
     for key in sorted(wanted & _UNKNOWN.keys()):
         if known[key] is None:
-            raise ValueError(f"Expected data of {_UNKNOWN[key]} for {function.__name__}; got none. Use another.")
+            other = "MLP or Linear" if key == "shape" else "another family"
+            raise ValueError(f"Expected {_UNKNOWN[key]} for {function.__name__}; got other data. Use {other}.")
     return {key: value for key, value in known.items() if key in wanted}
 
 
@@ -247,7 +248,7 @@ def _table(
     return make(title, __base__=_Open if opened else _Table, __validators__=validators, **fixed, **fields)
 
 
-def _judge_part(kind: Any, **keys: Any) -> None:
+def _judge_part(kind: Any, /, **keys: Any) -> None:
     """Let a constructor judge its keys, over two columns, or over those that the keys name."""
     kinds = keys.get("kinds")
     names = tuple(kinds) if isinstance(kinds, dict) and kinds else ("a", "b")

@@ -228,7 +228,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
                 own[place] = load_program(table["program"])
             else:
                 own[place] = load_network(table["program"])
-                filled(own[place], context=1, outputs=1, shape=None)
+                filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
@@ -314,12 +314,12 @@ def _support(part: Any) -> Any:
 def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
-    known = described(columns)
     if _tied(spec.prior) and _tied(spec.posterior):
         raise ValueError(
             f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
             f"{spec.posterior.family}."
         )
+    known = described(columns)
     for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
@@ -332,7 +332,7 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 import scipy.stats
 import torch
-from scipy.special import expit, log_softmax, logsumexp, softmax
+from scipy.special import expit, gammaln, log_softmax, logsumexp, softmax
 from torch import Tensor
 
 from ppl_vae import Conditional, families
@@ -131,6 +132,7 @@ class Case:
         tolerance: How near to one the integral of the density is.
         moments: Whether mean and variance are finite, and the distribution has them.
         extremes: Whether all its parameters may be extreme at once, each alone, or none.
+        masks: Whether entries may be hidden.
     """
 
     make: Callable[[int], Family]
@@ -143,6 +145,7 @@ class Case:
     tolerance: float = 1e-9
     moments: bool = True
     extremes: Literal["all", "each", "none"] = "all"
+    masks: bool = True
 
     def build(self, size: int | None = None) -> Any:
         """Family with random values of the parameters that it learns itself."""
@@ -169,6 +172,10 @@ def gaussian_moments(family: Any, parameters: Array) -> tuple[Array, Array]:
         lower[np.tril_indices(size)] = parameters[size:]
         lower[np.diag_indices(size)] = softplus(lower.diagonal())
         return parameters[:size], lower @ lower.T
+    if isinstance(family, families.LowRankNormal):
+        scale = softplus(parameters[size : 2 * size])
+        columns = scale[:, None] * parameters[2 * size :].reshape(size, family.rank)
+        return parameters[:size], columns @ columns.T + np.diag(scale**2)
     if isinstance(family, ExactNormal):
         prior, likelihood = family.tied
         net: Any = likelihood.network
@@ -206,6 +213,13 @@ def mixture(family: Any, parameters: Array, x: Array, keep: Any) -> float:
     locs, scales = parameters[count:].reshape(2, count, size)
     each = scipy.stats.norm.logpdf(x[keep], locs[:, keep], softplus(scales)[:, keep]).sum(-1)
     return float(logsumexp(each + parameters[:count] - logsumexp(parameters[:count])))
+
+
+def mixture_of_full(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+    count = family.components
+    rows = parameters[count:].reshape(count, -1)
+    each = np.array([gaussian(family.each, row, x, keep) for row in rows])
+    return float(logsumexp(each + log_softmax(parameters[:count])))
 
 
 def linear_pair(latent: int, features: int, scale: Any = "shared", prior: Family | None = None) -> tuple[Any, Any]:
@@ -259,7 +273,7 @@ def _continuous_bernoulli(x: Array, logits: Array) -> Array:
 
 
 def _truncated(low: float, high: float) -> Case:
-    def law(x: Array, loc: Array, scale: Array) -> Array:
+    def law(x: Array, loc: Array, scale: Array, *_: Array) -> Array:
         return scipy.stats.truncnorm.logpdf(x, (low - loc) / scale, (high - loc) / scale, loc, scale)
 
     axis, points = (unit_interval, unit_points) if high == 1 else (positive_numbers, positive_points)
@@ -360,9 +374,96 @@ def _zeros_and_counts(family: Any) -> Nodes:
     return grid(*(axes[j % 2] for j in range(family.event_shape[0])))
 
 
+# Flows, the sphere, the simplex and priors tied to the guide ----------------------------------------------------------
+
+
+def _by_its_jacobian(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+    """The density of the noise times the determinant of the map that leads to it, by automatic differentiation."""
+    size = len(x)
+    d = family.distribution(torch.tensor(parameters))
+    noise = d.back(torch.tensor(x))[0].detach().numpy()
+    slope = torch.autograd.functional.jacobian(lambda at: d.back(at)[0], torch.tensor(x)).numpy()
+    assert slope.shape == (size, size)
+    return float(scipy.stats.norm.logpdf(noise).sum() + np.linalg.slogdet(slope)[1])
+
+
+def _flow(kind: Any, tolerance: float = 1e-8, context: int = 0) -> Case:
+    def make(size: int) -> families.Flow:
+        return families.Flow(size, kind=kind, transforms=2, hidden=[5], context=context)
+
+    return Case(make, _by_its_jacobian, tolerance=tolerance, moments=False, masks=False)
+
+
+def sphere(family: Family) -> Nodes:
+    """Angles of the circle, or angles and cosines of the sphere."""
+    turn = torch.arange(0, 2 * np.pi, 2 * np.pi / 400)
+    circle, weight = torch.stack([turn.cos(), turn.sin()], -1), torch.full_like(turn, 2 * np.pi / 400)
+    if family.event_shape[0] == 2:
+        return circle, weight
+    height, weights = (torch.tensor(each) for each in np.polynomial.legendre.leggauss(100))
+    ring = (1 - height**2).sqrt()[:, None, None] * circle
+    points = torch.cat([ring, height[:, None, None].expand(-1, len(turn), 1)], -1)
+    return points.flatten(0, 1), (weights[:, None] * weight).flatten()
+
+
+def sphere_points(family: Family, *batch: int) -> Tensor:
+    return torch.nn.functional.normalize(normal_points(family, *batch), dim=-1)
+
+
+def _fisher(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+    loc = parameters[:-1] / np.linalg.norm(parameters[:-1])
+    return float(scipy.stats.vonmises_fisher(loc, softplus(parameters[-1])).logpdf(x))
+
+
+def _uniform(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+    return float(gammaln(len(x) / 2) - np.log(2) - len(x) / 2 * np.log(np.pi))
+
+
+def simplex(family: Family) -> Nodes:
+    """Shares of what the shares before have left."""
+    first, weight = unit_interval(family.event_shape[0] - 1)
+    if family.event_shape[0] == 2:
+        return torch.stack([first, 1 - first], -1), weight
+    a, b = torch.meshgrid(first, first, indexing="ij")
+    points = torch.stack([a, (1 - a) * b, (1 - a) * (1 - b)], -1)
+    return points.flatten(0, 1), (weight[:, None] * weight * (1 - a)).flatten()
+
+
+def _shares(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+    basis = scipy.linalg.helmert(len(x))
+    slope = basis[:, :-1] / x[:-1] - basis[:, -1:] / x[-1]
+    loc, raw = np.split(parameters, 2)
+    return float(scipy.stats.norm.logpdf(basis @ np.log(x), loc, softplus(raw)).sum() + np.linalg.slogdet(slope)[1])
+
+
+def encoder(size: int, features: int = 5) -> Conditional:
+    """A linear guide with random weights."""
+    posterior = Conditional(families.Normal(size), Linear(), context=features)
+    perturb(posterior)
+    return posterior
+
+
+def _tied(kind: Any, **settings: Any) -> Case:
+    """The tied priors are mixtures of normals, whose means and widths are linear in the inputs."""
+
+    def law(family: Any, parameters: Array, x: Array, keep: Any) -> float:
+        network: Any = family.tied[0].network
+        weight, bias = network.weight.detach().numpy(), network.bias.detach().numpy()
+        loc, raw = np.split(family.inputs.detach().numpy() @ weight.T + bias, 2, -1)
+        width = softplus(raw if kind is families.VampPrior else family.raw_scale.item())
+        logits = np.zeros(len(loc)) if settings.get("weights") != "learned" else family.logits.detach().numpy()
+        return float(logsumexp(scipy.stats.norm.logpdf(x, loc, width).sum(-1) + log_softmax(logits)))
+
+    def make(size: int) -> Any:
+        return kind(size, encoder(size), components=3, **settings)
+
+    return Case(make, law, masks=False)
+
+
 COUNTS: Any = {"nodes": product(counts), "points": below(6)}
 UNIT: Any = {"nodes": product(unit_interval), "points": unit_points, "tolerance": 1e-5}
 POSITIVE: Any = {"nodes": product(positive_numbers), "points": positive_points, "tolerance": 1e-5}
+SPHERE: Any = {"nodes": sphere, "points": sphere_points, "sizes": (2, 3), "masks": False}
 OF_LEVELS: Any = {"nodes": level_nodes, "points": level_points}
 
 CASES: dict[str, Case] = {
@@ -373,6 +474,28 @@ CASES: dict[str, Case] = {
     "Normal(0.7)": Case(partial(families.Normal, scale=0.7), gaussian),
     "FullNormal": Case(families.FullNormal, gaussian, extremes="each"),
     "MixtureNormal": Case(partial(families.MixtureNormal, components=3), mixture),
+    "MixtureFullNormal": Case(partial(families.MixtureFullNormal, components=3), mixture_of_full, extremes="each"),
+    "LowRankNormal": Case(partial(families.LowRankNormal, rank=2), gaussian),
+    "Flow(autoregressive)": _flow("autoregressive"),
+    "Flow(spline)": _flow("spline", 1e-3),
+    "Flow(coupling)": _flow("coupling"),
+    "Flow(inverse-autoregressive)": _flow("inverse-autoregressive"),
+    "Flow(context)": _flow("autoregressive", context=2),
+    "VonMisesFisher": Case(families.VonMisesFisher, _fisher, **SPHERE),
+    "HypersphericalUniform": Case(families.HypersphericalUniform, _uniform, **SPHERE),
+    "LogisticNormal": Case(
+        families.LogisticNormal,
+        _shares,
+        simplex,
+        lambda f, *b: normal_points(f, *b).softmax(-1),
+        sizes=(2, 3),
+        tolerance=1e-5,
+        moments=False,
+        masks=False,
+    ),
+    "VampPrior": _tied(families.VampPrior),
+    "VampPrior(data)": _tied(families.VampPrior, inputs="data", weights="learned"),
+    "ExemplarPrior": _tied(families.ExemplarPrior),
     "ExactNormal": Case(_exact, gaussian, parameters=_data, extremes="none"),
     "Laplace": Case(families.Laplace, entries(scipy.stats.laplace.logpdf), tolerance=1e-3),
     "StudentT": Case(families.StudentT, entries(scipy.stats.t.logpdf), tolerance=1e-5),
@@ -440,4 +563,6 @@ PARTNERS: dict[str, tuple[Callable[[int], Family], Callable[[int], Family]]] = {
     "real": (families.StandardNormal, families.Normal),
     "positive": (families.Gamma, families.LogNormal),
     "unit": (families.Beta, families.Kumaraswamy),
+    "sphere": (families.HypersphericalUniform, families.VonMisesFisher),
+    "simplex": (families.LogisticNormal, families.LogisticNormal),
 }

@@ -316,6 +316,14 @@ def test_pictures_of_any_size_come_out_as_they_went_in(kind: Any, shape: tuple[i
         assert decoder(torch.randn(2, 3, pixels + 1)).shape == (2, 3, 2 * pixels)
 
 
+def test_many_pictures_without_gradients_are_those_with_gradients() -> None:
+    for name in ("Conv(encoder)", "Conv(decoder)"):
+        network, context = _built(name), _context(name, 7, 100)
+        with torch.no_grad():
+            parts = network(context)
+        torch.testing.assert_close(parts, network(context), rtol=1e-12, atol=1e-12)
+
+
 def test_residual_blocks_leave_the_convolutions_as_they_are_if_they_are_zero() -> None:
     for context, outputs in ((35, 3), (4, 35)):
         plain, residual = Conv((5, 7), channels=[2, 3]), ResidualConv((5, 7), channels=[2, 3])

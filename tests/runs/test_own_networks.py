@@ -277,14 +277,16 @@ def test_pictures_travel_with_a_run(tmp_path):
     made = fit_spec(spec, out=tmp_path / "run")
     assert isinstance(made.program.posterior.network, Conv)
     assert same(load_run(made.path).program.state_dict(), made.program.state_dict())
-    assert load_run(made.path).report["data"]["shape"] == [8, 8]
+    assert load_run(made.path).report["data"]["columns"]["shape"] == [8, 8]
 
 
-def test_pictures_are_asked_for_by_name(tmp_path):
-    network = {"family": "ResidualConv", "channels": [4]}
-    spec = load_spec(write(tmp_path), {"posterior.network": network})
-    data = dataclasses.replace(spec.load_data(), shape=None)
-    with pytest.raises(ValueError, match=r"Expected pictures.* network ResidualConv; got data without a shape"):
+@pytest.mark.parametrize("role", ["likelihood", "posterior"])
+def test_pictures_are_asked_for_by_name(role, tmp_path):
+    networks = {f"{each}.network": {"family": "Linear"} for each in ("likelihood", "posterior")}
+    spec = load_spec(write(tmp_path), {**networks, f"{role}.network": {"family": "ResidualConv", "channels": [4]}})
+    data = spec.load_data()
+    data = dataclasses.replace(data, columns=dataclasses.replace(data.columns, shape=None))
+    with pytest.raises(ValueError, match=r"spec.toml: Expected pictures, .* for ResidualConv; got other data. Use MLP"):
         spec.build(data)
 
 
