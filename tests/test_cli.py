@@ -166,7 +166,7 @@ def data_files(folder):
         ("empty.csv", "Expected rows of numbers"),
         ("text.csv", "line 3, column 'b'; got 'four'"),
         ("ragged.csv", "line 2, as in its first row; got 1"),
-        ("nan.csv", "line 2, column 2; got 'nan'"),
+        ("nan.csv", "got some in 'column 2' (1): line 2"),
         ("nan.npy", "got nan in row 0, column 0"),
         ("keys.npz", "'images', 'others'"),
         ("cut.npz", "Expected a NumPy file"),

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,8 @@ from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
-from ppl_vae.data.files import RawData, rows_text
-from ppl_vae.data.tables import Roles
+from ppl_vae.data.files import RawData
+from ppl_vae.data.tables import Roles, check_categories, check_complete, totals
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -212,15 +211,15 @@ def load(
 
     roles = Roles(label, id, columns, leave_out, categories, size_factor, separator)
     raw = read_dataset(name, root, array, download, roles)
-    _check_complete(raw, Path(name).name)
+    check_complete(raw, Path(name).name)
     rows = _split(raw, seed, validation_fraction, test_fraction)
-    _check_categories(raw, rows["train"])
+    check_categories(raw, rows["train"])
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
     factors = raw.size_factor
     if factors is None and size_factor is not None:
         check_choice("size_factor", size_factor, ("total",))
-        factors = _totals(raw, rows["train"])
+        factors = totals(raw, rows["train"])
     stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for part, index in rows.items():
@@ -292,33 +291,6 @@ def _split(
     return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
 
 
-def _check_complete(raw: RawData, file: str) -> None:
-    """Refuse missing cells."""
-    if raw.is_table and (missing := raw.missing).any():
-        counts = {raw.name(int(j)): int(missing[:, j].sum()) for j in np.flatnonzero(missing.any(0))}
-        listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
-        gone = rows_text(raw.lines, np.flatnonzero(missing.any(1)))
-        raise ValueError(
-            f"Expected no missing cells in {file}; got some in {listed}: {gone}. Drop these rows, or leave the columns "
-            f"out: leave_out = {json.dumps(list(counts))}."
-        )
-
-
-def _check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
-    """Refuse words that the training part lacks."""
-    for name, words in raw.categories.items():
-        codes = raw.x[:, (raw.names or ()).index(name)]
-        other = np.flatnonzero(~np.isin(codes, codes[train]))
-        if len(other):
-            strange = sorted({words[int(code)] for code in codes[other]})
-            known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
-            remedy = f'give id = "{name}"' if len(words) == len(codes) else "merge rare words, drop the rows"
-            raise ValueError(
-                f"Expected each word of column {name!r} in the training part; got {known} in other parts alone "
-                f'({rows_text(raw.lines, other)}). Leave the column out (leave_out = ["{name}"]), or {remedy}.'
-            )
-
-
 def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | None:
     """Kinds of the columns of a table: of numbers by their values, of words by their number and order."""
     kinds: list[Kind] = []
@@ -344,21 +316,6 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
     elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
         levels = (raw.maximum + 1,) * n
     return Columns(n, raw.shape, raw.names, None if kinds is None else tuple(kinds), levels, raw.categories or None)
-
-
-def _totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Total of each row (n,) over the mean total of the training rows."""
-    counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
-    if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
-        raise ValueError(
-            'Expected counts (whole numbers from 0 up) in every column for size_factor = "total"; got others in '
-            f"{', '.join(wrong)}. Leave these columns out, or name a column of factors."
-        )
-    totals = raw.x.sum(1, dtype=np.float64)
-    if not totals.all():
-        empty = rows_text(raw.lines, np.flatnonzero(totals == 0))
-        raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
-    return np.asarray(totals / totals[train].mean())
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:

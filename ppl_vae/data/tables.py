@@ -5,6 +5,7 @@ import difflib
 import importlib
 import io
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -62,11 +63,12 @@ class Table:
         cells, words = self.cells[name], self.levels.get(name)
         as_words |= words is not None
         if isinstance(cells, np.ndarray):
-            if cells.dtype.kind != "f":
+            if cells.dtype.kind not in "biuf":
                 raise ValueError(
                     f"Expected numbers or words in column {name!r} of {self.source}; got {cells.dtype}. Convert them, "
                     f'or leave the column out (leave_out = ["{name}"]).'
                 )
+            cells = cells.astype(np.float64)
             if not as_words:
                 self._check_numbers(name, cells, cells)
                 return cells, ()
@@ -151,10 +153,9 @@ def _read_pandas(path: Path) -> Table:
             levels[name] = [str(word) for word in column.cat.categories] if column.cat.ordered else []
         if name in levels or types.is_string_dtype(column) or types.is_object_dtype(column):
             cells[name] = [None if gone else str(cell) for cell, gone in zip(column, column.isna(), strict=True)]
-        elif types.is_numeric_dtype(column):
-            cells[name] = column.to_numpy(np.float64, na_value=np.nan)
         else:
-            cells[name] = column.to_numpy()
+            gaps = types.is_numeric_dtype(column) and column.isna().any()
+            cells[name] = column.to_numpy(np.float64, na_value=np.nan) if gaps else column.to_numpy()
     return Table(str(path), cells, levels=levels)
 
 
@@ -186,7 +187,7 @@ def choose(table: Table, roles: Roles) -> RawData:
                 )
     rest = "feature" if roles.columns is None else "left out"
     taken = {name: taken.get(name, rest) for name in table.cells}
-    features = [name for name in roles.columns or table.cells if taken[name] == "feature"]
+    features = [name for name in dict.fromkeys(roles.columns or table.cells) if taken[name] == "feature"]
     if not features:
         held = ", ".join(f"{name} ({role})" for name, role in taken.items())
         raise ValueError(f"Expected at least one feature in {table.source}; got {held}.")
@@ -209,15 +210,67 @@ def choose(table: Table, roles: Roles) -> RawData:
         y, classes = (values.astype(np.int64), words) if words else encode(values, where)
         raw = replace(raw, y=y, classes=classes)
     if roles.id:
-        ids = table.cells[roles.id]
-        whole = isinstance(ids, np.ndarray) and ids.dtype.kind == "f" and bool((ids == np.floor(ids)).all())
-        raw = replace(raw, ids=np.asarray(ids, np.int64 if whole else None))
+        raw = replace(raw, ids=np.asarray(table.cells[roles.id]))
     if size:
         values, words = _complete(table, size, "size factor")
         if words or not (values > 0).all():
             raise ValueError(f"Expected numbers above 0 as size factors in column {size!r} of {table.source}.")
         raw = replace(raw, size_factor=values)
     return raw
+
+
+def check_complete(raw: RawData, file: str) -> None:
+    """Refuse missing cells.
+
+    Raises:
+        ValueError: With the columns and rows that have some.
+    """
+    if raw.is_table and (missing := raw.missing).any():
+        counts = {raw.name(int(j)): int(missing[:, j].sum()) for j in np.flatnonzero(missing.any(0))}
+        listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+        gone = rows_text(raw.lines, np.flatnonzero(missing.any(1)))
+        raise ValueError(
+            f"Expected no missing cells in {file}; got some in {listed}: {gone}. Drop these rows, or leave the columns "
+            f"out: leave_out = {json.dumps(list(counts))}."
+        )
+
+
+def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
+    """Refuse words that the training part lacks.
+
+    Raises:
+        ValueError: With the words, their column and rows.
+    """
+    for name, words in raw.categories.items():
+        codes = raw.x[:, (raw.names or ()).index(name)]
+        other = np.flatnonzero(~np.isin(codes, codes[train]))
+        if len(other):
+            strange = sorted({words[int(code)] for code in codes[other]})
+            known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
+            remedy = f'give id = "{name}"' if len(words) == len(codes) else "merge rare words, drop the rows"
+            raise ValueError(
+                f"Expected each word of column {name!r} in the training part; got {known} in other parts alone "
+                f'({rows_text(raw.lines, other)}). Leave the column out (leave_out = ["{name}"]), or {remedy}.'
+            )
+
+
+def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Total of each row (n,) over the mean total of the training rows.
+
+    Raises:
+        ValueError: If a column holds no counts, or a row none but zeros.
+    """
+    counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
+    if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
+        raise ValueError(
+            'Expected counts (whole numbers from 0 up) in every column for size_factor = "total"; got others in '
+            f"{', '.join(wrong)}. Leave these columns out, or name a column of factors."
+        )
+    each = raw.x.sum(1, dtype=np.float64)
+    if not each.all():
+        empty = rows_text(raw.lines, np.flatnonzero(each == 0))
+        raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
+    return np.asarray(each / each[train].mean())
 
 
 def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:

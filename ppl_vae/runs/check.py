@@ -138,7 +138,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
 
 def _columns(data: Data) -> dict[str, str]:
     """Kind and role of each column of a table."""
-    kinds, names = data.columns.kinds or (), data.columns.names or map(str, range(data.features))
+    kinds, names = data.columns.kinds or (), data.columns.names or [f"column {j + 1}" for j in range(data.features)]
     return {name: f"{kind} feature" for name, kind in zip(names, kinds, strict=False)} | data.roles
 
 

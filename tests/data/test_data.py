@@ -306,6 +306,22 @@ def test_the_digest_is_that_of_the_test_part() -> None:
     assert data.protocol["digest"] == digest.hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "8ed2db8db0a736a2b82bfb9ec661bf7945f5a506f92ca87e903d0605199c2877"),
+        ({"scaling": "standardize"}, "4cb1ca0af505ebcf49f812a04d752ccf5082ba715858c8e409f1ac88aa75de78"),
+        (
+            {"binarization": "dynamic", "validation_fraction": 0.1},
+            "71d72f402389051f14876667edd5ba9630c23453308788396cd689dcbd3a8cca",
+        ),
+    ],
+)
+def test_the_digits_stay_as_they_were(options: dict[str, Any], digest: str) -> None:
+    """As version 0.1 had them: a run of old can be compared with one of today."""
+    assert load("digits", **options).protocol["digest"] == digest
+
+
 def test_the_digest_tells_test_parts_apart() -> None:
     variants: list[dict[str, Any]] = [
         {},

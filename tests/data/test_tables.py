@@ -401,6 +401,16 @@ def test_other_types_are_refused_unless_left_out(tmp_path: Path) -> None:
         load(_write(frame[["when", "x"]], tmp_path / "t.parquet"))
     assert load(tmp_path / "t.parquet", leave_out=["when"]).feature_names == ["x"]
     assert load(tmp_path / "t.parquet", id="when").ids["test"] is not None
+    frame.loc[3, "when"] = None
+    with pytest.raises(ValueError, match="numbers or words in column 'when'"):
+        load(_write(frame[["when", "x"]], tmp_path / "t.parquet"))
+
+
+def test_large_ids_keep_their_digits(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": np.arange(20) * 7 % 20 + 2**60, "x": np.arange(20) / 3})
+    for suffix, kind in (("csv", str), ("parquet", int)):
+        data = load(_write(frame, tmp_path / f"t.{suffix}"), id="id")
+        assert list(map(kind, frame["id"].iloc[data.row_numbers["test"]])) == list(data.ids["test"])  # type: ignore[arg-type]
 
 
 def test_missing_cells_of_other_types(tmp_path: Path) -> None:
