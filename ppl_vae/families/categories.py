@@ -76,7 +76,9 @@ class Levels(Family):
 
 
 class Categorical(Levels):
-    r"""Independent categories, by the logits of each, :math:`\prod_j p_{j x_j}`. The codes are floats.
+    r"""Independent categories, by the logits of each, :math:`\prod_j p_{j x_j}`.
+
+    x holds the codes 0, 1, ... as floats.
 
     Args:
         event: The shape of an event; an int is short for a 1-tuple.
