@@ -51,6 +51,7 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
             keys["leave_out"] = [*keys.get("leave_out", []), column]
     data = load(name, **keys)
     where = os.path.relpath(name, path.absolute().parent) if is_path(name) else name
+    where += "/" * (is_path(name) and Path(name).is_dir())  # a folder, not the name of a set
     if len(data.train["x"]) >= 500:
         keys.setdefault("validation_fraction", 0.1)
     text = _text({"name": where, **keys}, data)
