@@ -151,9 +151,9 @@ class Spec:
         with _blamed(self, data):
             program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
+                given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
-                program.initialise(given if isinstance(program, VAE) else given["x"])
+                    program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
