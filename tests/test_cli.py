@@ -170,7 +170,7 @@ def data_files(folder):
         ("nan.npy", "got nan in row 0, column 0"),
         ("keys.npz", "'images', 'others'"),
         ("cut.npz", "Expected a NumPy file"),
-        ("folder.csv", "got the folder"),
+        ("folder.csv", "in the folder"),
     ],
 )
 def test_mistakes_in_data(name, expected, tmp_path):
