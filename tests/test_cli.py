@@ -254,7 +254,7 @@ def test_a_closer_look_is_in_report_json_and_pictures(tmp_path):
     exact = report["reference"]
     assert (exact["method"], exact["n"], exact["converged"]) == ("closed-form", 4, True)
     assert exact["log_evidence"] == pytest.approx(np.mean(exact["each"]["log_evidence"]))
-    assert report["bound"]["samples"] == [1, 2, 5, 10, 20]
+    assert report["bound"]["samples"] == [1, 2, 5, 10, 20, 30]
     assert report["bound"]["mean"][0] == pytest.approx(exact["log_evidence"] - exact["gap"], abs=0.5)
     assert len(report["pareto_k"]) == report["test"]["n"]
     assert report["gap"]["total"] == pytest.approx(report["gap"]["approximation"] + report["gap"]["amortization"])
