@@ -1,8 +1,7 @@
 """Priors made of the approximate posterior itself."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from ppl_vae._checks import check_choice, check_int
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.elementwise import Normal
 from ppl_vae.families.family import Family, moments, unconstrained
+from ppl_vae.networks.network import in_mode
 
 _ENTRIES = 2**22  # numbers that values beside components may hold at a time
 
@@ -103,7 +103,8 @@ class VampPrior(TiedPrior):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
-        with evaluating(*self.tied) as posterior:
+        (posterior,) = self.tied
+        with in_mode(posterior):
             rows = posterior.unconstrained(self.inputs)
         logits = rows.new_zeros(self.components) if self.logits is None else self.logits
         return Components(posterior.family.distribution, rows, logits, parameters.shape[:-1])
@@ -137,22 +138,11 @@ class ExemplarPrior(TiedPrior):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         self._refuse(mask)
-        with evaluating(*self.tied) as posterior:
+        (posterior,) = self.tied
+        with in_mode(posterior):
             means = posterior(self.inputs).mean
         rows = torch.cat([means, self.raw_scale.expand(means.shape)], -1)
         return Components(self.each.distribution, rows, rows.new_zeros(self.components), parameters.shape[:-1])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[Any]:
-    """Put a module in evaluation mode, and each part of it back into the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield module
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 class Components(TorchDistribution):

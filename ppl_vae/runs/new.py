@@ -116,17 +116,18 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
         return "Normal", {"scale": "shared"}, "Real numbers with one noise scale."
     each = columns.kinds or [infer_kind(x, x) for x in data.train["x"].double().numpy().T]
     kinds = set(each)
+    scaled: dict[str, Any] = {"data": {"scaling": "standardize"}} if kinds & {"real", "positive"} else {}
     if kinds == {"real"}:
         said = "Real numbers, standardised, with a noise scale for each column."
         return "Normal", {"scale": "feature", "data": {"scaling": "standardize"}}, said
     if len(kinds) == 1 and kinds != {"ordered"}:
         (kind,) = kinds
-        return INFERRED[kind], {}, f"All columns are of the kind {kind}."
+        return INFERRED[kind], scaled, f"All columns are of the kind {kind}."
     names = columns.names or tuple(map(str, range(columns.count)))
     families = {name: INFERRED[kind] for name, kind in zip(names, each, strict=True)}
     if len(names) > _LISTED and columns.kinds:
-        return "Mixed", {"kinds": "infer"}, "A family for each column, by its kind; see ppl-vae check."
-    return "Mixed", {"kinds": families}, "A family for each column; change any."
+        return "Mixed", {"kinds": "infer", **scaled}, "A family for each column, by its kind; see ppl-vae check."
+    return "Mixed", {"kinds": families, **scaled}, "A family for each column; change any."
 
 
 def _key(key: str) -> str:

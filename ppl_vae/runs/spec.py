@@ -30,9 +30,10 @@ from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
+_OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
 _TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
 
 
@@ -151,9 +152,9 @@ class Spec:
         with _blamed(self, data):
             program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
+                given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
-                program.initialise(given if isinstance(program, VAE) else given["x"])
+                    program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
@@ -186,7 +187,12 @@ class Spec:
         program = self.build(data) if program is None else program
         parts = [data.validation, data.train] if indexed(program) else [data.test, data.validation, data.train]
         with _blamed(self, data):
-            return check_program(program, data, [part for part in parts if part is not None], self.svi)
+            found = check_program(program, data, [part for part in parts if part is not None], self.svi)
+        words = ", ".join(data.columns.categories or {})
+        if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
+            hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
+            found.hints.append(f"{hint}; use Mixed, with kinds = \"infer\", or leave_out")
+        return found
 
 
 def load_spec(
@@ -382,13 +388,26 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
 
 
 def _remedy(spec: Spec, data: Data, error: str) -> str:
-    """The `--set` that fits the data to the likelihood, if there is one."""
+    """The `--set` that fits the data to the likelihood, or the families that take such data."""
     if "constant" in data.suspects.values() and "constant" in error:
         return f" {next(hint for hint in column_hints(data) if 'constant' in hint)}."
     x = data.train["x"]
-    if not bool(_support(spec.likelihood).check(x).all()) and data.protocol["maximum"] is not None:
-        unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
-        return f" Try --set data.binarization=dynamic{unscaled}."
+    if "in the support of" in error:
+        if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
+            unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
+            return f" Try --set data.binarization=dynamic{unscaled}."
+        fitting = [kind.__name__ for kind in classes(families) if plays(kind, "likelihood") and _holds(kind, data)]
+        return f" Families that take such data: {', '.join(fitting)}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
     return ""
+
+
+def _holds(kind: Any, data: Data) -> bool:
+    """Whether the support of a family, with its default keys, holds the data."""
+    try:
+        with fork_rng(0, device=CPU):
+            family = kind(**filled(kind, event=data.features, **described(data.columns)))
+    except (TypeError, ValueError):  # a key that must be given, or what the data lack
+        return False
+    return bool(family.support.check(data.train["x"].cpu()).all())
