@@ -13,8 +13,20 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ppl_vae import PPCA, Program, Target, compare_posteriors, load_run, load_spec, log_evidence
-from ppl_vae.data import datasets, loading
+from ppl_vae import (
+    PPCA,
+    VAE,
+    Conditional,
+    Program,
+    Target,
+    compare_posteriors,
+    load_run,
+    load_spec,
+    log_evidence,
+)
+from ppl_vae.data import datasets, load, loading
+from ppl_vae.families import DiscretizedLogistic, Multinomial, NegativeBinomial, Normal, StandardNormal
+from ppl_vae.networks import Linear
 from ppl_vae.reports import figures, findings, measures
 from ppl_vae.runs import run
 from ppl_vae.runs.run import evaluate_run, fit_spec
@@ -324,6 +336,26 @@ def test_no_error_is_rounded_to_none(error, text):
 
 def test_bits_per_dimension():
     assert measures.bits_per_dim(-64 * math.log(2), 64) == pytest.approx(1.0)
+
+
+def linear_vae(likelihood):
+    parts = Conditional(likelihood, Linear()), Conditional(Normal(2), Linear())
+    return VAE(Conditional(StandardNormal(2)), *parts)
+
+
+def test_bits_per_dimension_of_a_mass_do_not_depend_on_the_scaling():
+    """A probability of stored values needs no volume: it is the same for k and for k / 16."""
+    data = load("digits", scaling="unit")
+    target = Target(linear_vae(DiscretizedLogistic(64, 17)), {"x": data.test["x"][:5]})
+    test = measures.evaluate(target, data, samples=3)[0]["test"]
+    assert data.protocol["log_volume"] > 0
+    assert test["bits_per_dim"] == pytest.approx(-test["log_evidence"]["mean"] / 64 / math.log(2))
+
+
+def test_a_mass_given_the_total_is_another_measure():
+    x = torch.ones(3, 4)
+    each = [measures.measure(Target(linear_vae(family(4)), x)) for family in (NegativeBinomial, Multinomial)]
+    assert each == ["probability mass", "probability mass given each total"]
 
 
 OWN = '''
