@@ -20,14 +20,15 @@ from ppl_vae import (
     Program,
     Target,
     compare_posteriors,
+    families,
     load_run,
     load_spec,
     log_evidence,
 )
 from ppl_vae.data import datasets, load, loading
-from ppl_vae.families import DiscretizedLogistic, Multinomial, NegativeBinomial, Normal, StandardNormal
+from ppl_vae.families import DiscretizedLogistic, Multinomial, NegativeBinomial, Normal, Poisson, StandardNormal
 from ppl_vae.networks import Linear
-from ppl_vae.reports import figures, findings, measures
+from ppl_vae.reports import figures, findings, latent_plots, measures
 from ppl_vae.runs import run
 from ppl_vae.runs.run import evaluate_run, fit_spec
 
@@ -203,6 +204,39 @@ def test_pictures_of_any_program_are_those_of_the_same_vae(few, tmp_path, monkey
     assert {"training.png", "samples.png"} == drawn.keys()
     assert seen["x"].shape == (40, 64)
     assert not torch.equal(seen["x"], data.test["x"])
+
+
+@pytest.mark.parametrize("family", ["Gamma", "VonMisesFisher", "LogisticNormal", "Normal"])
+def test_no_picture_shows_latents_off_their_support(family, tmp_path):
+    kind = getattr(families, family)
+    posterior = Conditional(kind(2), Linear())
+    vae = VAE(Conditional(kind(2)), Conditional(Normal(64), Linear()), posterior)
+    data = load("digits")
+    history = {"elbo": [0.0], "validation": []}
+    drawn = figures.draw_run(Target(vae, data.test["x"][:20]), data, history, tmp_path)
+    assert ("traversals.png" in drawn) == (family == "Normal")
+    assert ("manifold.png" in drawn) == (family in ("Normal", "Gamma"))
+    if family != "Normal":
+        with pytest.raises(ValueError, match="Expected latents on the real line; got"):
+            latent_plots.traversals(vae)
+
+
+def test_samples_of_counts_have_the_size_factors_of_the_data(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "marginals", lambda x, drawn, columns: seen.extend([x, drawn]) or Figure())
+    rng = np.random.default_rng(0)
+    size = rng.uniform(500, 1500, 200)
+    counts = rng.poisson(2 * size[:, None], (200, 3))
+    rows = np.column_stack([counts, size])
+    np.savetxt(tmp_path / "counts.csv", rows, delimiter=",", header="a,b,c,size", comments="")
+    data = load(tmp_path / "counts.csv", size_factor="size")
+    vae = VAE(Conditional(StandardNormal(1)), Conditional(Poisson(3), Linear()), Conditional(Normal(1), Linear()))
+    vae.initialise(data.train)
+    torch.nn.init.zeros_(vae.likelihood.network.weight)
+    figures.draw_run(Target(vae, data.test), data, {"elbo": [0.0], "validation": []}, tmp_path / "figures")
+    x, drawn = seen
+    assert drawn.shape == data.test["x"].shape
+    assert drawn.mean() == pytest.approx(2 * float(data.test["size_factor"].mean()), rel=0.02)
 
 
 def test_one_sample_and_one_datum_give_null_and_no_nan(tmp_path):
