@@ -126,9 +126,10 @@ def _arguments(text: str) -> dict[str, str]:
 
 
 def _summary(kind: Any) -> str:
-    """First sentence of a class's docstring, as plain text."""
+    """First sentence of a class's docstring, as plain text, up to its formula."""
     first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return re.sub(r",? ?:math:`[^`]*`|\*", "", first)
+    before, formula, _ = first.partition(":math:")
+    return re.sub(r"[,:][^,:]*$", ".", before) if formula else first.replace("*", "")
 
 
 def _plain(text: str) -> str:
