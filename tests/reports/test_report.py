@@ -212,8 +212,8 @@ def test_no_picture_shows_latents_off_their_support(family, tmp_path):
     posterior = Conditional(kind(2), Linear())
     vae = VAE(Conditional(kind(2)), Conditional(Normal(64), Linear()), posterior)
     data = load("digits")
-    history = {"elbo": [0.0], "validation": []}
-    drawn = figures.draw_run(Target(vae, data.test["x"][:20]), data, history, tmp_path)
+    data = dataclasses.replace(data, test={key: value[:20] for key, value in data.test.items()})
+    drawn = figures.draw_run(Target(vae, data.test["x"]), data, {"elbo": [0.0], "validation": []}, tmp_path)
     assert ("traversals.png" in drawn) == (family == "Normal")
     assert ("manifold.png" in drawn) == (family in ("Normal", "Gamma"))
     if family != "Normal":
