@@ -65,7 +65,7 @@ def bound_curve(
     parts = []
     for draws in weight_blocks(Target.of(program, x), samples, seed):
         groups = [_Groups(count) for count in chosen]
-        for weights, _ in draws:
+        for weights, *_ in draws:
             for group in groups:
                 group.add(weights)
         parts.append(torch.stack([group.bound() for group in groups], 1))

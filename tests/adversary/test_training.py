@@ -101,7 +101,7 @@ def guides(n: int, d: int) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]
     }
 
 
-AUTOMATIC = {
+AUTOMATIC = {  # whether the guide draws all latent variables at once, so that the whole data set counts as one datum
     "AutoNormal": False,
     "AutoDelta": False,
     "AutoDiagonalNormal": True,

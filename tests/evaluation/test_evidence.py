@@ -963,16 +963,6 @@ def test_data_that_do_not_fit_are_refused(function: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("function", [log_weights, log_evidence])
 def test_programs_that_break_the_contract_are_refused(function: Callable[..., Any]) -> None:
-    def model(x: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match=r"outermost plate 'data' at dim -1; site 'z' is in no plate"):
-        function(Program(model, guide), torch.zeros(3, 1), 2)
     with pytest.raises(ValueError, match=r"same latent sites; only the model has \['z'\]"):
         function(Program(tailed(0.3).model, lambda x: None), torch.zeros(3, 1), 2)
 
