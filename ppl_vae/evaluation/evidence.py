@@ -8,9 +8,10 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -183,12 +184,11 @@ class Evidence:
             >>> torch.allclose(Evidence.of(weights).log_evidence.exp(), weights.exp().mean(0))
             True
         """
-        sums = _Sums(len(log_weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
-        sums.add(
-            log_weights.double(), torch.full_like(log_weights, math.nan, dtype=torch.float64), log_weights.double()
-        )
-        figures = sums.figures()
-        return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(log_weights))
+        weights = log_weights.double()
+        sums = _Sums(len(weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
+        sums.add(weights, torch.full_like(weights, math.nan), weights)
+        figures: dict[str, Any] = {**sums.figures()}
+        return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(weights))
 
 
 @torch.no_grad()
@@ -204,8 +204,8 @@ def log_weights(program: Any, x: Any = None, samples: int = 1000, *, inner: int 
         program: any program, or a `Target`.
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         samples: draws per datum, k.
-        inner: draws of local latents for each draw of the globals, where the former are independent given the latter; by
-            default 20 of such programs.
+        inner: draws of local latents for each draw of the globals, where locals are independent given the globals; 20
+            by default of such programs, 1 of others.
         seed: of the draws; the global random state is left alone.
 
     Returns:
@@ -216,7 +216,7 @@ def log_weights(program: Any, x: Any = None, samples: int = 1000, *, inner: int 
     """
     target = Target.of(program, x)
     blocks = weight_blocks(target, check_int("samples", samples), seed, inner_draws(target, inner))
-    return torch.cat([torch.cat([weights for weights, *_ in draws]) for draws in blocks], 1)
+    return torch.cat([torch.cat([draws.weights for draws in block]) for block in blocks], 1)
 
 
 @torch.no_grad()
@@ -232,8 +232,8 @@ def log_evidence(
         program: any program, or a `Target`.
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         samples: draws per datum, k.
-        inner: draws of local latents for each draw of the globals, where the former are independent given the latter; by
-            default 20 of such programs.
+        inner: draws of local latents for each draw of the globals, where locals are independent given the globals; 20
+            by default of such programs, 1 of others.
         seed: of the draws; the global random state is left alone.
 
     Returns:
@@ -245,13 +245,23 @@ def log_evidence(
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
     """
-    target, samples = Target.of(program, x), check_int("samples", samples)
+    return estimate_evidence(Target.of(program, x), samples, seed, inner)
+
+
+@torch.no_grad()
+def estimate_evidence(
+    target: Target, samples: int, seed: int, inner: int | None, look: Callable[[int, "Draws"], None] | None = None
+) -> Evidence:
+    """What `log_evidence` returns, with a look at the draws of each block of data, by its number, in passing."""
+    samples, inner = check_int("samples", samples), inner_draws(target, inner)
     rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
-    parts, inner = [], inner_draws(target, inner)
-    for draws in weight_blocks(target, samples, seed, inner):
+    parts = []
+    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner)):
         sums = _Sums(samples, rounding)
-        for some in draws:
-            sums.add(*some)
+        for draws in blocks:
+            sums.add(draws.weights, draws.likelihood, draws.bounds)
+            if look is not None:
+                look(number, draws)
         parts.append(sums.figures())
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     figures["rounding"] = _rounding(target, figures["log_evidence"], seed)
@@ -276,10 +286,24 @@ def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
     return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))
 
 
-def weight_blocks(
-    target: Target, samples: int, seed: int, inner: int = 1
-) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
-    """Log weights, log likelihoods and what averages to the ELBO, (k, n) each, in blocks of data and of draws."""
+class Draws(NamedTuple):
+    """Some draws of a block of data.
+
+    Args:
+        weights: log weights, (k, n) in nats.
+        likelihood: log likelihoods, (k, n).
+        bounds: what averages to the ELBO, (k, n).
+        moments: returns the latents and their squares, (k, n, z) each, by the guide and then by local weights.
+    """
+
+    weights: Tensor
+    likelihood: Tensor
+    bounds: Tensor
+    moments: Callable[[], tuple[Tensor, ...]]
+
+
+def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> Iterator[Iterator[Draws]]:
+    """Draws in blocks of data and, within these, of draws."""
     for number, block in enumerate(target.blocks()):
         yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
 
@@ -291,19 +315,22 @@ def block_size(target: Target, inner: int = 1) -> int:
     return max(1, min(BLOCK, _ENTRIES // numbers))
 
 
-def _weigh(
-    target: Target, samples: int, size: int, key: tuple[int, int], inner: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
     if inner > 1:
         for number, start in enumerate(range(0, samples, size)):
             nested = Nested(target, min(size, samples - start), inner, *key, number)
-            yield nested.weights, nested.likelihood, nested.plain
+            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
     for k, model, guide in trace_blocks(target, samples, size, *key):
         likelihood = target.log_density(model, k, model.observation_nodes)
         prior = target.log_density(model, k, model.stochastic_nodes)
         weights = prior + likelihood - target.log_density(guide, k)
-        yield weights, likelihood, weights
+        yield Draws(weights, likelihood, weights, partial(_moments, target, model))
+
+
+def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
+    z = target.flatten(model)
+    return z, z.square(), z, z.square()
 
 
 def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:

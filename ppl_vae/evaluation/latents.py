@@ -216,7 +216,8 @@ def rate_distortion(
             program = refit(setting)
         parts = []
         for block in weight_blocks(Target.of(program, x), draws, seed):
-            weights, likelihood, _ = (torch.cat(each) for each in zip(*block, strict=True))
+            pairs = [(some.weights, some.likelihood) for some in block]
+            weights, likelihood = (torch.cat(each) for each in zip(*pairs, strict=True))
             both = torch.stack([likelihood - weights, -likelihood])
             parts.append(torch.stack([both.mean(1), both.var(1) / draws]))
         mean, variance = torch.cat(parts, -1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae.programs.plates import frames, is_point
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import batch_of, plain_sites, unscaled
+from ppl_vae.programs.traces import Given, batch_of, drawn_sites, plain_sites, unscaled
 
 INNER = 20  # local draws for each draw of the globals, where nobody says how many
 
@@ -66,19 +66,16 @@ class Nested:
         self.target, self.samples, self.inner = target, samples, inner
         plate = str(target.structure.local)
         _, first = target.traces(samples, *key)
-        kept = first.copy()
-        for name in [*first.nodes]:
-            node: Any = first.nodes[name]
-            drawn = name in plain_sites(first, first.stochastic_nodes) and not is_point(node["fn"])
-            if not drawn or plate in frames(node):
-                kept.remove_node(name)  # locals, and functions of what is kept
-            else:
-                kept.nodes[name] = {**node, "value": node["value"].repeat_interleave(inner, 0)}
+        given = {
+            name: node["value"].repeat_interleave(inner, 0)
+            for name, node in drawn_sites(first).items()
+            if plate not in frames(node) and not is_point(node["fn"])  # a point is made anew of what is given
+        }
         around = [frames(first.nodes[name]) for name in plain_sites(first)]
         self.dim = next(plates[plate] for plates in around if plate in plates)
         particles = pyro.plate("particles", samples * inner, dim=-1 - target.structure.nesting)
         with target.running(*key, "inner"):
-            guide = particles(poutine.replay(target.program.guide, trace=kept))
+            guide = particles(Given(given)(target.program.guide))
             self.guide = poutine.trace(guide).get_trace(**batch_of(target.program.guide, target.batch))
             replay = particles(poutine.replay(target.program.model, trace=self.guide))
             self.model = poutine.trace(replay).get_trace(**target.batch)

@@ -110,7 +110,8 @@ def is_point(distribution: Any, *kinds: type) -> bool:
 
 def fixed(pair: Pair, again: Trace) -> tuple[str, ...]:
     """Latent sites of the guide that are points: a `Delta` at the same place in another trace."""
-    nodes, others = pair[0].nodes, again.nodes
+    nodes: Any = pair[0].nodes
+    others: Any = again.nodes
     return tuple(
         name
         for name in plain_sites(pair[0], pair[0].stochastic_nodes)

@@ -88,7 +88,7 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
     try:
         seen, shapes = _look(program, part, seed)
     except _FAILED as error:
-        if isinstance(error, BrokenContract) or all_of_it:
+        if isinstance(error, BrokenContract):
             raise
         part, all_of_it = dict(batch), True
         seen, shapes = _look_at_all(program, part, seed)
@@ -199,9 +199,14 @@ def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict
     """Likewise on all data, which a guide that was fitted to others does not take."""
     try:
         return _look(program, batch, seed)
-    except _FAILED:
+    except _FAILED as error:
         if known_data(program, batch) is False:
             raise ValueError(OTHER_DATA.format(n=len(next(iter(batch.values()))))) from None
+        if isinstance(error, TypeError | NotImplementedError):
+            raise ValueError(
+                f"Expected a model and a guide that run on data named {', '.join(batch)}; one raised: "
+                f"{(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
         raise
 
 

@@ -78,15 +78,32 @@ def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting:
 def replayed(program: Any, batch: Mapping[str, Tensor], guide: Trace, number: int) -> tuple[Trace, Trace]:
     """Trace model and guide without particles, at the values of one particle of a guide's trace."""
     alone = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-    kept = guide.copy()
-    for name in [*guide.nodes]:
-        node: Any = guide.nodes[name]
-        if name not in plain_sites(guide, guide.stochastic_nodes) or isinstance(node["fn"], Delta):
-            kept.remove_node(name)  # made anew of the values that it stands for
-        else:
-            kept.nodes[name] = {**node, "value": node["value"][number].reshape(alone.nodes[name]["value"].shape)}
-    alone = poutine.trace(poutine.replay(program.guide, trace=kept)).get_trace(**batch_of(program.guide, batch))
+    own: Any = alone.nodes
+    given = {
+        name: node["value"][number].reshape(own[name]["value"].shape)
+        for name, node in drawn_sites(guide).items()
+        if not isinstance(node["fn"], Delta)  # which is made anew of the values that it stands for
+    }
+    alone = poutine.trace(Given(given)(program.guide)).get_trace(**batch_of(program.guide, batch))
     return poutine.trace(poutine.replay(program.model, trace=alone)).get_trace(**batch), alone
+
+
+def drawn_sites(trace: Trace) -> dict[str, Any]:
+    """The latent sites of a trace by name, auxiliary ones too."""
+    nodes: Any = trace.nodes
+    return {name: nodes[name] for name in plain_sites(trace, trace.stochastic_nodes)}
+
+
+class Given(Messenger):
+    """Gives values to sites, which stay latent; unlike `poutine.replay` it leaves a site's `infer` as it is."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.values:
+            message["value"], message["done"] = self.values[message["name"]], True
 
 
 class _OneOf(Messenger):
@@ -108,10 +125,11 @@ def trace_in_turn(function: Callable[..., Any], batch: Batch, samples: int, late
     """
     traces = [poutine.trace(_OneOf(number, latents)(function)).get_trace(**batch) for number in range(samples)]
     stacked = traces[0].copy()
+    stack: Any = stacked.nodes
     for name in plain_sites(stacked):
         nodes: Any = [trace.nodes[name] for trace in traces]
         scores = torch.stack([unscaled(node) for node in nodes])
-        stacked.nodes[name] = {**nodes[0], "value": torch.stack([node["value"] for node in nodes]), "unscaled": scores}
+        stack[name] = {**nodes[0], "value": torch.stack([node["value"] for node in nodes]), "unscaled": scores}
     return stacked
 
 
