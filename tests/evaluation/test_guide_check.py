@@ -142,9 +142,9 @@ def test_data_that_are_doubtful_are_named() -> None:
             pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
 
     def guide(x: Tensor) -> None:
-        scale = torch.where((x[:, 0] - odd).abs() < 1e-9, 0.1, 0.2**0.5)
+        scale = torch.where((x[:, 0] - odd).abs() < 1e-9, 0.22, 0.2**0.5)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.8 * x[:, 0] + 1.5 * (scale < 0.2), scale))
+            pyro.sample("z", dist.Normal(0.8 * x[:, 0] + 2.2 * (scale < 0.3), scale))
 
     odd = float(x[7, 0])
     check = check_guide(Program(inside, guide), x)
