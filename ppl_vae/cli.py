@@ -119,6 +119,26 @@ def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: 
         show(screen, result.to_dict(), as_json, lambda: str(result))
 
 
+@app.command()
+def new(
+    spec: Annotated[Path, typer.Argument(help="The file to write; there must be none of that name.")],
+    data: Annotated[str, typer.Option(help="A file, a folder of pictures, or the name of a data set.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a commented spec that fits the data at hand, to be changed and trained."""
+    with plainly() as screen:
+        changes = dict(map(parse_override, set_ or []))
+        if strange := [key for key in changes if not key.startswith("data.")]:
+            raise ValueError(f"Expected keys of [data], such as data.label; got {strange[0]}. Change the others there.")
+        from ppl_vae.runs.new import write_spec
+
+        text, hints = write_spec(spec, data, {key.removeprefix("data."): value for key, value in changes.items()})
+        show(screen, {"spec": str(spec), "text": text, "hints": hints}, as_json, lambda: text)
+        for hint in hints:
+            say(f"look: {hint}")
+
+
 @app.command("list")
 def list_(
     role: Annotated[str | None, typer.Argument(help="prior, likelihood, posterior or network; by default all.")] = None,

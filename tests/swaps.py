@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -26,7 +27,7 @@ KEYS: dict[str, dict[str, Any]] = {  # of families and networks whose defaults a
     "MixtureDiscretizedLogistic": {"components": 2},
     "MixtureFullNormal": {"components": 2},
     "MixtureNormal": {"components": 2},
-    "Mixed": {"kinds": {"a": "Normal", "b": "Bernoulli", "*": "Normal"}},
+    "Mixed": {"kinds": {"a": "Normal", "b": "Bernoulli", "*": "Categorical"}},
     "VampPrior": {"components": 5},
     "Conv": {"channels": [3]},
     "ResidualConv": {"channels": [3]},
@@ -49,27 +50,56 @@ def choices() -> dict[str, list[str]]:
     }
 
 
-def pairwise(values: dict[str, list[str]], seed: int = 0) -> list[dict[str, str]]:
-    """Rows in which every pair of values of two parts stands at least once, by greedy choice."""
+def pairwise(values: dict[str, list[str]], forbidden: Collection[Any] = (), seed: int = 0) -> list[dict[str, str]]:
+    """Rows in which every pair of values of two parts that is not forbidden stands at least once, by greedy choice.
+
+    Pairs that no row without a forbidden pair can hold are left out.
+    """
     parts, rng = list(values), np.random.default_rng(seed)
     missing = {
         ((a, x), (b, y)) for a, b in itertools.combinations(parts, 2) for x in values[a] for y in values[b]
-    }  # fmt: skip
+    } - set(forbidden)  # fmt: skip
     rows = []
     while missing:
-        row = dict(min(missing))
-        for part in rng.permutation([part for part in parts if part not in row]):
-
-            def gain(value: str, part: str = part, row: dict[str, str] = row) -> int:
-                at = {**row, part: value}
-                here = [(p, at[p]) for p in parts if p in at]
-                return sum(pair in missing for pair in itertools.combinations(here, 2))
-
-            row[part] = max(rng.permutation(values[part]).tolist(), key=gain)
-        row = {part: row[part] for part in parts}
-        missing -= set(itertools.combinations(row.items(), 2))
-        rows.append(row)
+        row = dict(first := min(missing))
+        for part in sorted(set(parts) - row.keys(), key=lambda part: parts.index(part)):
+            order = rng.permutation(values[part]).tolist()
+            fitting = [value for value in order if not _pairs({**row, part: value}, parts) & set(forbidden)]
+            gains = [len(_pairs({**row, part: value}, parts) & missing) for value in fitting]
+            if not fitting:
+                break
+            row[part] = fitting[int(np.argmax(gains))]
+        missing.discard(first)
+        if len(row) == len(parts):
+            rows.append({part: row[part] for part in parts})
+            missing -= _pairs(row, parts)
     return rows
+
+
+def _pairs(row: dict[str, str], parts: list[str]) -> set[Any]:
+    return set(itertools.combinations([(part, row[part]) for part in parts if part in row], 2))
+
+
+PLAIN = {
+    "prior": "StandardNormal",
+    "likelihood": "Normal",
+    "posterior": "Normal",
+    "decoder": "MLP",
+    "encoder": "MLP",
+    "elbo": "Trace_ELBO",
+}
+
+
+def refused(first: str, second: str, values: dict[str, list[str]]) -> dict[Any, str]:
+    """Pairs of values of two parts that are refused beside plain other parts, with the message."""
+    messages = {}
+    for x, y in itertools.product(values[first], values[second]):
+        choice = {**PLAIN, first: x, second: y}
+        try:
+            spec_of(choice).assemble(columns=COLUMNS, rows=ROWS)
+        except ValueError as error:
+            messages[(first, x), (second, y)] = str(error)
+    return messages
 
 
 def spec_of(choice: dict[str, str]) -> Spec:

@@ -88,6 +88,21 @@ def draws(*shape: int, seed: int = 1) -> Tensor:
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def single(prior: Any, likelihood: Callable[[Tensor], Any], proposal: Any) -> Program:
+    """The pair of one latent number and one observed number."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", likelihood(z), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", proposal)
+
+    return Program(model, guide)
+
+
 def linear_vae(prior: Any, likelihood: Any, *, seed: int = 0) -> VAE:
     """Give a VAE of a Gaussian prior and a linear-Gaussian likelihood with the exact guide, with random weights."""
     prior, likelihood = Conditional(prior), Conditional(likelihood, Linear(), context=tuple(prior.event_shape))

@@ -3,8 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 Kind = Literal["real", "positive", "unit", "count", "binary", "category", "ordered"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_LABELS = frozenset(
+    ("class", "classes", "label", "labels", "target", "species", "y", "category", "diagnosis", "outcome", "group")
+)
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,56 @@ class Columns:
         if known.get("categories"):
             known["categories"] = {key: tuple(words) for key, words in known["categories"].items()}
         return cls(**known)
+
+
+def infer_kind(values: npt.NDArray[Any], train: npt.NDArray[Any]) -> Kind:
+    """Infer the kind of a column of numbers: its support from all rows, its skewness from the training rows.
+
+    - `binary`: 0 and 1 alone.
+    - `count`: whole numbers from 0 or 1 up. Whole numbers that begin higher are measurements, as grams are.
+    - `unit`: all inside the open interval from 0 to 1, and reaching below 0.05 and above 0.95.
+    - `positive`: all above 0, with a skewness above 1.
+    - `real`: all others.
+
+    Numbers are never taken for categories: that they are codes is for the user to say.
+
+    Args:
+        values: the column, (n,), without missing entries.
+        train: its training rows.
+    """
+    low, high = values.min(), values.max()
+    if low >= 0 and (values == np.floor(values)).all():
+        if high <= 1:
+            return "binary"
+        if low <= 1:
+            return "count"
+    if low <= 0:
+        return "real"
+    if low < 0.05 and 0.95 < high < 1:
+        return "unit"
+    centred = train - train.mean(dtype=np.float64)
+    return "positive" if (centred**3).mean() > (centred**2).mean() ** 1.5 > 0 else "real"
+
+
+def suspect(name: str, values: npt.NDArray[Any], train: npt.NDArray[Any]) -> str | None:
+    """What a feature looks like that may be none: an `id`, `constant`, a `label`; None if it looks like a feature.
+
+    An id counts the rows from 0 or 1, or is whole and rises from row to row; a label has a telling name and few
+    distinct whole numbers.
+
+    Args:
+        name: of the column.
+        values: the column, (n,); words as their codes.
+        train: its training rows.
+    """
+    n, low = len(values), values.min()
+    if n > 2 and (values == np.floor(values)).all():
+        counts = low in (0, 1) and values.max() == low + n - 1 and len(np.unique(values)) == n
+        if counts or (values[1:] > values[:-1]).all():
+            return "id"
+    if (train == train[0]).all():
+        return "constant"
+    if name.lower() in _LABELS or name.lower().endswith(("_class", "_label", "_type")):
+        distinct = np.unique(values)
+        return "label" if len(distinct) <= 30 and (distinct == np.floor(distinct)).all() else None
+    return None

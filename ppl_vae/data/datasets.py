@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,54 +12,140 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from ppl_vae.data.files import SUFFIXES, RawData, read_file
+from ppl_vae.data import images, tables
+from ppl_vae.data.files import RawData, flatten, read_array
+from ppl_vae.data.tables import Roles, Table
 
-NAMES = ("digits", "mnist")
+BUNDLED = ("iris", "wine", "breast_cancer", "diabetes")
+# class in torchvision, its settings for training and test part, and where its files lie under `root`
+TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "mnist": ("MNIST", {"train": True}, {"train": False}, "MNIST/raw"),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}, "FashionMNIST/raw"),
+    "kmnist": ("KMNIST", {"train": True}, {"train": False}, "KMNIST/raw"),
+    "emnist": ("EMNIST", {"split": "balanced", "train": True}, {"split": "balanced", "train": False}, "EMNIST/raw"),
+    "omniglot": ("Omniglot", {"background": True}, {"background": False}, "omniglot-py"),
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, "cifar-10-batches-py"),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}, "train_32x32.mat"),
+}
+NAMES = ("digits", *BUNDLED, *TORCHVISION)
+SUFFIXES = (".npy", ".npz", *tables.TEXT, *tables.BINARY)
+_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator")
 _LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
 
-def read_dataset(name: str, root: str | os.PathLike[str] | None, array: str | None, download: bool) -> RawData:
-    """Read a named set, or the file at a path.
+def is_path(name: str) -> bool:
+    """Whether the name of data is a path."""
+    path = Path(name)
+    return name not in NAMES and (bool(path.suffix) or len(path.parts) > 1 or name.endswith(("/", os.sep)))
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a known name nor a path.
 
     Raises:
-        ValueError: If there is no such set or file, or it cannot be read.
+        ValueError: With the names, and the one that is meant.
     """
-    path = Path(name).expanduser()
-    if array is not None and path.suffix.lower() != ".npz":
-        raise ValueError(f"Expected `array` for an .npz file only; got {array!r} for {name}. Leave it out.")
-    if name == "digits":
-        bunch = importlib.import_module("sklearn.datasets").load_digits()
-        return RawData(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
-    if name == "mnist":
-        return _read_mnist(root, download)
-    if path.is_dir():
-        raise ValueError(f"Expected a file ({', '.join(SUFFIXES)}); got the folder {path}.")
-    if not path.suffix and len(path.parts) == 1:
+    if name not in NAMES and not is_path(name):
         close = difflib.get_close_matches(name.lower(), NAMES, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"Expected `name` to be {', '.join(map(repr, NAMES))} or the path of a file "
-            f"({', '.join(SUFFIXES)}); got {name!r}.{hint}"
+            f"Expected `name` to be {', '.join(map(repr, NAMES))} or the path of a file ({', '.join(SUFFIXES)}) "
+            f"or of a folder of pictures (faces/); got {name!r}.{hint}"
         )
-    return read_file(path, array)
 
 
-def _read_mnist(root: str | os.PathLike[str] | None, download: bool) -> RawData:
-    folder, origin = root_folder(root)
-    datasets = torchvision_datasets()
+def unused_keys(name: str) -> dict[str, str]:
+    """Keys of `load` that have no effect on such data, and what the data are."""
+    embedded = ("root", "array", "download")
+    if name == "digits":
+        return dict.fromkeys((*embedded, "test_fraction", *_ROLES), "digits, which are embedded, split and all")
+    if name in BUNDLED:
+        keys = (*embedded, "label", "id", "size_factor", "separator")
+        return dict.fromkeys(keys, f"{name}, which is embedded, labels and all")
+    if name in NAMES:
+        return dict.fromkeys(("array", "test_fraction", *_ROLES), f"{name}, which has a split of its own")
+    suffix = Path(name).suffix.lower()
+    unused = dict.fromkeys(("root", "download"), "the path of a file; `name` says where it lies")
+    unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
+    unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
+    if suffix in (".npy", ".npz"):
+        unused |= dict.fromkeys(("id", "columns", "leave_out", "categories"), "an array, whose columns have no names")
+    if suffix == ".npy":
+        unused["label"] = "an array alone"
+    if suffix not in SUFFIXES:
+        unused |= dict.fromkeys(_ROLES, "a folder of pictures, whose subfolders are the labels")
+    return unused
+
+
+def read_dataset(
+    name: str, root: str | os.PathLike[str] | None, array: str | None, download: bool, roles: Roles
+) -> RawData:
+    """Read a named set, or the file or folder at a path.
+
+    Raises:
+        ValueError: If there is no such set or file, it cannot be read, or a key has no effect on it.
+    """
+    path = Path(name).expanduser()
+    if name not in NAMES and not path.exists():
+        check_name(name)
+        if path.suffix.lower() not in SUFFIXES and path.suffix:
+            raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
+        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file or folder. Correct `name`.")
+    for key, reason in unused_keys(name).items():
+        value = {"array": array, **vars(roles)}.get(key)
+        if value is not None:
+            raise ValueError(f"Expected no `{key}` for {reason}; got {value!r}. Leave it out.")
+    if name == "digits":
+        bunch = importlib.import_module("sklearn.datasets").load_digits()
+        return RawData(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
+    if name in BUNDLED:
+        return _read_bundled(name, roles)
+    if name in TORCHVISION:
+        return _read_torchvision(name, root, download)
+    if path.is_dir():
+        return images.read_folder(path)
+    if path.suffix.lower() in (".npy", ".npz"):
+        return read_array(path, array, roles.label)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
+    return tables.choose(tables.read_table(path, roles.separator), roles)
+
+
+def _read_bundled(name: str, roles: Roles) -> RawData:
+    """Read a table that scikit-learn brings; that of `diabetes` in its own units, without its target."""
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch = getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")(**options)
+    table = Table(name, dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True)))
+    if name == "diabetes":
+        return tables.choose(table, replace(roles, categories=[*(roles.categories or ()), "sex"]))
+    y, classes = bunch.target.astype(np.int64), tuple(map(str, bunch.target_names))
+    return replace(tables.choose(table, roles), y=y, classes=classes)
+
+
+def _read_torchvision(name: str, root: str | os.PathLike[str] | None, download: bool) -> RawData:
+    """Read a named set through torchvision, which checks the sums of files before it unpickles them."""
+    (folder, origin), (kind, *settings, place) = root_folder(root), TORCHVISION[name]
+    datasets = torchvision_datasets(name)
     try:
-        parts = [datasets.MNIST(str(folder), train=train, download=download) for train in (True, False)]
-    except (RuntimeError, OSError) as error:
+        parts = [getattr(datasets, kind)(str(folder), **setting, download=download) for setting in settings]
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
         remedy = (
             "Check the network connection, and that the folder can be written"
             if download
-            else "Set `root` or PPL_VAE_DATA to the folder that holds MNIST/raw, or give download=True"
+            else f"Set `root` or PPL_VAE_DATA to the folder that holds {place}, or give download=True"
         )
-        raise ValueError(f"Expected 'mnist' under {folder} ({origin}); got: {error} {remedy}.") from error
-    x = np.concatenate([part.data.numpy() for part in parts])
-    y = np.concatenate([part.targets.numpy() for part in parts]).astype(np.int64)
-    n_train = len(parts[0])
-    return RawData(x.reshape(len(x), -1), y, x.shape[1:], maximum=255, n_train=n_train, in_order=True, unit=True)
+        raise ValueError(f"Expected {name!r} under {folder} ({origin}); got: {error} {remedy}.") from error
+    own: dict[str, Any] = {"maximum": 255, "in_order": True, "unit": True}
+    if name == "omniglot":  # torchvision takes its files in no sure order; the parts are of different characters
+        one, other = (vars(images.read_folder(Path(part.target_folder))) for part in parts)
+        x, y = np.concatenate([one["x"], other["x"]]), np.concatenate([one["y"], other["y"] + len(one["classes"])])
+        return RawData(x, y, one["shape"], n_train=len(one["x"]), classes=one["classes"] + other["classes"], **own)
+    x = np.concatenate([np.asarray(part.data) for part in parts])
+    labels = [np.asarray(part.labels if name == "svhn" else part.targets) for part in parts]
+    rows, shape = flatten(x.swapaxes(1, 2) if name == "emnist" else x)  # EMNIST's files lay pictures on their side
+    classes = tuple(getattr(parts[0], "classes", ())) or None
+    y = np.concatenate(labels).astype(np.int64)
+    return RawData(rows, y, shape, n_train=len(labels[0]), classes=classes, **own)
 
 
 def root_folder(root: str | os.PathLike[str] | None) -> tuple[Path, str]:
@@ -70,7 +157,7 @@ def root_folder(root: str | os.PathLike[str] | None) -> tuple[Path, str]:
     return user_cache_path("ppl_vae", appauthor=False, opinion=False), "the cache folder"
 
 
-def torchvision_datasets() -> ModuleType:
+def torchvision_datasets(name: str = "mnist") -> ModuleType:
     """Import `torchvision.datasets`, even if torchvision's operators do not match this build of torch.
 
     Raises:
@@ -79,7 +166,7 @@ def torchvision_datasets() -> ModuleType:
     try:
         return importlib.import_module("torchvision.datasets")
     except ImportError as error:
-        raise ValueError(f"Expected torchvision for 'mnist'; got: {error}. Install torchvision.") from error
+        raise ValueError(f"Expected torchvision for {name!r}; got: {error}. Install torchvision.") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -1,9 +1,8 @@
-"""Files of numbers, and what a file or a named set says about its values."""
+"""Arrays of numbers in files, and what a source says about its values."""
 
-import csv
-import math
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,131 +12,150 @@ import torch
 
 from ppl_vae.data.batches import check_finite
 
-SUFFIXES = (".npy", ".npz", ".csv")
-_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
-
 
 @dataclass(frozen=True)
 class RawData:
     """Values as stored, all parts in one array, before any split or transform.
 
     Attributes:
-        x: Values (n, x).
+        x: Values (n, x); codes for words, NaN where a cell is missing.
         y: Labels (n,), or None.
         shape: The picture that a row of `x` flattens, or None.
-        feature_names: The header of a CSV file, or None.
+        names: Names of the columns, or None.
         array: The key in an `.npz` file, or None.
         maximum: The largest value that intensities can take, or None if the values are not intensities.
         n_train: The size of a named set's own training part, or None.
         in_order: Whether the training part comes first, as the set has it; else rows are shuffled.
         unit: Whether intensities count in units of the maximum even without scaling.
+        is_table: Whether the columns differ in what they mean, so that their kinds can be inferred.
+        categories: The words of each column that held text, in the order of their codes.
+        ordered: Those of these columns whose words have an order.
+        classes: The words of `y`, in the order of its codes, or None.
+        ids: What tells the rows apart (n,), or None.
+        size_factor: By how much each row counts more than the average (n,), or None.
+        roles: The role of each column that is no feature.
+        lines: The line of each row in a text file (n,), or None.
     """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[np.int64] | None = None
     shape: tuple[int, ...] | None = None
-    feature_names: list[str] | None = None
+    names: tuple[str, ...] | None = None
     array: str | None = None
     maximum: int | None = None
     n_train: int | None = None
     in_order: bool = False
     unit: bool = False
+    is_table: bool = False
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ordered: frozenset[str] = frozenset()
+    classes: tuple[str, ...] | None = None
+    ids: npt.NDArray[Any] | None = None
+    size_factor: npt.NDArray[np.float64] | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    lines: npt.NDArray[np.int64] | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether all values are whole numbers."""
-        return self.x.dtype == np.uint8 or bool((self.x == np.floor(self.x)).all())
+        """Whether all values are whole numbers, none of them a code."""
+        return not self.categories and (self.x.dtype == np.uint8 or bool((self.x == np.floor(self.x)).all()))
+
+    @property
+    def missing(self) -> npt.NDArray[np.bool_]:
+        """Where a cell is missing, (n, x)."""
+        return np.isnan(self.x)
+
+    def name(self, column: int) -> str:
+        """Name of a column, or its number from 1."""
+        return f"column {column + 1}" if self.names is None else self.names[column]
 
 
-def read_file(path: Path, array: str | None) -> RawData:
-    """Read a `.npy`, `.npz` or `.csv` file.
+def rows_text(lines: npt.NDArray[np.int64] | None, rows: Sequence[int] | npt.NDArray[np.int64]) -> str:
+    """Name some rows, by their `lines` in a text file if there are any."""
+    first = f"row {rows[0]} (counted from 0)" if lines is None else f"line {lines[rows[0]]}"
+    return first if len(rows) == 1 else f"{len(rows)} rows, the first in {first}"
+
+
+def encode(values: npt.NDArray[Any], where: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Codes (n,) of labels, and the label of each code: words sorted, or whole numbers in order.
 
     Raises:
-        ValueError: If there is no such file, or it does not hold finite numbers, one row per datum.
+        ValueError: If they are neither words nor whole numbers.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
-    if not path.is_file():
-        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file. Correct `name`.")
-    feature_names: list[str] | None = None
-    if path.suffix.lower() == ".csv":
-        x, feature_names = _read_csv(path)
-    else:
-        x, array = _read_numpy(path, array)
-    unit_interval = x.min() >= 0 and x.max() <= 1
-    return RawData(
-        x.reshape(len(x), -1),
-        shape=x.shape[1:] if x.ndim > 2 else None,
-        feature_names=feature_names,
-        array=array,
-        maximum=1 if unit_interval else 255 if x.dtype == np.uint8 else None,
-    )
+    if values.dtype.kind not in "biufU":
+        raise ValueError(f"Expected words or whole numbers as labels in {where}; got dtype {values.dtype}.")
+    if values.dtype.kind == "f":
+        if not (values == np.floor(values)).all():
+            value = values[values != np.floor(values)][0]
+            raise ValueError(
+                f"Expected words or whole numbers as labels in {where}; got {value}. Leave `label` out, which makes "
+                "it a feature."
+            )
+        values = values.astype(np.int64)
+    words, codes = np.unique(values, return_inverse=True)
+    return codes.astype(np.int64), tuple(map(str, words))
 
 
-def _read_numpy(path: Path, array: str | None) -> tuple[npt.NDArray[Any], str | None]:
-    """Array of at least two dimensions, and its key in an `.npz` file."""
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                array = None
-            else:
-                keys = list(loaded.files)
-                array = keys[0] if array is None and len(keys) == 1 else array
-                loaded = loaded[array] if array in keys else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"Expected a NumPy file without objects; got {path}: {error}") from error
-    if loaded is None:
-        raise ValueError(
-            f"Expected `array` to be a key of {path} ({', '.join(map(repr, keys)) or 'it is empty'}); got {array!r}."
-        )
-    where = f"{path}" if array is None else f"{path}:{array}"
+def read_array(path: Path, array: str | None, label: str | None) -> RawData:
+    """Read a `.npy` or `.npz` file.
+
+    The latter may hold labels under the key `label`, by default under `y` if that holds whole numbers or words.
+
+    Raises:
+        ValueError: If it does not hold finite numbers, one row per datum.
+    """
+    y, classes, loaded, where = None, None, _load(path), f"{path}"
+    if isinstance(loaded, list):
+        keys, labelled = loaded, label or "y"
+        others = [key for key in keys if key != labelled] or keys
+        array = others[0] if array is None and len(others) == 1 else array
+        for key, value in {"array": array, "label": label or array}.items():
+            if value not in keys:
+                known = ", ".join(map(repr, keys)) or "it is empty"
+                raise ValueError(f"Expected `{key}` to be a key of {path} ({known}); got {value!r}.")
+        loaded, where = _load(path, array), f"{path}:{array}"
+        if labelled in keys and labelled != array:
+            labels = _load(path, labelled)
+            if label or labels.dtype.kind in "biuU":
+                if labels.shape != loaded.shape[:1]:
+                    raise ValueError(f"Expected labels {loaded.shape[:1]} in {path}:{labelled}; got {labels.shape}.")
+                y, classes = encode(labels, f"{path}:{labelled}")
     if loaded.dtype.kind not in "biuf":
         raise ValueError(f"Expected real numbers in {where}; got an array of dtype {loaded.dtype}.")
-    if loaded.ndim < 2 or not loaded.size:
-        raise ValueError(f"Expected an array of shape (n, x) or (n, h, w) in {where}; got {loaded.shape}.")
+    if not 2 <= loaded.ndim <= 4 or not loaded.size:
+        raise ValueError(
+            f"Expected an array of shape (n, x) or (n, h, w), or (n, c, h, w) or (n, h, w, c), in {where}; "
+            f"got {loaded.shape}."
+        )
     values = np.ascontiguousarray(loaded, np.uint8 if loaded.dtype == np.uint8 else np.float64)
     try:
         check_finite({"x": torch.from_numpy(values)})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return values, array
+    rows, shape = flatten(values)
+    return RawData(rows, y, shape, array=array, maximum=intensity(values), classes=classes)
 
 
-def _read_csv(path: Path) -> tuple[npt.NDArray[np.float64], list[str] | None]:
-    """Numbers (n, x) separated by commas, and their header if there is one."""
+def _load(path: Path, key: str | None = None) -> Any:
+    """Array in a `.npy` file or under a key of an `.npz` file; without a key, the keys of the latter."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(f"Expected comma-separated text in UTF-8; got {path}: {error}") from error
-    header = rows.pop(0)[1] if rows and None in map(_number, rows[0][1]) else None
-    if not rows:
-        raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-    values = np.empty((len(rows), len(header or rows[0][1])))
-    for i, (line, cells) in enumerate(rows):
-        if len(cells) != values.shape[1]:
-            raise ValueError(
-                f"Expected {values.shape[1]} cells in {path}, line {line}, as in its first row; got {len(cells)}."
-            )
-        for j, cell in enumerate(cells):
-            number = _number(cell)
-            if number is None or not math.isfinite(number):
-                column = repr(header[j]) if header else j + 1
-                raise ValueError(
-                    f"Expected a finite number in {path}, line {line}, column {column}; got {cell!r}. Correct the "
-                    f"cell, or drop the row or the column."
-                )
-            values[i, j] = number
-    return values, header
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else list(loaded.files) if key is None else loaded[key]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"Expected a NumPy file without objects; got {path}: {error}") from error
 
 
-def _number(cell: str) -> float | None:
-    """Number in a cell, NaN if it is missing, None if the cell holds other text."""
-    if cell.lower() in _MISSING:
-        return math.nan
-    try:
-        return float(cell)
-    except ValueError:
-        return None
+def intensity(values: npt.NDArray[Any]) -> int | None:
+    """Largest value that intensities can take: 1 in the unit interval, 255 for 8 bits; None for other numbers."""
+    return 1 if values.min() >= 0 and values.max() <= 1 else 255 if values.dtype == np.uint8 else None
+
+
+def flatten(pictures: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], tuple[int, ...] | None]:
+    """Rows (n, x) of pictures (n, h, w), (n, c, h, w) or (n, h, w, c), and the shape (h, w) or (c, h, w).
+
+    Channels come last if the last axis, and not the second, has 1 or 3 entries; else they come first.
+    """
+    if pictures.ndim == 4 and pictures.shape[3] in (1, 3) and pictures.shape[1] not in (1, 3):
+        pictures = np.moveaxis(pictures, 3, 1)
+    return np.ascontiguousarray(pictures).reshape(len(pictures), -1), pictures.shape[1:] if pictures.ndim > 2 else None

@@ -1,11 +1,12 @@
 """Named data sets and files, as dicts of tensors with leading n, and the protocol that made them."""
 
 import hashlib
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
-from ppl_vae.data.columns import Columns
+from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
 from ppl_vae.data.files import RawData
+from ppl_vae.data.tables import Roles, check_categories, check_complete, totals
 from ppl_vae.data.transforms import Transform, fit_transform
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
-    `x` is (n, x) of the dtype asked for; `y` is (n,) of int64 if the set has labels.
+    `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels; `size_factor` is
+    (n,) if it was asked for.
 
     Attributes:
         name: The name of the set or file.
@@ -36,6 +42,11 @@ class Data:
             log p(stored) = log p(x) - log_volume.
         transform: From stored values to `x`.
         columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.
+        row_numbers: Of each part, the rows (n,) of the source that it holds, counted from 0 without a header.
+        ids: Of each part, what tells its rows apart (n,), or None: the column `id`, or the paths of pictures.
+        classes: The words of `y` in the order of its codes, or None.
+        roles: The role of each column that is no feature: `label`, `id`, `size factor` or `left out`.
+        suspects: Features that look like something else, by name: `label`, `id` or `constant`.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
     """
 
@@ -46,6 +57,11 @@ class Data:
     protocol: dict[str, Any]
     transform: Transform = field(repr=False)
     columns: Columns
+    row_numbers: dict[str, npt.NDArray[np.int64]] = field(repr=False)
+    ids: dict[str, npt.NDArray[Any] | None] = field(repr=False)
+    classes: tuple[str, ...] | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    suspects: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -62,6 +78,31 @@ class Data:
     def feature_names(self) -> list[str] | None:
         """Names of the columns of `x`, or None."""
         return None if self.columns.names is None else list(self.columns.names)
+
+    def to_table(self, x: Tensor, part: str | None = None) -> "DataFrame":
+        """Rows of `x` as a pandas table in the data's own units, with their names and words.
+
+        Codes between two words are rounded. Binarised data stay binary.
+
+        Args:
+            x: as in a part, or draws of it, (n, x).
+            part: `train`, `validation` or `test`, whose ids or row numbers become the index.
+
+        Raises:
+            ValueError: If `x` does not have the columns of the data, or the rows of the part.
+        """
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"Expected `x` of shape (n, {self.features}); got {tuple(x.shape)}.")
+        index = None if part is None else self.row_numbers[part] if self.ids[part] is None else self.ids[part]
+        if index is not None and len(index) != len(x):
+            raise ValueError(f"Expected the {len(index)} rows of the part {part!r}; got {len(x)}.")
+        pandas = importlib.import_module("pandas")
+        table = pandas.DataFrame(self.transform.inverse(x), index=index, columns=self.feature_names)
+        for name, words in (self.columns.categories or {}).items():
+            codes = table[name].round().clip(0, len(words) - 1).fillna(-1).astype(int)
+            ordered = self.columns.kinds is not None and self.columns.kinds[table.columns.get_loc(name)] == "ordered"
+            table[name] = pandas.Categorical.from_codes(codes, words, ordered=ordered)
+        return table
 
     def to(self, device: torch.device | str) -> "Data":
         """Copy of the data with every tensor on `device`."""
@@ -88,6 +129,13 @@ def load(
     *,
     root: str | os.PathLike[str] | None = None,
     array: str | None = None,
+    label: str | None = None,
+    id: str | None = None,  # noqa: A002  as users call it
+    columns: list[str] | None = None,
+    leave_out: list[str] | None = None,
+    categories: list[str] | None = None,
+    size_factor: str | None = None,
+    separator: str | None = None,
     seed: int = 0,
     binarization: str = "none",
     scaling: str = "none",
@@ -99,21 +147,37 @@ def load(
 ) -> Data:
     """Read a data set, split it, and scale, binarise or dequantise it. `seed` alone fixes the result.
 
-    Arrays (n, h, w) become rows (n, h*w). Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
+    Arrays (n, h, w) become rows (n, h*w); so do (n, c, h, w) and (n, h, w, c), channels first: they stand last if the
+    last axis, and not the second, has 1 or 3 entries. Words in a table become codes 0, 1, ... in sorted order.
+    Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
     arrays, 1 for values in [0, 1] (a uint8 array of zeros and ones too).
 
     Args:
-        name: "digits" (scikit-learn's, values 0..16), "mnist" (values in [0, 1]), or the path of a `.npy`,
-            `.npz` or `.csv` file. A CSV's first row is a header if any of its cells is not a number.
+        name: "digits" (scikit-learn's, values 0..16), "iris", "wine", "breast_cancer" or "diabetes" (scikit-learn's
+            tables, in their own units); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
+            or "svhn" (torchvision's, values in [0, 1]); the path of a `.npy`, `.npz`, `.csv`, `.tsv`, `.txt`,
+            `.parquet` or `.feather` file, or of a folder of pictures. The first row of text is a header if any of its
+            cells is not a number.
         root: The folder of named sets; by default the variable PPL_VAE_DATA, else the platform's cache folder.
-        array: The key in an `.npz` file; may be left out if there is only one.
+        array: The key in an `.npz` file; may be left out if there is only one beside the labels.
+        label: The column of a table, or the key in an `.npz` file (by default "y"), that becomes `y`.
+        id: The column that tells the rows of a table apart.
+        columns: The columns that are features; by default all that have no other role.
+        leave_out: Columns to leave out.
+        categories: Columns to read as words, even if they hold numbers.
+        size_factor: By how much a row counts more than the average: a column, or "total", the row's total (of counts)
+            over the mean total of the training part.
+        separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` that gives the
+            first lines equally many cells.
         seed: Fixes the split and every draw.
         binarization: "none"; "threshold", 1 from half the maximum up; "static", one Bernoulli draw; "dynamic", a new
             draw of the training part each epoch. Validation and test are drawn once, and are the same under "static"
             and "dynamic".
         scaling: "none"; "unit", divided by the maximum (if none is known, by the largest absolute value of the
             training part); "standardize", by each feature's mean and standard deviation in the training part (1 for
-            a constant feature).
+            a constant feature). In a table, "standardize" scales columns of kind `real`, divides those of kind
+            `positive` by their standard deviation, and leaves codes, counts and shares alone; "unit" scales only real
+            and positive ones if there are words.
         dequantization: "none", or "uniform": integers plus noise in [0, 1), before the scaling, which then divides by
             the maximum + 1. "standardize" allows for the noise: mean + 1/2, variance + 1/12.
         validation_fraction: The share of the training part that is set aside for validation.
@@ -145,9 +209,17 @@ def load(
             f"have neither a scale nor bins: leave out one of the two."
         )
 
-    raw = read_dataset(name, root, array, download)
+    roles = Roles(label, id, columns, leave_out, categories, size_factor, separator)
+    raw = read_dataset(name, root, array, download, roles)
+    check_complete(raw, Path(name).name)
     rows = _split(raw, seed, validation_fraction, test_fraction)
-    transform = fit_transform(raw, rows["train"], binarization, scaling, dequantization, dtype)
+    check_categories(raw, rows["train"])
+    kinds = _infer_kinds(raw, rows["train"])
+    transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
+    factors = raw.size_factor
+    if factors is None and size_factor is not None:
+        check_choice("size_factor", size_factor, ("total",))
+        factors = totals(raw, rows["train"])
     stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for part, index in rows.items():
@@ -156,6 +228,8 @@ def load(
             raise ValueError(f"Expected values within {dtype}; got larger. Scale them, or change `dtype`.")
         if raw.y is not None:
             parts[part]["y"] = torch.from_numpy(raw.y[index])
+        if factors is not None:
+            parts[part]["size_factor"] = torch.from_numpy(factors[index]).to(dtype)
     file = Path(name).name
     by = "the set's own" if raw.in_order else "permutation by seed"
     protocol = {
@@ -171,14 +245,21 @@ def load(
         "scale": _summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
         "digest": _digest(parts["test"]),
+        **({"roles": raw.roles} if raw.roles else {}),
     }
+    looks = {raw.name(j): suspect(raw.name(j), raw.x[:, j], raw.x[rows["train"], j]) for j in range(len(kinds or ()))}
     return Data(
         name=file,
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        columns=Columns(raw.x.shape[1], raw.shape, None if raw.feature_names is None else tuple(raw.feature_names)),
+        columns=_describe(raw, kinds, transform),
+        row_numbers=rows,
+        ids={part: None if raw.ids is None else raw.ids[index] for part, index in rows.items()},
+        classes=raw.classes,
+        roles=raw.roles,
+        suspects={column: look for column, look in looks.items() if look is not None},
         transform=transform,
         stored={"x": stored["train"]} if transform.redraws else None,
     )
@@ -208,6 +289,33 @@ def _split(
         return {"train": train, "test": test}
     train = shuffled(train, "split-validation")
     return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
+
+
+def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | None:
+    """Kinds of the columns of a table: of numbers by their values, of words by their number and order."""
+    kinds: list[Kind] = []
+    for j in range(raw.x.shape[1] if raw.is_table else 0):
+        name, words = raw.name(j), raw.categories.get(raw.name(j))
+        of_words: Kind = "ordered" if name in raw.ordered else "binary" if words and len(words) == 2 else "category"
+        kinds.append(of_words if words else infer_kind(raw.x[:, j], raw.x[train, j]))
+    return kinds or None
+
+
+def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> Columns:
+    """Columns of `x`, as the transform leaves them."""
+    n, levels = raw.x.shape[1], None
+    scaled = np.broadcast_to((transform.loc != 0) | (transform.scale != 1) | transform.dequantize, n)
+    if kinds is not None:
+        for j in np.flatnonzero(scaled):
+            kinds[j] = "positive" if kinds[j] == "positive" and not transform.dequantize else "real"
+        kinds = kinds if transform.binarization == "none" else ["binary"] * n
+        sizes = [2 if kind == "binary" else 0 for kind in kinds]
+        levels = tuple(len(raw.categories.get(raw.name(j), ())) or size for j, size in enumerate(sizes))
+    elif transform.binarization != "none":
+        levels = (2,) * n
+    elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
+        levels = (raw.maximum + 1,) * n
+    return Columns(n, raw.shape, raw.names, None if kinds is None else tuple(kinds), levels, raw.categories or None)
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,6 @@
 """Transforms from stored values to data: binarisation, dequantisation and scaling."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ppl_vae.data.columns import Kind
 from ppl_vae.data.files import RawData
 
 
@@ -35,6 +37,11 @@ class Transform:
         exact = self.dequantize or values.dtype == np.uint8
         return torch.from_numpy(values).to(self.dtype if exact else torch.float64)
 
+    def inverse(self, x: Tensor) -> npt.NDArray[np.float64]:
+        """Transform data (n, x) back to the units that they are stored in, without the noise; binary data stay."""
+        values = x.detach().cpu().double().numpy() * self.scale + self.loc
+        return np.floor(values) if self.dequantize else values
+
     def __call__(self, stored: Tensor, seed: int) -> Tensor:
         """Transform to data (n, x) of `dtype` on the device of `stored`; `seed` fixes the noise."""
         if self.binarization == "threshold":
@@ -51,14 +58,27 @@ class Transform:
 
 
 def fit_transform(
-    raw: RawData, train: npt.NDArray[np.int64], binarization: str, scaling: str, dequantization: str, dtype: torch.dtype
+    raw: RawData,
+    train: npt.NDArray[np.int64],
+    kinds: Sequence[Kind] | None,
+    binarization: str,
+    scaling: str,
+    dequantization: str,
+    dtype: torch.dtype,
 ) -> Transform:
     """Fit a transform to the training rows.
+
+    Where kinds are known, "standardize" divides `positive` columns without a shift, and leaves all but these and
+    `real` ones alone. So does "unit" where there are words.
 
     Raises:
         ValueError: If an option does not suit the values.
     """
     noise = int(dequantization == "uniform")
+    if raw.categories and (noise or binarization != "none"):
+        raise ValueError(
+            f"Expected numbers alone beside binarization or dequantization; got words in {', '.join(raw.categories)}."
+        )
     if noise and not raw.is_whole:
         value = raw.x[raw.x != np.floor(raw.x)][0]
         raise ValueError(f'Expected whole numbers for dequantization = "uniform"; got {value}. Use "none".')
@@ -68,12 +88,18 @@ def fit_transform(
             f"in [0, 1]; got values from {raw.x.min()} to {raw.x.max()}. Rescale them to [0, 1] in the "
             f'file, or use "none".'
         )
-    values = raw.x[train]
+    scaled = np.array([kind in ("real", "positive") for kind in kinds or ()])
+    values = raw.x[train][:, scaled] if raw.categories and scaled.any() else raw.x[train]
     largest = raw.maximum or max(abs(float(values.max())), abs(float(values.min()))) or 1
     divisor = float(largest + noise) if binarization == "none" and (scaling == "unit" or raw.unit) else 1.0
     loc, scale = np.zeros(()), np.asarray(divisor)
+    if scaling == "unit" and raw.categories:
+        scale = np.where(scaled, divisor, 1.0)
     if scaling == "standardize":
+        values = raw.x[train]
         loc = values.mean(0, dtype=np.float64) + noise / 2
         scale = np.sqrt(values.var(0, dtype=np.float64) + noise / 12)
         scale = np.where(values.max(0) == values.min(0), divisor, scale)
+        if kinds is not None:
+            loc, scale = np.where(np.array(kinds) == "real", loc, 0.0), np.where(scaled, scale, 1.0)
     return Transform(binarization, bool(noise), raw.maximum or 1, loc, scale, dtype)

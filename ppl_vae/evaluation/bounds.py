@@ -42,7 +42,7 @@ def bound_curve(
         program: any program, or a `Target`.
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         samples: draws per datum in all.
-        counts: the numbers of samples K; by default 1, 2, 5, 10, 20, ... up to `samples`.
+        counts: the numbers of samples K; by default 1, 2, 5, 10, 20, ... and `samples`.
         seed: of the draws; the global random state is left alone.
 
     Returns:
@@ -58,7 +58,7 @@ def bound_curve(
     samples = check_int("samples", samples)
     if counts is None:
         steps = (base * 10**power for power in range(len(str(samples))) for base in (1, 2, 5))
-        counts = [count for count in steps if count <= samples]
+        counts = [*(count for count in steps if count < samples), samples]
     chosen = [check_int(f"counts[{position}]", count) for position, count in enumerate(counts)]
     if not chosen or chosen != sorted(set(chosen)) or chosen[-1] > samples:
         raise ValueError(f"Expected `counts` to rise, from at least 1 to at most {samples}, the samples; got {chosen}.")

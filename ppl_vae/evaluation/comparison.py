@@ -80,14 +80,14 @@ def compare_posteriors(
         q = None
     if exact is not None and q is not None:
         kl, posterior, moments = _kl(q, exact), [exact.loc, exact.covariance], [q.loc, q.covariance]
-        error = torch.zeros_like(kl)
+        error = exact.error + q.error
     else:
         moments, elbo, error = _sampled(target, draws, seed, q)
         if exact is not None:
-            truth, posterior = exact.log_normaliser, [exact.loc, exact.covariance]
+            truth, doubt, posterior = exact.log_normaliser, exact.error, [exact.loc, exact.covariance]
         else:
             truth, doubt, *posterior = _known(reference, moments[0])
-            error = torch.hypot(error, doubt)
+        error = torch.hypot(error, doubt)
         kl = truth - elbo
     scale_p, scale_q = (covariance.diagonal(dim1=-2, dim2=-1).sqrt() for _, covariance in (posterior, moments))
     return Comparison(

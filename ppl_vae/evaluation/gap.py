@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.evaluation.best_member import Members, Search
-from ppl_vae.programs.closed_form import exact_log_evidence
+from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 
@@ -140,7 +140,8 @@ def _known(target: Target, given: Any) -> tuple[Tensor | None, Tensor]:
     error = torch.zeros(target.n, dtype=torch.float64, device=target.device)
     if given is None:
         try:
-            return exact_log_evidence(target), error
+            exact = gaussians(target, role="model")
+            return exact.log_normaliser, exact.error
         except ValueError:
             return None, error
     pair = getattr(given, "log_evidence", given), getattr(given, "error", getattr(given, "mc_se", error))

@@ -1,33 +1,74 @@
-"""Distributions that Pyro lacks: masks that keep NaN out, mixtures with moments, full covariance with its KL."""
+"""Distributions that Pyro lacks: masks that keep NaN out, mixtures with moments, covariances with their KL."""
 
 import math
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from torch import Tensor
-from torch.distributions import kl_divergence, register_kl
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import broadcast_all, lazy_property
 
 from ppl_vae.families.supports import value_inside
 
+Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-def elementwise(base: TorchDistribution, event_dims: int, mask: Tensor | None) -> TorchDistribution:
+
+def elementwise(base: Any, event_dims: int, mask: Tensor | None, support: Any = None) -> TorchDistribution:
     """Turn the last dimensions of independent entries into an event, and hide those where `mask` is false."""
-    return (base if mask is None else Filled(base, mask)).to_event(event_dims)
+    inside = base.support if support is None else support
+    return (base if mask is None else Filled(base, mask, value_inside(inside))).to_event(event_dims)  # type: ignore[no-any-return]
 
 
 class Filled(MaskedDistribution):
-    """A masked distribution that first fills hidden entries: a NaN under a mask would poison gradients."""
+    """A masked distribution that first fills hidden entries by `inside`: a NaN under a mask would poison gradients."""
 
     _mask: Any
 
+    def __init__(self, base: Any, mask: Tensor, inside: float) -> None:
+        super().__init__(base, mask)
+        self.inside = inside
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Filled":
         batch_shape = torch.Size(batch_shape)
-        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape))
+        return Filled(self.base_dist.expand(batch_shape), self._mask.expand(batch_shape), self.inside)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self._mask, value, value_inside(self.base_dist.support)))
+        return super().log_prob(torch.where(self._mask, value, self.inside))
+
+
+class Entry(TorchDistribution):
+    """A distribution of one number; `arg_constraints` names its parameters. A subclass writes `log_density`."""
+
+    def __init__(self, validate_args: bool | None = None, **parameters: Any) -> None:
+        for name, value in zip(parameters, broadcast_all(*parameters.values()), strict=True):
+            setattr(self, name, value)
+        super().__init__(value.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Entry":
+        batch_shape = torch.Size(batch_shape)
+        values = {name: getattr(self, name).expand(batch_shape) for name in self.arg_constraints}
+        new = type(self)(**values, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @abstractmethod
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log density of a value of the support."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.log_density(value)
+
+    def uniform(self, sample_shape: Any) -> Tensor:
+        """Uniform numbers between 0 and 1, without the bounds, for draws of this shape."""
+        like = getattr(self, next(iter(self.arg_constraints)))
+        info = torch.finfo(like.dtype)
+        return like.new_empty(self._extended_shape(sample_shape)).uniform_().clamp(info.tiny, 1 - info.eps / 2)
 
 
 class Mixture(dist.MixtureOfDiagNormals):
@@ -79,12 +120,107 @@ def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> Ful
     return marginal
 
 
+class LowRank(dist.LowRankMultivariateNormal):
+    """A normal with a low-rank covariance, or the marginal of its observed entries, as `Marginal` has it."""
+
+    observed: Tensor | None = None
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRank":
+        new = super().expand(batch_shape, self._get_checked_instance(LowRank, _instance))
+        if self.observed is not None:
+            new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value if self.observed is None else torch.where(self.observed, value, self.loc))
+
+
+def low_rank(loc: Tensor, factor: Tensor, diagonal: Tensor, mask: Tensor | None) -> LowRank:
+    """Normal with covariance `factor @ factor.T + diag(diagonal)`, or the marginal of its observed entries."""
+    if mask is None:
+        return LowRank(loc, factor, diagonal)
+    mask = mask.expand(torch.broadcast_shapes(loc.shape, mask.shape))
+    diagonal = torch.where(mask, diagonal, 1 / (2 * math.pi))
+    marginal = LowRank(loc.expand(mask.shape), torch.where(mask.unsqueeze(-1), factor, 0.0), diagonal)
+    marginal.observed = mask
+    return marginal
+
+
 @register_kl(FullCovariance, dist.Independent)
-def _kl_full_independent(q: FullCovariance, p: Any) -> Tensor:
+@register_kl(LowRank, dist.Independent)
+def _kl_to_independent(q: FullCovariance | LowRank, p: Any) -> Tensor:
     base = p.base_dist
     if not isinstance(base, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
-    full = torch.distributions.MultivariateNormal(
-        base.loc, scale_tril=torch.diag_embed(base.scale), validate_args=False
-    )
-    return kl_divergence(q, full)
+    return 0.5 * (q.variance / base.scale**2).sum(-1) - base.log_prob(q.loc).sum(-1) - q.entropy()
+
+
+@register_kl(dist.Independent, LowRank)
+def _kl_from_independent(q: Any, p: LowRank) -> Tensor:
+    base = q.base_dist
+    if not isinstance(base, torch.distributions.Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    precision = p.precision_matrix.diagonal(dim1=-2, dim2=-1)
+    return 0.5 * (base.variance * precision).sum(-1) - p.log_prob(base.loc) - q.entropy()
+
+
+class Pushed(TorchDistribution):
+    """Normals pushed through an invertible map; mean and variance are averages over 512 fixed draws.
+
+    Args:
+        base: Independent normals.
+        there: From a value of the base to one of this distribution, and the log of the volume that the map adds.
+        back: The other way.
+        size: Of an event.
+    """
+
+    arg_constraints = {}
+    support: Any = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, there: Map, back: Map, size: int) -> None:
+        self.base, self.there, self.back = base, there, back
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        super().__init__(base.batch_shape, torch.Size([size]))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Pushed":
+        new = type(self)(self.base.expand(batch_shape), self.there, self.back, self.event_shape[0])
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = self.base.rsample(torch.Size(sample_shape))
+        value, volume = self.there(noise)
+        self._drawn = value, self.base.log_prob(noise) - volume
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        if self._drawn is not None and value is self._drawn[0]:
+            if value.grad_fn is not None or not torch.is_grad_enabled():  # else the value is to be held fixed
+                return self._drawn[1]
+        noise, volume = self.back(value)
+        return self.base.log_prob(noise) + volume
+
+    @lazy_property
+    def _values(self) -> Tensor:
+        noise = quasi_normal(self.base.event_shape[0], self.base.mean)
+        noise = noise.reshape(len(noise), *(1,) * len(self.batch_shape), -1)
+        return self.there(self.base.mean + self.base.stddev * noise)[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._values.mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._values.var(0, correction=0)
+
+
+def quasi_normal(size: int, like: Tensor) -> Tensor:
+    """Draws of a standard normal of this size, (512, size), always the same; their mean is 0, their variance 1."""
+    uniform = torch.quasirandom.SobolEngine(size, scramble=True, seed=0).draw(256, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    both = torch.cat([half, -half])
+    return (both / both.std(0, correction=0)).to(like)

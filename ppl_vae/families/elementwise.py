@@ -1,8 +1,9 @@
 """Families whose entries are independent given the parameters."""
 
+import inspect
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -26,28 +27,36 @@ class Elementwise(Family):
     Args:
         event: The shape of an event; an int is short for a 1-tuple.
         kind: The class, one of `pyro.distributions`.
+        support: The values that an entry can take; those of the class by default.
         sources: Where each parameter comes from: `network` (one per feature, from the context), `shared` (one learned
             number), `feature` (one learned number per feature), or a number that stays fixed.
+
+    Attributes:
+        blunt: The positive parameters that cannot make a density grow without bound at a constant feature.
 
     Raises:
         ValueError: If a source is none of these.
     """
 
-    def __init__(self, event: int | tuple[int, ...], kind: Any, /, **sources: Source) -> None:
+    blunt: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, event: int | tuple[int, ...], kind: Any, support: Any = None, /, **sources: Source) -> None:
         super().__init__(event)
         self.kind, self.sources = kind, sources
-        self.support, self.reparameterised = kind.support, kind.has_rsample
+        self.support, self.reparameterised = kind.support if support is None else support, kind.has_rsample
         self._positive = [name for name in sources if bounds(kind.arg_constraints[name]) == (0, math.inf)]
         for name, source in sources.items():
             if source in ("shared", "feature"):
                 shape = self.event_shape if source == "feature" else ()
                 self.register_parameter(f"raw_{name}", nn.Parameter(torch.empty(shape)))
             elif source != "network":
-                least, wanted = (0.0, "a positive number") if name in self._positive else (-math.inf, "a number")
-                if isinstance(source, str | bool | None) or not least < source < math.inf:
+                wanted = "a positive number" if name in self._positive else "a number"
+                proper = isinstance(source, int | float) and not isinstance(source, bool) and source == source
+                if not proper or (name in self._positive and not 0 < source < math.inf):  # type: ignore[operator]
                     raise ValueError(f"Expected `{name}` to be network, shared, feature or {wanted}; got {source!r}.")
                 self.register_buffer(f"fixed_{name}", torch.tensor(float(source)), persistent=False)
-        self._set_learned(*map(torch.tensor, typical_moments(self.support)))
+        if set(sources.values()) & {"shared", "feature"}:
+            self._set_learned(*map(torch.tensor, typical_moments(self.support)))
 
     @abstractmethod
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -59,8 +68,8 @@ class Elementwise(Family):
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mean, scale = moments(x, mask)
         for name in self._positive if not self.support.is_discrete else ():
-            if self.sources[name] in ("network", "feature"):
-                refuse_constant(scale, name)
+            if self.sources[name] in ("network", "feature") and name not in self.blunt:
+                refuse_constant(scale, name, settable=name in inspect.signature(type(self)).parameters)
         self._set_learned(mean, scale)
         return self._pack(self.from_moments(mean, scale))
 
@@ -71,13 +80,20 @@ class Elementwise(Family):
         return getattr(self, f"fixed_{name}")
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        return self.independent(self.values(parameters), mask)
+
+    def independent(self, values: dict[str, Any], mask: Tensor | None) -> TorchDistribution:
+        """Distribution of independent entries from the values of their parameters."""
+        return elementwise(self.kind(**values), len(self.event_shape), mask, self.support)
+
+    def values(self, parameters: Tensor) -> dict[str, Any]:
+        """Values of the parameters of the class, each of shape (*batch, *event)."""
         dims, shape = len(self.event_shape), parameters.shape[:-1] + self.event_shape
         raw = iter(parameters.unflatten(-1, (-1, *self.event_shape)).unbind(-1 - dims))
-        values = {
+        return {
             name: self._constrain(name, next(raw)) if source == "network" else self.own(name).expand(shape)
             for name, source in self.sources.items()
         }
-        return elementwise(self.kind(**values), dims, mask)
 
     def _constrain(self, name: str, raw: Tensor) -> Tensor:
         return positive(raw) if name in self._positive else raw

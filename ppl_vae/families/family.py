@@ -8,7 +8,7 @@ filled in by whoever builds the family; its keyword-only parameters are the keys
 import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -50,15 +50,21 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return loc, torch.where(constant, 0.0, torch.where(count > 0, scale, 1.0))
 
 
-def refuse_constant(scale: Tensor, name: str = "scale") -> None:
-    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own."""
+def refuse_constant(scale: Tensor, name: str = "scale", *, settable: bool = True) -> None:
+    """Refuse features of standard deviation 0 if each feature has a parameter `name` of its own.
+
+    Args:
+        scale: Standard deviations, of any shape.
+        name: The parameter.
+        settable: Whether a user can set `name` to something else.
+    """
     constant = (scale.flatten() == 0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", ..." if len(constant) > 8 else "")
         raise ValueError(
             f"Expected features that vary, for a {name} of each feature; got {len(constant)} constant features "
             f"(columns {shown}), where the density grows without bound. "
-            f'Use {name} = "shared" or a number, or leave these features out.'
+            + (f'Use {name} = "shared" or a number, or leave these features out.' if settable else "Leave them out.")
         )
 
 
@@ -72,6 +78,7 @@ class Family(nn.Module, ABC):
         support: The values that an entry of an event can take.
         reparameterised: Whether gradients flow through its draws.
         normals: Which of the members are normals, those that `nearest` finds.
+        tied: The conditionals of other roles that it is made of; they are not registered a second time.
         encoding: How a guide sees such data, unless it is told otherwise.
         levels: How many values each entry of an event can take, 0 if that is not finite.
 
@@ -82,6 +89,7 @@ class Family(nn.Module, ABC):
     support: constraints.Constraint = constraints.real
     reparameterised = True
     normals: Literal["none", "some", "all"] = "none"
+    tied: tuple[Any, ...] = ()
     encoding: Word = "plain"
     levels: tuple[int, ...] = ()
 
@@ -126,6 +134,9 @@ class Family(nn.Module, ABC):
         """
         return self.start()
 
+    def observe(self, x: Tensor, mask: Tensor | None = None) -> None:  # noqa: B027
+        """Look at the training data `x`, shape (n, *features), before training."""
+
     def nearest(self, loc: Tensor, precision: Tensor) -> dict[str, Tensor]:
         r"""Normal members closest to normals, by the smallest :math:`\mathrm{KL}(q \,\|\, N(\mathrm{loc}, P^{-1}))`.
 
@@ -145,6 +156,14 @@ class Family(nn.Module, ABC):
         """Network of a conditional that names none."""
         return Free()
 
+    def _refuse(self, mask: Tensor | None) -> None:
+        """Refuse a mask: the marginal of the observed entries has no closed form."""
+        if mask is not None:
+            raise ValueError(
+                f"Expected data without missing entries for {type(self).__name__}, whose entries depend on each other "
+                "in a way that has no marginals in closed form; got a mask. Use FullNormal, LowRankNormal or a mixture."
+            )
+
     def _vector(self) -> int:
         """Size of an event, which must be a vector."""
         if len(self.event_shape) > 1:
@@ -153,3 +172,19 @@ class Family(nn.Module, ABC):
                 f"{tuple(self.event_shape)}. Flatten it."
             )
         return self.event_shape[0]
+
+
+class Centred(Family):
+    """A family of vectors that starts at a mean and a standard deviation of each entry."""
+
+    @abstractmethod
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters (p,) of the member with these moments, or near them."""
+
+    def start(self) -> Tensor:
+        return self.pack(torch.zeros(self._vector()), torch.ones(self._vector()))
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        loc, scale = moments(x, mask)
+        refuse_constant(scale)
+        return self.pack(loc, scale)

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ppl_vae.families.distributions import full_covariance
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.family import Centred, positive, unconstrained
 
 
-class FullNormal(Family):
+class FullNormal(Centred):
     r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
 
     normals = "all"
@@ -21,14 +21,6 @@ class FullNormal(Family):
         row, column = torch.tril_indices(self._vector(), self._vector())
         self.register_buffer("row", row, persistent=False)
         self.register_buffer("column", column, persistent=False)
-
-    def start(self) -> Tensor:
-        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        refuse_constant(scale)
-        return self._pack(loc, scale)
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         size = self.event_shape[0]
@@ -48,5 +40,5 @@ class FullNormal(Family):
         raw = tril - torch.diag_embed(scale - unconstrained(scale))
         return {"parameters": torch.cat([loc, raw[..., self.row, self.column]], -1)}
 
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         return torch.cat([loc, torch.diag(unconstrained(scale))[self.row, self.column]])

@@ -1,5 +1,7 @@
 """Mixtures."""
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -7,10 +9,11 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Mixture, elementwise
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.family import Centred, Family, positive, unconstrained
+from ppl_vae.families.full_normal import FullNormal
 
 
-class MixtureNormal(Family):
+class MixtureNormal(Centred):
     r"""A mixture of diagonal normals, :math:`\sum_c \pi_c \prod_j N(x_j;\, \mathrm{loc}_{cj}, \mathrm{scale}_{cj}^2)`.
 
     Draws are reparameterised (Pathwise Derivatives for Multivariate Distributions, Jankowiak and Karaletsos 2018).
@@ -30,14 +33,6 @@ class MixtureNormal(Family):
         self.components = check_int("components", components)
         self.reparameterised = self._vector() > 1
 
-    def start(self) -> Tensor:
-        return self._pack(torch.zeros(self.event_shape), torch.ones(self.event_shape))
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        loc, scale = moments(x, mask)
-        refuse_constant(scale)
-        return self._pack(loc, scale)
-
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         logits, rest = parameters[..., : self.components], parameters[..., self.components :]
         locs, raw = rest.unflatten(-1, (2, self.components, self.event_shape[0])).unbind(-3)
@@ -53,8 +48,49 @@ class MixtureNormal(Family):
         copies = [part.repeat(1, self.components) for part in (loc, raw)]
         return {"parameters": torch.cat([loc.new_zeros(len(loc), self.components), *copies], -1)}
 
-    def _pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Scatter the components about `loc`; equal components would never part."""
         locs = loc + scale * torch.randn(self.components, *self.event_shape).to(loc)
         scales = scale.expand_as(locs)
         return torch.cat([loc.new_zeros(self.components), locs.flatten(), unconstrained(scales).flatten()])
+
+
+class MixtureFullNormal(Family):
+    r"""A mixture of normals with full covariance, :math:`\sum_c \pi_c N(x;\, \mathrm{loc}_c, L_c L_c^\top)`.
+
+    Its draws have no gradient, so it can be a prior or a likelihood.
+
+    Args:
+        event: The size of an event, a vector.
+        components: The number of components.
+
+    Raises:
+        ValueError: If there is not at least one component.
+    """
+
+    reparameterised = False
+
+    def __init__(self, event: int | tuple[int, ...], *, components: int = 10) -> None:
+        super().__init__(event)
+        self.components = check_int("components", components)
+        self.each = FullNormal(event)
+
+    def start(self) -> Tensor:
+        return self._scatter(self.each.start())
+
+    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._scatter(self.each.fit_start(x, mask))
+
+    def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
+        logits, rest = parameters[..., : self.components], parameters[..., self.components :]
+        rows = rest.unflatten(-1, (self.components, -1))
+        each = self.each.distribution(rows, None if mask is None else mask.unsqueeze(-2))
+        weights = dist.Categorical(logits=logits.expand(each.batch_shape))
+        return dist.MixtureSameFamily(weights, each, validate_args=None if mask is None else False)
+
+    def _scatter(self, one: Tensor) -> Tensor:
+        """Components about the mean of one normal; equal components would never part."""
+        q: Any = self.each.distribution(one)
+        moves = q.stddev * torch.randn(self.components, *self.event_shape).to(one)
+        rows = one + torch.nn.functional.pad(moves, (0, len(one) - len(q.mean)))
+        return torch.cat([one.new_zeros(self.components), rows.flatten()])

@@ -3,7 +3,56 @@
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributions import constraints
+
+
+class Sphere(constraints.Constraint):
+    """Vectors of length 1, to a tolerance of 1e-4."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value.norm(dim=-1) - 1).abs() < 1e-4
+
+    def __repr__(self) -> str:
+        return "the unit sphere"
+
+
+class OpenInterval(constraints.interval):
+    """The numbers between two bounds, without the bounds."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return (self.lower_bound < value) & (value < self.upper_bound)
+
+
+class Steps(constraints.Constraint):
+    """The numbers 0, step, 2 step, ..., as many as there are levels: one number, or one for each entry."""
+
+    is_discrete = True
+
+    def __init__(self, levels: int | tuple[int, ...] | Tensor, step: float | Tensor = 1.0) -> None:
+        self.levels, self.step = levels, step
+        self.lower_bound = 0.0
+
+    @property
+    def upper_bound(self) -> float:
+        return float(self.step) * (float(torch.as_tensor(self.levels).max()) - 1)
+
+    def check(self, value: Tensor) -> Tensor:
+        place, levels = value / self.step, torch.as_tensor(self.levels, device=value.device)
+        return ((place - place.round()).abs() < 0.01) & (place > -0.5) & (place < levels - 0.5)
+
+    @property
+    def words(self) -> str:
+        """The support in words."""
+        if self.step != 1:
+            return f"0, {self.step:g}, {2 * self.step:g}, ..., 1"
+        return f"the codes 0, 1, ... below {' or '.join(map(str, torch.as_tensor(self.levels).unique().tolist()))}"
+
+
+unit = OpenInterval(0.0, 1.0)
 
 
 def bounds(support: Any) -> tuple[float, float] | None:
@@ -23,7 +72,8 @@ def same_support(a: Any, b: Any) -> bool:
     """Whether two supports hold the same values. Whether an interval is open or closed does not matter."""
     if bounds(a) is None or bounds(b) is None:
         return repr(a) == repr(b)
-    return bounds(a) == bounds(b) and a.is_discrete == b.is_discrete
+    steps = [getattr(each, "step", 1.0) for each in (a, b)]
+    return bounds(a) == bounds(b) and a.is_discrete == b.is_discrete and steps[0] == steps[1]
 
 
 def typical_moments(support: Any) -> tuple[float, float]:
@@ -37,7 +87,7 @@ def typical_moments(support: Any) -> tuple[float, float]:
 def value_inside(support: Any) -> float:
     """A value that lies in a support, to stand where an entry is hidden."""
     mean, _ = typical_moments(support)
-    return float(math.floor(mean)) if support.is_discrete else mean
+    return (bounds(support) or (mean,))[0] if support.is_discrete else mean
 
 
 def describe_support(support: Any) -> str:
@@ -45,7 +95,7 @@ def describe_support(support: Any) -> str:
     inner, limits = support, bounds(support)
     while isinstance(inner, constraints.independent):
         inner = inner.base_constraint
-    if limits is None:
+    if limits is None or hasattr(inner, "words"):
         return getattr(inner, "words", None) or str(inner).removesuffix("()")
     low, high = limits
     if isinstance(inner, type(constraints.boolean)):

@@ -11,6 +11,8 @@ from ppl_vae._checks import check_choice, check_int
 from ppl_vae.networks.mlp import ACTIVATIONS, Activation, Residual
 from ppl_vae.networks.network import Amortized
 
+_AT_ONCE = 256  # pictures, without gradients on a CPU: many more would leave its cache
+
 
 class Picture(Amortized):
     """An encoder or a decoder of pictures, by the size of its context. A subclass writes what follows a convolution.
@@ -45,8 +47,8 @@ class Picture(Amortized):
                 f"load the data as pictures."
             )
         for key, sizes in (("channels", channels), ("hidden", hidden), ("shape", shape)):
-            for size in sizes:
-                check_int(f"each of `{key}`", size)
+            for place, size in enumerate(sizes):
+                check_int(f"{key}[{place}]", size)
         if not channels:
             raise ValueError("Expected `channels` to list one or more positive numbers; got []. Or use MLP.")
         if check_int("kernel", kernel) % 2 == 0:
@@ -79,8 +81,12 @@ class Picture(Amortized):
         self.bias.copy_(start)
 
     def apply_layers(self, standard: Tensor) -> Tensor:
-        rows = self.layers(standard.reshape(-1, standard.shape[-1]))
-        return (rows.flatten(1) + self.bias).reshape(*standard.shape[:-1], self.bias.numel())
+        rows = standard.reshape(-1, standard.shape[-1])
+        if torch.is_grad_enabled() or rows.device.type != "cpu":
+            answer = self.layers(rows)
+        else:
+            answer = torch.cat([self.layers(part) for part in rows.split(_AT_ONCE)])
+        return (answer.flatten(1) + self.bias).reshape(*standard.shape[:-1], self.bias.numel())
 
     def _encoder(self, outputs: int) -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Unflatten(1, self.shape)]
@@ -103,7 +109,7 @@ class Picture(Amortized):
             even = large[0] - 2 * small[0] + 1, large[1] - 2 * small[1] + 1  # 1 for an even side, 0 for an odd one
             layers += self.refine(size)
             layers += [nn.ConvTranspose2d(size, width, self.kernel, 2, self.kernel // 2, even), self._act()]
-        layers[-2].bias = None  # type: ignore[assignment]  each pixel has one of its own
+        layers[-2].register_parameter("bias", None)  # each pixel has one of its own
         return layers[:-1]
 
     def _sizes(self) -> list[tuple[int, int]]:

@@ -109,7 +109,7 @@ class MLP(Layered):
 class GatedMLP(Layered):
     r"""Fully connected layers with gates, :math:`h \to (A h + a) \odot \sigma(B h + b)`.
 
-    All weights begin as normals of variance 2 / (number of inputs).
+    The weights of the hidden layers begin as normals of variance 2 / (number of inputs).
 
     Args:
         hidden: The widths of the hidden layers, at least one.
@@ -131,6 +131,6 @@ class GatedMLP(Layered):
 
     def build_layers(self, context: int, start: Tensor) -> None:
         super().build_layers(context, start)
-        for layer in self.layers:
+        for layer in list(self.layers)[:-1]:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=math.sqrt(2 / max(layer.in_features, 1)))

@@ -6,7 +6,8 @@ with its settings alone; its sizes follow from the family and the context when a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -41,6 +42,19 @@ def join(contexts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:
         return flat[0]
     batch = torch.broadcast_shapes(*(context.shape[:-1] for context in flat))
     return torch.cat([context.expand(*batch, context.shape[-1]) for context in flat], -1)
+
+
+@contextmanager
+def in_mode(*modules: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put modules in evaluation mode, or in training mode, and each part of them back into its own."""
+    changed = [part for module in modules for part in module.modules() if part.training != training]
+    for module in modules if changed else ():
+        module.train(training)
+    try:
+        yield
+    finally:
+        for part in changed:
+            part.training = not training
 
 
 class Network(nn.Module, ABC):

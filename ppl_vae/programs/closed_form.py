@@ -3,8 +3,8 @@ r"""The exact posterior and evidence of any linear-Gaussian program, read off it
 Given the data, the log density of such a program's latent variables is a quadratic. Its gradient at one point and along
 each axis determines it, and with it the posterior's mean and covariance and the evidence, whatever the wiring: several
 latent sites, inner plates, masks. Whether it is a quadratic is then checked at further points: close by, around the
-posterior out to its tails, and at draws of the program itself. A program that fails at any of them is refused, as is
-one with a latent site that does not cover the real line.
+posterior out to its tails, over the range of the prior, and at draws of the program itself. A program that fails at any
+of them is refused, as is one with a latent site that does not cover the real line.
 """
 
 import itertools
@@ -28,8 +28,9 @@ from ppl_vae.programs.target import BLOCK, Role, Target
 
 _PROBES = 4  # points near the first at which the quadratic is checked
 _FAR = 9.0  # standard deviations to either side of the posterior's mean, up to which it is checked again
+_WIDE = 5.0  # the same of the prior, whose points all data share
 _DIRECTIONS = 3  # lines through the mean along which it is
-_POINTS = 4096, 24  # on these lines: of all data of a block together, and of each datum at least
+_POINTS = 4096, 24  # on these lines: of a block together, and of each datum at least; of the prior a quarter
 _WITHIN = 4.0  # standard deviations that hold all but 6e-5 of the mass, where misses count as error
 _NEAR = 1e-3  # standard deviations, within which only rounding shows
 _DRAWN = 8  # draws of the prior, or of the guide, at which it is checked too
@@ -115,7 +116,9 @@ def _read(target: Target, role: Role) -> Gaussian:
     hessian = (gradient[1 : size + 1] - slope).transpose(0, 1)
     precision = -(hessian + hessian.mT) / 2
     steep = gradient.abs().amax(0)  # (n, z)
-    slack = 1e-4 * steep.amax(-1).clamp_min(1e-12), 1e-6 + 1e5 * probe.rounding * value.abs().amax(0)
+    largest = value.abs().amax(0)
+    bend = 1e-6 * largest.clamp_max(1e3)  # so far out, where a small one grows; around the mean it counts as error
+    slack = 1e-4 * steep.amax(-1).clamp_min(1e-12), 1e-6 + bend + 1e5 * probe.rounding * largest
     read = value[0], slope, precision
     probe.hold(_missed(read, probes, value[size + 1 :], gradient[size + 1 :]), slack)
     factor, failed = torch.linalg.cholesky_ex(precision)
@@ -125,7 +128,10 @@ def _read(target: Target, role: Role) -> Gaussian:
             f"{int(failed.nonzero()[0])} of its block is not, to rounding: its covariance is nearly singular."
         )
     peak = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-    points = probe.rounded(torch.cat([_around(peak, factor, generator), probe.drawn]))
+    places = [_around(peak, factor, generator, _FAR), probe.drawn]
+    if role == "model" and len(probe.drawn):  # a bend far off, where there may be another mode
+        places.append(_around(probe.drawn.mean(0), torch.eye(size).to(factor).expand_as(factor), generator, _WIDE, 4))
+    points = probe.rounded(torch.cat(places))
     value, gradient = probe(points)
     probe.hold(_missed(read, points[:1], value[:1], gradient[:1]), slack)
     error = _check_around(probe, points, value, gradient, precision, factor, steep)
@@ -151,7 +157,7 @@ def _missed(
     return (gradient - slope + bend).abs().amax((0, 2)), (value - predicted).abs().amax(0)
 
 
-def _around(loc: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
+def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: float, part: int = 1) -> Tensor:
     """Points (k, n, z): the mean, two points next to it, then points along random lines, evenly spread but for chance.
 
     The lines are orthogonal where the posterior is white, and their unit is of length sqrt(z), so that it is one
@@ -162,9 +168,9 @@ def _around(loc: Tensor, factor: Tensor, generator: torch.Generator) -> Tensor:
     raw = torch.randn(n, size, min(size, _DIRECTIONS), generator=generator, dtype=torch.float64)
     white = size**0.5 * torch.linalg.qr(raw).Q.to(loc.device)
     lines = white.shape[-1]
-    each = max(_POINTS[0] // n, _POINTS[1]) // lines
+    each = max(_POINTS[0] // n, _POINTS[1]) // part // lines
     steps = torch.arange(each) + torch.rand(n, lines, each, generator=generator, dtype=torch.float64)
-    lengths = (_FAR * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
+    lengths = (reach * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
     rings = (white.unsqueeze(-1) * lengths.unsqueeze(1)).flatten(2)  # (n, z, k)
     near = _NEAR * white[..., :1] * torch.tensor([1.0, -1.0]).to(white)
     white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1)

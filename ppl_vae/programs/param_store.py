@@ -3,13 +3,15 @@
 import copy
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+
+from ppl_vae.networks.network import in_mode
 
 
 def own_params(program: Any) -> dict[str, dict[str, Any]]:
@@ -18,20 +20,10 @@ def own_params(program: Any) -> dict[str, dict[str, Any]]:
     return own
 
 
-@contextmanager
-def mode(program: Any, *, training: bool = False) -> Iterator[None]:
+def mode(program: Any, *, training: bool = False) -> AbstractContextManager[None]:
     """Run a program with its modules in evaluation mode, or all in training mode, and put each back into its own."""
     parts = [program] if isinstance(program, nn.Module) else vars(program).values()
-    roots = [part for part in parts if isinstance(part, nn.Module)]
-    before = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots if any(was != training for _, was in before) else ():
-        root.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            if module.training != was:
-                module.training = was
+    return in_mode(*(part for part in parts if isinstance(part, nn.Module)), training=training)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch
 
@@ -40,7 +41,7 @@ def simulate(program: Any, x: Any = None) -> tuple[Batch, Tensor]:
         return {**batch, **{key: part.reshape(shape) for (key, shape), part in parts}}
 
     numbers = torch.arange(len(flat), device=flat.device).to(flat.dtype)
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), mode(target.program):
         trace = poutine.trace(target.program.model).get_trace(**filled(numbers))
     where = {
         name: _entries(name, trace.nodes[name], len(flat))

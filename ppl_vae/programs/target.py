@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.programs.latent_vector import Layout
-from ppl_vae.programs.param_store import device_and_dtype, own_params, scope, to_double
+from ppl_vae.programs.param_store import device_and_dtype, mode, own_params, scope, to_double
 from ppl_vae.programs.plates import is_point
 from ppl_vae.programs.rows import known_data
 from ppl_vae.programs.sites import OTHER_DATA, Structure, structure
@@ -124,7 +124,7 @@ class Target:
 
     @contextmanager
     def running(self, *key: int | str) -> Iterator[None]:
-        """Run the program on a parameter store of its own, with draws from the streams of a key."""
+        """Run the program in evaluation mode on a store of its own, with draws from the streams of a key."""
         with scope(self.program), fork_rng(*key, device=self.device):
             yield
 
@@ -148,11 +148,14 @@ class Target:
         if role == "guide":
             self._check_data()
         function = getattr(self.program, role)
-        if self.structure.sequential:
-            batch = batch_of(function, self.batch)
-            return trace_in_turn(handler(function), batch, samples, self.structure.latents)
-        particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
-        return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
+        particles, batch = (
+            pyro.plate("particles", samples, dim=-1 - self.structure.nesting),
+            batch_of(function, self.batch),
+        )
+        with mode(self.program):
+            if self.structure.sequential:
+                return trace_in_turn(handler(function), batch, samples, self.structure.latents)
+            return poutine.trace(particles(handler(function))).get_trace(**batch)  # type: ignore[no-any-return]
 
     def _check_data(self) -> None:
         """Refuse a part of the data, and data that a guide with one row per datum does not know, if it remembers."""

@@ -67,6 +67,11 @@ class VAE(nn.Module):
             raise ValueError(
                 f"Expected a prior without context; got one of shapes {[tuple(s) for s in prior.context]}."
             )
+        if any(other is not posterior for other in prior.family.tied):
+            raise ValueError(
+                f"Expected a {type(prior.family).__name__} that is tied to the posterior of this VAE; got one that is "
+                "tied to another."
+            )
         self.prior = prior.bind()
         self.likelihood = likelihood.bind(tuple(z))
         words = likelihood.family.encodings
@@ -133,7 +138,7 @@ class VAE(nn.Module):
         The likelihood's output begins at the data's mean (for a Bernoulli the logit of the clipped mean), a
         `Normal`'s scale at the data's standard deviation; the guide's input is centred on the mean and divided by one
         number, the data's root mean square deviation, both kept as buffers. Columns with an encoding are each centred
-        and scaled by themselves.
+        and scaled by themselves. Families that want to see the data, such as a prior of pseudo-inputs, see them.
 
         Args:
             x: data, shape (n, *x), or a batch dict.
@@ -157,6 +162,8 @@ class VAE(nn.Module):
             loc, scale = moments(data, seen)
             spread = scale.square().mean().sqrt()
             self.posterior.network.centre(loc.flatten(), torch.where(spread > 0, spread, 1.0))
+        for part in (self.prior, self.likelihood, self.posterior):
+            part.family.observe(data, seen)
         return self
 
     @torch.no_grad()

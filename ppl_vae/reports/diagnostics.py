@@ -19,7 +19,7 @@ from ppl_vae.infer.density_grid import DensityGrid, guide_grid, posterior_grid
 from ppl_vae.infer.reference import Reference, reference_posterior, strongest
 from ppl_vae.programs.closed_form import exact_log_evidence, gaussians
 from ppl_vae.programs.joint import Joint
-from ppl_vae.programs.target import Target
+from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.measures import finite, mean_error
 
@@ -136,24 +136,25 @@ def diagnose(
     """
     report: dict[str, Any] = {}
     more: dict[str, Any] = {"notes": []}
-    rows = target.rows(slice((diagnostics.max_data or MAX_DATA[None]) if reference is None else len(reference.loc)))
+    used = torch.ones(min(diagnostics.max_data or MAX_DATA[None], target.n), dtype=torch.bool)
     kind = None
     if reference is not None:
-        settled, used = _settled_and_used(reference)
-        report["reference"] = _reference_block(reference, settled, used, evidence)
+        settled, found = _settled_and_used(reference)
+        report["reference"] = _reference_block(reference, settled, found, evidence)
         kind = report["reference"].get("kind")
         if reference.loc.shape[1] == 2:
             try:
                 more["densities"] = _densities(target, reference, evidence, seed)
             except ValueError as error:
                 more["notes"].append(f"The exact posterior is not drawn. {error}")
-        if bool(used.any()):
+        if bool(found.any()):
             names = ("log_evidence", "error", "loc", "covariance")
-            more["known"] = dataclasses.replace(reference, **{name: getattr(reference, name)[used] for name in names})
-            rows = rows.rows(used.to(rows.device))
-        elif reference.method == "nuts":
-            rows = target.rows(slice(MAX_DATA[None]))
-    curve = bound_curve(rows, samples=evidence.samples, seed=seed)
+            more["known"] = dataclasses.replace(reference, **{name: getattr(reference, name)[found] for name in names})
+            used = found
+        elif reference.method != "nuts":
+            used = torch.ones_like(found)
+    rows = target.rows(slice(len(used))).rows(used.to(target.device))
+    curve = _curve(target, used, evidence.samples, seed)
     report["bound"] = {"n": rows.n, "samples": curve.counts, "mean": curve.bound.mean(1)}
     report["bound"]["mc_se"] = [mean_error(error) for error in curve.error]
     report["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
@@ -164,10 +165,19 @@ def diagnose(
                 known, kind = exact_log_evidence(rows), "estimate"
         more["gap"] = inference_gap(rows, log_evidence=known, seed=seed)
         report["gap"] = _gap_block(more["gap"], kind or "lower bound")
+        for name in ("gap", "gap_error"):  # stated once, by draws of its own
+            report.get("reference", {}).pop(name, None)
     if diagnostics.calibration:
         more["calibration"] = calibrate(target, simulations=_SIMULATIONS, seed=seed)
         report["calibration"] = _calibration_block(more["calibration"])
     return Results(curve, evidence.pareto_k, finite(report), **more)
+
+
+def _curve(target: Target, used: Tensor, samples: int, seed: int) -> BoundCurve:
+    """The bound of the data used, of the first ones, by the draws of the evidence: these are drawn block by block."""
+    whole = target.rows(slice(-(-len(used) // BLOCK) * BLOCK))
+    curve, columns = bound_curve(whole, samples=samples, seed=seed), used.nonzero().flatten()
+    return BoundCurve(curve.counts, curve.bound[:, columns], curve.error[:, columns])
 
 
 def rank_counts(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:

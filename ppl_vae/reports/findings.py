@@ -96,11 +96,13 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
     part = "held-out" if report["data"]["part"] == "test" else "training"
     for block, name in ((exact, "gap"), (gap, "total"), (reference, "gap")):
         value, bounded = block.get(name), block.get("kind") == "lower bound"
-        divergence = "its KL, log p(x) - ELBO, is " + ("at least " if bounded else "") + figure(value)
+        divergence = "its KL, log p(x) - ELBO, is " + ("at least " if bounded else "") + f"{figure(value)} nats"
+        if "n" in block:
+            divergence += f" over {counted(block.get('n_settled') or block['n'])}"
         if value is not None and value > 0.1:
-            return f"It is off on the {part} data too: {divergence} nats; {remedy}"
+            return f"It is off on the {part} data too: {divergence}; {remedy}"
         if value is not None and not bounded:
-            return f"On the {part} data it is nearly exact: {divergence} nats. The fault shows only off them."
+            return f"On the {part} data it is nearly exact: {divergence}. The fault shows only off them."
     return (
         f"Simulated data can lie off the {part} data, where it may be nearly exact; `--reference auto` tells. If it is "
         f"off there too, {remedy}"
@@ -159,15 +161,16 @@ def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history:
         return
     ahead, least = lead["log_evidence"], 0.01 * abs(bound["mean"])
     told = f"{figure(ahead, lead['log_evidence_se'], digits=1)} nats of log p(x)"
+    of = f"over {lead['n']} data or more of each part"
     if ahead > max(3 * lead["log_evidence_se"], least):
         yield (
-            f"**The training data fit better, by {told}**: the model memorises. Fewer parameters, fewer epochs "
+            f"**The training data fit better, by {told}** {of}: the model memorises. Fewer parameters, fewer epochs "
             '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
         )
     elif lead["elbo"] - ahead > max(3 * lead["elbo_se"], least):
         yield (
             f"**The encoder overfits**: its bound is {lead['elbo']:.1f} nats higher on the training data, log p(x) "
-            f"only {told}. The model is not to blame; a smaller encoder or more data for it would help."
+            f"only {told}, {of}. The model is not to blame; a smaller encoder or more data for it would help."
         )
 
 
@@ -217,7 +220,7 @@ def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
 def _bound(block: Mapping[str, Any]) -> str:
     counts = block["samples"]
     shown = sorted({0, len(counts) // 2, len(counts) - 1})
-    bounds = ", ".join(f"{figure(block['mean'][at])} at K = {counts[at]:,}" for at in shown)
+    bounds = ", ".join(f"{figure(block['mean'][at], block['mc_se'][at])} at K = {counts[at]:,}" for at in shown)
     return f"**The bound over the number of samples** K, mean over {counted(block['n'])}: {bounds}."
 
 

@@ -64,31 +64,31 @@ def evaluate(
     return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
 
 
-def trained(target: Target, data: Data, *, seed: int = 0) -> dict[str, Any]:
-    """Measure the bound on at most 1,000 of the training data after training.
+def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 0) -> dict[str, Any]:
+    """Measure the bound on at most 1,000 of the training data after training; all, where they are what is evaluated.
 
     Args:
         target: the program and its evaluation split.
         data: all of its data.
+        test: the block of the evaluation split, from `evaluate`.
         seed: of all draws.
 
     Returns:
         `elbo` and its standard error `elbo_se` over the `n` data, `rate` and `distortion`. And by how many nats the
         training data are ahead of the evaluated ones, `lead`: `elbo` and `log_evidence`, means over at most 300 data of
-        each part by 100 samples, with their standard errors; None if the training data are evaluated.
+        each part, of which the smaller has `n`, by 100 samples, with their standard errors; None if the training data
+        are evaluated.
     """
-    held_out = evaluation_split(target.program, data)[0] == "test"
-    learned = Target(target.program, data.train) if held_out else target
-    train = log_evidence(learned.rows(slice(MOST_DATA)), samples=10, seed=seed).summary()
-    bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
-    lead = None
-    if held_out:
+    train, lead, learned = test, None, Target(target.program, data.train)
+    if evaluation_split(target.program, data)[0] == "test":
+        train = log_evidence(learned.rows(slice(MOST_DATA)), samples=10, seed=seed).summary()
         seen = log_evidence(learned.rows(slice(300)), samples=100, seed=seed).summary()
         unseen = log_evidence(target.rows(slice(300)), samples=100, seed=seed).summary()
-        lead = {"samples": 100.0}
+        lead = {"samples": 100.0, "n": min(seen["n"], unseen["n"])}
         for name in ("elbo", "log_evidence"):
             lead[name] = seen[name]["mean"] - unseen[name]["mean"]
             lead[f"{name}_se"] = math.hypot(seen[name]["se"] or 0.0, unseen[name]["se"] or 0.0)
+    bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
     return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ import jinja2
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
+from ppl_vae.reports.measures import MOST_DATA
 
 
 def markdown(
@@ -48,6 +49,7 @@ def markdown(
         captions=captions,
         options=options,
         figure=figure,
+        most=MOST_DATA,
     )
 
 

@@ -55,8 +55,11 @@ def describe(name: str) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"Expected a family or network ({', '.join(known)}); got {name!r}.{near(name, known)}")
     kind = known[name]
-    text, _, rest = (inspect.getdoc(kind) or "").partition("\n\nArgs:")
-    told, hints = _arguments(rest), get_type_hints(kind.__init__, localns={"Conditional": families.Conditional})
+    text = (inspect.getdoc(kind) or "").partition("\n\nArgs:")[0]
+    told: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        told |= _arguments((inspect.getdoc(base) or "").partition("\n\nArgs:")[2])
+    hints = get_type_hints(kind.__init__, localns={"Conditional": families.Conditional})
     keys = {
         key: {"default": default, "must_be_given": default is None, "doc": told.get(key, "")}
         for key, default in keys_of(kind).items()

@@ -1,5 +1,6 @@
 """The check of a spec before training: its sites, its parameters, and the work to come."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import check_objective
 from ppl_vae.programs.target import Target
 
+_LOOKS = {
+    "id": ("id", "counts the rows"),
+    "label": ("label", "looks like a label"),
+    "constant": ("leave_out", "constant in the training part"),
+}
 TRIED = 100  # data that the program is run on
 
 
@@ -25,6 +31,8 @@ class Check:
         data: name of the data.
         n_train: number of training data.
         features: columns of `x`.
+        columns: kind and role of each column of a table, such as `count feature`.
+        hints: what looks wrong with a column, and the `--set` that mends it.
         latents: event shape of each latent site, in the model's order.
         observed: event shape of each observed site.
         kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
@@ -37,6 +45,8 @@ class Check:
     data: str
     n_train: int
     features: int
+    columns: dict[str, str]
+    hints: list[str]
     latents: dict[str, tuple[int, ...]]
     observed: dict[str, tuple[int, ...]]
     kl: dict[str, str]
@@ -53,9 +63,15 @@ class Check:
         sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
         sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        groups: dict[str, list[str]] = {}
+        for name, what in self.columns.items():
+            groups.setdefault(what, []).append(name)
+        listed = [f"{what}: {', '.join(names[:20])}{', ...' * (len(names) > 20)}" for what, names in groups.items()]
         return "\n".join(
             [
                 f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features",
+                *([f"columns     {'; '.join(listed)}"] if listed else []),
+                *(f"look        {hint}" for hint in self.hints),
                 f"sites       {'; '.join(sites)}".replace("'n'", "n").replace("(n,)", "(n)"),
                 f"parameters  {counts or 'none'}; {sum(self.parameters.values()):,} in all",
                 f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
@@ -108,6 +124,8 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         data=data.name,
         n_train=target.n,
         features=data.features,
+        columns=_columns(data),
+        hints=column_hints(data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
         kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
@@ -116,3 +134,24 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         steps=svi.epochs * math.ceil(target.n / svi.batch_size),
         memory=sum(value.nbytes for value in held) + 3 * sum(value.nbytes for value in parameters.values()) + gradients,
     )
+
+
+def _columns(data: Data) -> dict[str, str]:
+    """Kind and role of each column of a table."""
+    kinds, names = data.columns.kinds or (), data.columns.names or [f"column {j + 1}" for j in range(data.features)]
+    return {name: f"{kind} feature" for name, kind in zip(names, kinds, strict=False)} | data.roles
+
+
+def column_hints(data: Data) -> list[str]:
+    """What looks wrong with the columns of a table, and what mends it."""
+    hints, columns = [], _columns(data)
+    left = [name for name, role in data.roles.items() if role == "left out"]
+    for look, (key, said) in _LOOKS.items():
+        names = [name for name, like in data.suspects.items() if like == look]
+        for group in [names] if key == "leave_out" and names else [[name] for name in names]:
+            value = json.dumps([*left, *group] if key == "leave_out" else group[0])
+            hints.append(f"{', '.join(group)} {said}; if so, --set 'data.{key}={value}'")
+    kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
+    if data.protocol["scaling"] == "standardize" and kept:
+        hints.append(f"{', '.join(kept)} stay as they are: standardize scales no counts and no shares")
+    return hints

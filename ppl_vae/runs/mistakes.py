@@ -60,7 +60,8 @@ def explain(error: ValidationError, name: str, raw: Any, section: Section) -> li
                 hint = f" It belongs to {listed(homes)}; to change the family replace the whole table, --set '{whole}'."
         elif kind == "missing":
             key, got = str(each["loc"][-1]), "none"
-            where, expected = f"{where}.{key}", _type_words(known[key].annotation)
+            where += f".{key}"
+            expected = listed(tables) if key == "family" else _type_words(known[key].annotation)
             if key == "network":
                 expected = f'a network ({listed(section.networks)}), such as {{family = "MLP", hidden = [200, 200]}}'
         elif kind == "literal_error":

@@ -36,7 +36,7 @@ class Run:
     Args:
         path: its directory.
         spec: the complete spec.
-        program: the trained program.
+        program: the trained program, in evaluation mode.
         report: what `report.json` says.
     """
 
@@ -44,6 +44,10 @@ class Run:
     spec: Spec
     program: Any
     report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.program, nn.Module):
+            self.program.eval()
 
 
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
@@ -291,7 +295,9 @@ def _write_trained(
     Returns:
         The spec as written for `folder`: it names the run's own copies of these files.
     """
-    own, copies, digests = {}, {}, []
+    own: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    digests = []
     for place, reference in spec.programs.items():
         file, colon, name = reference.partition(":")
         if file not in copies:
@@ -346,7 +352,7 @@ def _write_report(
             "n_train": len(data.train["x"]),
             "n_test": len(data.test["x"]),
         },
-        "train": {**run.report["train"], **trained(target, data, seed=seed)},
+        "train": {**run.report["train"], **trained(target, data, blocks["test"], seed=seed)},
         **blocks,
     }
     captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []

@@ -5,7 +5,6 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -15,7 +14,7 @@ from ppl_vae import families, networks
 from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import NAMES
+from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
@@ -26,7 +25,7 @@ SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 Encodings = str | dict[str, str]
 CPU = torch.device("cpu")
-_UNKNOWN = {"shape": "pictures of a known shape", "levels": "columns of known kinds or 8-bit intensities"}
+_UNKNOWN = {"shape": "pictures, which have a shape,", "levels": "columns of known kinds or 8-bit intensities"}
 
 
 class _Table(BaseModel):
@@ -96,7 +95,8 @@ def filled(function: Callable[..., Any], **known: Any) -> dict[str, Any]:
         )
     for key in sorted(wanted & _UNKNOWN.keys()):
         if known[key] is None:
-            raise ValueError(f"Expected data of {_UNKNOWN[key]} for {function.__name__}; got none. Use another.")
+            other = "MLP or Linear" if key == "shape" else "another family"
+            raise ValueError(f"Expected {_UNKNOWN[key]} for {function.__name__}; got other data. Use {other}.")
     return {key: value for key, value in known.items() if key in wanted}
 
 
@@ -130,7 +130,7 @@ def plays(kind: Any, role: str) -> bool:
         amortized = not issubclass(kind, networks.Free)
         return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
-        return role not in tied
+        return role == ("prior" if "posterior" in tied else "posterior")
     if wanted & {"levels", "columns"} and role != "likelihood":
         return False
     if role == "prior":
@@ -151,15 +151,15 @@ def sections(own: Mapping[str, type | None] = {}, *, opened: bool = False) -> di
 
 
 @cache
-def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
-    own = dict(owned)
+def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, ...]) -> dict[str, Section]:
+    own = dict(code)
 
     def named(kind: Any, title: str, **more: Any) -> Any:
         tied = needs(kind) & set(ROLES)
         judge = _nothing if tied else partial(_judge_part, kind)
         return _table(title, kind, judge, family=(Literal[kind.__name__], ...), **more)
 
-    def code(place: str) -> tuple[Any, ...]:
+    def coded(place: str) -> tuple[Any, ...]:
         """What makes the table of a class from a file, as `_table` takes it."""
         kind = own.get(place)
         return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
@@ -169,7 +169,7 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
     read = _keywords(load).keys() - {"dtype"}
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
-        "model": {"": _table("Model", *code("model"), latent=(count | None, None), program=(str | None, None))},
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None))},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
     }
@@ -179,10 +179,10 @@ def _sections(owned: tuple[Any, ...], opened: bool, kinds: tuple[Any, ...], nets
         place, title = f"{role}.network", f"{role.title()}Network"
         inner[role] = {net.__name__: model for net, model in all_networks.items() if plays(net, role)}
         if place in own:
-            inner[role] = {"": _table(title, *code(place), program=(str, ...))}
+            inner[role] = {"": _table(title, *coded(place), program=(str, ...))}
         kind_of_network = _union(inner[role])
         if opened and role != "prior":
-            kind_of_network |= _table(title, *code(place), program=(str, ...))
+            kind_of_network |= _table(title, *coded(place), program=(str, ...))
         field = (kind_of_network | None, None) if role == "prior" else (kind_of_network, ...)
         more: Any = {"network": field}
         if role == "posterior":
@@ -248,7 +248,7 @@ def _table(
     return make(title, __base__=_Open if opened else _Table, __validators__=validators, **fixed, **fields)
 
 
-def _judge_part(kind: Any, **keys: Any) -> None:
+def _judge_part(kind: Any, /, **keys: Any) -> None:
     """Let a constructor judge its keys, over two columns, or over those that the keys name."""
     kinds = keys.get("kinds")
     names = tuple(kinds) if isinstance(kinds, dict) and kinds else ("a", "b")
@@ -277,12 +277,6 @@ def _judge_data(**keys: Any) -> None:
             raise
 
 
-def is_path(name: str) -> bool:
-    """Whether the name of data is a path."""
-    return name not in NAMES and (bool(Path(name).suffix) or len(Path(name).parts) > 1)
-
-
 def _judge_name(name: str) -> str:
-    if name not in NAMES and not is_path(name):
-        load(name)
+    check_name(name)
     return name

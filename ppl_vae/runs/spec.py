@@ -21,18 +21,19 @@ from torch.distributions import constraints
 from ppl_vae import families, networks
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import root_folder
+from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
-from ppl_vae.runs.check import Check, check_program
+from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, example, filled, is_path, needs, sections
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
+_OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
 _TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
 
 
@@ -106,7 +107,7 @@ class Spec:
         """All keys that apply, defaults filled in, as plain values."""
         tables = {name: getattr(self, name) for name in SECTIONS}
         plain = {name: table.model_dump(exclude_none=True) for name, table in tables.items() if table is not None}
-        for key in _unused(self.data):
+        for key in unused_keys(self.data.name):
             plain["data"].pop(key, None)
         return plain
 
@@ -151,9 +152,9 @@ class Spec:
         with _blamed(self, data):
             program: Any = self.assemble(columns=data.columns, rows=len(x))
             if hasattr(program, "initialise"):
+                given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
-                program.initialise(given if isinstance(program, VAE) else given["x"])
+                    program.initialise(given if isinstance(program, VAE) else given["x"])
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
@@ -186,7 +187,12 @@ class Spec:
         program = self.build(data) if program is None else program
         parts = [data.validation, data.train] if indexed(program) else [data.test, data.validation, data.train]
         with _blamed(self, data):
-            return check_program(program, data, [part for part in parts if part is not None], self.svi)
+            found = check_program(program, data, [part for part in parts if part is not None], self.svi)
+        words = ", ".join(data.columns.categories or {})
+        if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
+            hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
+            found.hints.append(f"{hint}; use Mixed, with kinds = \"infer\", or leave_out")
+        return found
 
 
 def load_spec(
@@ -209,7 +215,8 @@ def load_spec(
 
 def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
-    data, own = _table(raw, "data"), {}
+    data = _table(raw, "data")
+    own: dict[str, Any] = {}
     name, root = data.get("name"), data.get("root")
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
@@ -227,7 +234,7 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
                 own[place] = load_program(table["program"])
             else:
                 own[place] = load_network(table["program"])
-                filled(own[place], context=1, outputs=1, shape=None)
+                filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
@@ -244,23 +251,12 @@ def _on_columns(part: Any) -> bool:
     return "columns" in needs(getattr(families, part.family))
 
 
-def _unused(data: Any) -> dict[str, str]:
-    """Keys of [data] without effect, and the data on which they have none."""
-    if data.name == "digits":
-        owner = "digits, which are embedded, split and all"
-        return dict.fromkeys(("root", "array", "download", "test_fraction"), owner)
-    if not is_path(data.name):
-        return dict.fromkeys(("array", "test_fraction"), f"{data.name}, which has a split of its own")
-    unused = dict.fromkeys(("root", "download"), "the path of a file; `name` says where it lies")
-    return unused if data.name.lower().endswith(".npz") else {**unused, "array": "a file that is no .npz"}
-
-
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
     """What is wrong between the tables, and what has no effect."""
     data, model, likelihood, posterior = spec.data, spec.model, spec.likelihood, spec.posterior
     latent = getattr(model, "latent", None)
     if data is not None:
-        for key, owner in _unused(data).items():
+        for key, owner in unused_keys(data.name).items():
             if key in data.model_fields_set:
                 yield f"data.{key}: Expected no `{key}` for {owner}; got {show(getattr(data, key))}. Leave it out."
         if spec.svi is not None and spec.svi.keep == "best" and not data.validation_fraction:
@@ -302,13 +298,18 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             with fork_rng(0, device=CPU):
                 _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            yield f"posterior: {error}"
+            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     """A table as it stands in the file; an empty one if it is no table."""
     table = raw.get(name)
     return table if isinstance(table, dict) else {}
+
+
+def _tied(part: Any) -> set[str]:
+    """The other roles that a part is made of."""
+    return needs(getattr(families, part.family)) & set(ROLES)
 
 
 def _support(part: Any) -> Any:
@@ -319,10 +320,16 @@ def _support(part: Any) -> Any:
 def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
     """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
     parts: dict[str, Any] = {}
+    if _tied(spec.prior) and _tied(spec.posterior):
+        raise ValueError(
+            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
+            f"{spec.posterior.family}."
+        )
     known = described(columns)
-    for role in sorted(ROLES, key=lambda role: len(needs(getattr(families, getattr(spec, role).family)) & set(ROLES))):
+    for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
         table = getattr(spec, role)
-        kind, network = getattr(families, table.family), getattr(table, "network", None)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
         event = columns.count if role == "likelihood" else latent
         keys = table.model_dump(exclude={"family", "network", "encoding"})
         family = kind(**filled(kind, event=event, **known, **parts), **keys)
@@ -331,7 +338,7 @@ def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), **known)
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)
@@ -360,18 +367,19 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data)
+        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
     except Exception as error:
         if not spec.programs:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        for place, reference in spec.programs.items():
-            file = reference.partition(":")[0]
-            lines = [frame.lineno for frame in frames if frame.filename == file]
-            if lines:
-                break
-        parts, where = "model and guide" if place == "model" else "the network", f"line {lines[-1]}" if lines else "it"
+        lines = {
+            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
+            for place, reference in spec.programs.items()
+        }
+        place = next((place for place in lines if lines[place]), next(iter(lines)))
+        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
+        where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
@@ -379,12 +387,27 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         ) from error
 
 
-def _remedy(spec: Spec, data: Data) -> str:
-    """The `--set` that fits the data to the likelihood, if there is one."""
+def _remedy(spec: Spec, data: Data, error: str) -> str:
+    """The `--set` that fits the data to the likelihood, or the families that take such data."""
+    if "constant" in data.suspects.values() and "constant" in error:
+        return f" {next(hint for hint in column_hints(data) if 'constant' in hint)}."
     x = data.train["x"]
-    if not bool(_support(spec.likelihood).check(x).all()) and data.protocol["maximum"] is not None:
-        unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
-        return f" Try --set data.binarization=dynamic{unscaled}."
+    if "in the support of" in error:
+        if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
+            unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
+            return f" Try --set data.binarization=dynamic{unscaled}."
+        fitting = [kind.__name__ for kind in classes(families) if plays(kind, "likelihood") and _holds(kind, data)]
+        return f" Families that take such data: {', '.join(fitting)}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
     return ""
+
+
+def _holds(kind: Any, data: Data) -> bool:
+    """Whether the support of a family, with its default keys, holds the data."""
+    try:
+        with fork_rng(0, device=CPU):
+            family = kind(**filled(kind, event=data.features, **described(data.columns)))
+    except (TypeError, ValueError):  # a key that must be given, or what the data lack
+        return False
+    return bool(family.support.check(data.train["x"].cpu()).all())

@@ -10,10 +10,10 @@ degrees of freedom. The truth is a sum over 100,001 points.
 import math
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from twins import single
 
 from ppl_vae import Program
 from ppl_vae.infer.reference import reference_posterior
@@ -53,15 +53,6 @@ def case(seed: int) -> tuple[Program, Tensor, Tensor]:
     def likelihood(z: Tensor) -> Any:
         return dist.Normal(f(z), noise) if freedom is None else dist.StudentT(freedom, f(z), noise)
 
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), prior))
-            pyro.sample("x", likelihood(z), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(torch.zeros(len(x)), prior))
-
     n = 1 + seed % 5
     drawn = prior * torch.randn(n, generator=generator)
     x = f(drawn) + noise * torch.randn(n, generator=generator)
@@ -69,7 +60,8 @@ def case(seed: int) -> tuple[Program, Tensor, Tensor]:
     step = math.log(24 * prior / (POINTS - 1))
     log_prior = dist.Normal(0.0, prior).log_prob(z)
     truth = torch.stack([(log_prior + likelihood(z).log_prob(one)).logsumexp(0) + step for one in x])
-    return Program(model, guide), x.unsqueeze(1), truth
+    p = dist.Normal(torch.zeros(()), prior)
+    return single(p, likelihood, p), x.unsqueeze(1), truth
 
 
 def rates(count: int, seed: int = 0) -> dict[str, float]:

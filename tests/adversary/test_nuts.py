@@ -23,6 +23,7 @@ import pyro.distributions as dist
 import torch
 from scipy import special, stats
 from torch import Tensor
+from twins import single
 
 from ppl_vae import Program
 from ppl_vae.infer.reference import reference_posterior
@@ -36,18 +37,7 @@ def _double(value: Any) -> Tensor:
 
 def _pair(prior: Any, likelihood: Any, guide_loc: float, positive: bool = False) -> Program:
     """The pair of one latent number and one observation, with a guide that is narrow and often wrong."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", likelihood(z), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            family = dist.LogNormal if positive else dist.Normal
-            pyro.sample("z", family(_double(guide_loc), 0.1))
-
-    return Program(model, guide)
+    return single(prior, likelihood, (dist.LogNormal if positive else dist.Normal)(_double(guide_loc), 0.1))
 
 
 def _vector(size: int, mean: Any, s: float) -> Program:

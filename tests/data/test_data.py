@@ -306,6 +306,22 @@ def test_the_digest_is_that_of_the_test_part() -> None:
     assert data.protocol["digest"] == digest.hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "8ed2db8db0a736a2b82bfb9ec661bf7945f5a506f92ca87e903d0605199c2877"),
+        ({"scaling": "standardize"}, "4cb1ca0af505ebcf49f812a04d752ccf5082ba715858c8e409f1ac88aa75de78"),
+        (
+            {"binarization": "dynamic", "validation_fraction": 0.1},
+            "71d72f402389051f14876667edd5ba9630c23453308788396cd689dcbd3a8cca",
+        ),
+    ],
+)
+def test_the_digits_stay_as_they_were(options: dict[str, Any], digest: str) -> None:
+    """As version 0.1 had them: a run of old can be compared with one of today."""
+    assert load("digits", **options).protocol["digest"] == digest
+
+
 def test_the_digest_tells_test_parts_apart() -> None:
     variants: list[dict[str, Any]] = [
         {},
@@ -550,7 +566,7 @@ def test_check_finite_follows_the_mask() -> None:
         ({"test_fraction": float("nan")}, r"`test_fraction` in \(0, 1\); got nan"),
         ({"binarization": "static", "scaling": "standardize"}, "leave out one of the two"),
         ({"binarization": "static", "dequantization": "uniform"}, "leave out one of the two"),
-        ({"array": "images"}, "`array` for an .npz file only; got 'images' for digits"),
+        ({"array": "images"}, "no `array` for digits, which are embedded, split and all; got 'images'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
@@ -581,9 +597,11 @@ def test_too_few_rows_are_refused(tmp_path: Path, n: int) -> None:
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("digts", "'digits', 'mnist' or the path .*; got 'digts'. Did you mean 'digits'"),
+        ("digts", "'digits', 'iris', .*, 'mnist', .* or the path .*; got 'digts'. Did you mean 'digits'"),
+        ("FashionMNIST", "Did you mean 'fashionmnist'"),
         ("MNIST", "got 'MNIST'. Did you mean 'mnist'"),
-        ("cifar", r"got 'cifar'\.$"),
+        ("cifar", "got 'cifar'. Did you mean 'cifar10'"),
+        ("faces", r"folder of pictures \(faces/\); got 'faces'\.$"),
     ],
 )
 def test_unknown_names_are_refused(name: str, match: str) -> None:
@@ -592,14 +610,15 @@ def test_unknown_names_are_refused(name: str, match: str) -> None:
 
 
 def test_bad_paths_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"got the folder {re.escape(str(tmp_path))}"):
+    with pytest.raises(ValueError, match=f"pictures .* in the folder {re.escape(str(tmp_path))}; got none"):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"data file at .*none\.csv; got no such file"):
         load(tmp_path / "none.csv")
-    (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"ends in \.npy, \.npz, \.csv; got .*x\.parquet"):
-        load(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"ends in \.npy, \.npz, \.csv; got .*folder.x"):
+    for name in ("x.mat", "x"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"ends in \.npy, \.npz, \.csv, .*; got .*{re.escape(name)}\.$"):
+            load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"data file at .*folder.x; got no such file or folder"):
         load(tmp_path / "folder" / "x")
 
 
@@ -623,7 +642,7 @@ def test_npz_keys(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
     [
         (np.array([["a"]] * 9), "real numbers in .*dtype <U1"),
         (np.ones((9, 2), complex), "real numbers in .*complex128"),
-        (np.ones(9), r"shape \(n, x\) or \(n, h, w\) in .*got \(9,\)"),
+        (np.ones(9), r"shape \(n, x\) or \(n, h, w\), or .* in .*got \(9,\)"),
         (np.ones((9, 0)), r"shape \(n, x\) .*got \(9, 0\)"),
         (np.ones((0, 9)), r"shape \(n, x\) .*got \(0, 9\)"),
         (
@@ -673,11 +692,11 @@ def test_csv(tmp_path: Path, text: str, names: list[str] | None) -> None:
         ("\n\n", "rows of numbers in .*; got none"),
         ("a,b\n", "rows of numbers in .*; got only a header"),
         ("a,b\n1,2\n3,x\n", "t.csv, line 3, column 'b'; got 'x'"),
-        ("a,b\n1,2\n\n3,\n", "t.csv, line 4, column 'b'; got ''"),
-        ("1,2\n3,4\nnan,5\n", "t.csv, line 3, column 1; got 'nan'"),
+        ("a,b\n1,2\n\n3,\n", r"missing cells in t.csv; got some in 'b' \(1\): line 4"),
+        ("1,2\n3,4\nnan,5\n", r"missing cells in t.csv; got some in 'column 1' \(1\): line 3"),
         ("1,2\n3,inf\n", "t.csv, line 2, column 2; got 'inf'"),
-        ("1,,3\n4,5,6\n", "t.csv, line 1, column 2; got ''"),
-        ("1,NA,3\n4,5,6\n", "t.csv, line 1, column 2; got 'NA'"),
+        ("1,,3\n4,,6\n", r"got some in 'column 2' \(2\): 2 rows, the first in line 1\. .*leave_out = \[.column 2.\]"),
+        ("1,NA,3\n4,5,6\n", r"got some in 'column 2' \(1\): line 1"),
         ("1,2\n3\n", "Expected 2 cells in .*t.csv, line 2, .*got 1"),
         ("a,b\n1,2\n3,4,5\n", "Expected 2 cells in .*t.csv, line 3, .*got 3"),
     ],
@@ -738,7 +757,7 @@ def test_missing_mnist_says_where_it_was_looked_for(
     download: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = _NoMNIST()
-    monkeypatch.setattr(datasets, "torchvision_datasets", lambda: fake)
+    monkeypatch.setattr(datasets, "torchvision_datasets", lambda name: fake)
     with pytest.raises(ValueError, match=rf"under {re.escape(str(tmp_path))} \(`root`\); got.*{remedy}"):
         load("mnist", root=tmp_path, download=download)
     monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "b"))

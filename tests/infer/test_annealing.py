@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor
-from twins import TWINS, array, draws, randomise
+from twins import TWINS, array, draws, randomise, single
 
 from ppl_vae import PPCA, VAE, Conditional, Program, exact_log_evidence
 from ppl_vae._seeds import fork_rng
@@ -25,21 +25,6 @@ from ppl_vae.programs.traces import check_batch
 
 CPU = torch.device("cpu")
 SOME = pytest.mark.parametrize("twin", ["one_by_one", "masked", "two_level", "inner_plate", "state_space"])
-
-
-def single(prior: Any, likelihood: Any, proposal: Any) -> Program:
-    """The pair of one latent number and one observed number."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", likelihood(z), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", proposal)
-
-    return Program(model, guide)
 
 
 NOISE, X = 0.1, 2.0

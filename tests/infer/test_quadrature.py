@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from twins import single
 
 from ppl_vae import Program
 from ppl_vae.infer.reference import reference_posterior
@@ -104,19 +105,10 @@ def test_no_evaluation_holds_more_than_the_entries(monkeypatch: pytest.MonkeyPat
 def test_a_low_mode_that_draws_of_the_prior_reach_is_not_left_out() -> None:
     """One in seven of the posterior's mass lies where all densities are lower than at most draws."""
     weights, places = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.0, 6.0]).double()
-
-    def model(x: Tensor) -> None:
-        parts = dist.Normal(places, torch.tensor([0.5, 2.0]).double())
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), parts))
-            pyro.sample("x", dist.Normal(z, 8.0), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(torch.zeros(len(x)).double(), 0.5))
-
+    prior = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(places, torch.tensor([0.5, 2.0]).double()))
+    program = single(prior, lambda z: dist.Normal(z, 8.0), dist.Normal(torch.zeros(()).double(), 0.5))
     x = torch.linspace(-8, 12, 9, dtype=torch.float64).unsqueeze(-1)
-    reference = reference_posterior(Program(model, guide), x)
+    reference = reference_posterior(program, x)
     assert reference.method == "quadrature"  # a mixture is not taken for linear-Gaussian
     exact = np.log(sum(w * stats.norm(m, np.hypot(s, 8)).pdf(x[:, 0]) for w, m, s in ((0.9, 0, 0.5), (0.1, 6, 2))))
     assert (np.abs(reference.log_evidence.numpy() - exact) <= reference.error.numpy()).all()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from twins import TWINS, array, randomise
+from twins import TWINS, array, randomise, single
 
 from ppl_vae import VAE, Conditional, Program
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
@@ -19,21 +19,6 @@ from ppl_vae.infer.reference import Reference, reference_posterior, strongest
 from ppl_vae.networks import MLP
 
 FEW = sorted(set(TWINS) - {"feature_scale", "more_latents_than_features", "two_level", "state_space", "inner_plate"})
-
-
-def single(prior: Any, likelihood: Any, proposal: Any) -> Program:
-    """The pair of one latent number and one observed number."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", likelihood(z), obs=x[:, 0])
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", proposal)
-
-    return Program(model, guide)
 
 
 def nonlinear(family: str, latents: int = 2) -> tuple[VAE, Tensor]:

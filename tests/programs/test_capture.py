@@ -5,10 +5,16 @@ from collections.abc import Callable
 import pyro
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
+from ppl_vae import VAE, Conditional
+from ppl_vae.families import Bernoulli, Normal, StandardNormal
+from ppl_vae.infer.hmc import slope
+from ppl_vae.networks import MLP, Conv, GatedMLP, Linear, ResidualConv
 from ppl_vae.programs.capture import Captured
+from ppl_vae.programs.joint import Joint
+from ppl_vae.programs.param_store import mode
 
 WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 DATA = torch.linspace(0, 1, 20, dtype=torch.float64).reshape(5, 4)
@@ -201,3 +207,38 @@ def test_what_is_not_finite_is_replayed():
     assert replayed(captured, u)
     assert logs.isnan().any()
     assert ratios.isinf().all()
+
+
+def decoders() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """A network of each kind, as the decoder of a VAE, and the shape of its data."""
+    return {
+        "Linear": (Linear(), (12,)),
+        "MLP": (MLP(hidden=[6, 6], normalization="layer", dropout=0.5, residual=True), (12,)),
+        "GatedMLP": (GatedMLP(hidden=[6]), (12,)),
+        "Conv": (Conv((3, 4), channels=[2, 3], hidden=[4]), (3, 4)),
+        "ResidualConv": (ResidualConv((3, 2, 2), channels=[2, 3], hidden=[4]), (3, 2, 2)),
+        "own": (nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 1, 3, padding=1)), (3, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", decoders())
+def test_the_density_of_a_vae_is_captured_with_each_network(name: str) -> None:
+    vae = VAE(
+        Conditional(StandardNormal(2)),
+        Conditional(Bernoulli(12), decoders()[name][0]),
+        Conditional(Normal(2), Linear()),
+    ).double()
+    joint = Joint(vae, (torch.rand(5, 12) < 0.5).double())
+
+    def ends(u: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad(), mode(vae):
+            u = u.detach().requires_grad_()
+            values = joint.log_probs(u)
+            return *(value.detach() for value in values), slope(torch.stack(values), u)
+
+    captured = Captured(Counted(ends))
+    for u in points(8, 3, 5, 2):
+        for answer, wanted in zip(captured(u), ends(u), strict=True):
+            torch.testing.assert_close(answer, wanted, rtol=1e-12, atol=1e-12)
+    assert replayed(captured, u)
+    assert vae.training

@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from twins import MODELS, TWINS, array, dense, draws, linear_vae, perturbed, randomise
+from twins import MODELS, TWINS, array, dense, draws, linear_vae, perturbed, randomise, single
 
 from ppl_vae import (
     PPCA,
@@ -256,44 +256,31 @@ def test_a_precise_likelihood_is_no_reason_to_refuse() -> None:
     assert compare_posteriors(vae, x).kl.abs().max() < 1e-6
 
 
-def one_latent(prior: Any, likelihood: Callable[[Tensor], Any], guide: Any) -> Program:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", likelihood(z), obs=x[:, 0])
-
-    def guide_(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", guide)
-
-    return Program(model, guide_)
-
-
 SHORT: dict[str, tuple[Callable[[], Program], float, str]] = {
     "uniform": (
-        lambda: one_latent(dist.Uniform(0.0, 100.0), lambda z: dist.Normal(z, 30.0), dist.Uniform(40.0, 60.0)),
+        lambda: single(dist.Uniform(0.0, 100.0), lambda z: dist.Normal(z, 30.0), dist.Uniform(40.0, 60.0)),
         95.0,
         "an interval",
     ),
     "half-normal": (
-        lambda: one_latent(dist.HalfNormal(100.0), lambda z: dist.Normal(z, 50.0), dist.Uniform(50.0, 150.0)),
+        lambda: single(dist.HalfNormal(100.0), lambda z: dist.Normal(z, 50.0), dist.Uniform(50.0, 150.0)),
         20.0,
         "the positive numbers",
     ),
     "scale": (
-        lambda: one_latent(dist.Gamma(2.0, 1.0), lambda z: dist.Normal(0.0, z), dist.LogNormal(0.0, 1.0)),
+        lambda: single(dist.Gamma(2.0, 1.0), lambda z: dist.Normal(0.0, z), dist.LogNormal(0.0, 1.0)),
         1.0,
         "the positive numbers",
     ),
     "discrete": (
-        lambda: one_latent(
+        lambda: single(
             dist.Categorical(torch.ones(3)), lambda z: dist.Normal(z.double(), 1.0), dist.Categorical(torch.ones(3))
         ),
         1.0,
         "discrete values",
     ),
     "simplex": (
-        lambda: one_latent(
+        lambda: single(
             dist.Dirichlet(torch.ones(2)), lambda z: dist.Normal(z[..., 0], 1.0), dist.Dirichlet(torch.ones(2))
         ),
         1.0,
@@ -316,7 +303,7 @@ def test_sites_without_the_whole_real_line_are_refused_by_name(name: str) -> Non
 
 
 def test_a_guide_on_less_than_the_real_line_does_not_hide_the_closed_form() -> None:
-    program = one_latent(dist.Normal(0.0, 1.0), lambda z: dist.Normal(2 * z, 1.0), dist.LogNormal(0.0, 0.5))
+    program = single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(2 * z, 1.0), dist.LogNormal(0.0, 0.5))
     x = torch.tensor([[1.0], [3.0]])
     np.testing.assert_allclose(exact_log_evidence(program, x), norm(0, 5**0.5).logpdf(x[:, 0]), **CLOSE)
     assert (compare_posteriors(program, x).error > 0).all()
@@ -326,12 +313,51 @@ def test_a_guide_on_less_than_the_real_line_does_not_hide_the_closed_form() -> N
 def test_two_far_pieces_that_are_each_quadratic_are_refused(place: float) -> None:
     """The mean of x folds at 0: as a model around either piece, and as a guide of two far components."""
     mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-40.0, 40.0]), 1.0))
-    program = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z.abs(), 10.0), dist.Normal(place, 1.0))
+    program = single(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z.abs(), 10.0), dist.Normal(place, 1.0))
     with pytest.raises(ValueError, match="linear-Gaussian model.*not quadratic"):
         exact_log_evidence(program, torch.tensor([[50.0]]))
-    guided = one_latent(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z, 10.0), mixture)
+    guided = single(dist.Normal(0.0, 100.0), lambda z: dist.Normal(z, 10.0), mixture)
     with pytest.raises(ValueError, match="linear-Gaussian guide.*is a mixture"):
         gaussians(guided, torch.tensor([[place]]), role="guide")
+
+
+@pytest.mark.parametrize("power", [2, 3])
+@pytest.mark.parametrize("noise", [1.0, 0.3, 0.1])
+def test_a_small_bend_is_part_of_the_error_and_a_larger_one_refused(power: int, noise: float) -> None:
+    """Of size 1e-8 it moves log p(x) by more than 1e-9 nats, and the error of log p(x) and of the KL says so."""
+    x, z = torch.tensor([[0.3], [1.5], [-2.2]]), torch.linspace(-12, 12, 100_001)
+    prior = dist.Normal(torch.zeros(()), 1.0)
+    for size in (1e-8, 1e-5):
+
+        def likelihood(z: Tensor, size: float = size) -> Any:
+            return dist.Normal(z + size * z**power, noise)
+
+        program = single(prior, likelihood, prior)
+        if size == 1e-5:
+            with pytest.raises(ValueError, match="not quadratic"):
+                exact_log_evidence(program, x)
+            continue
+        sums = [(prior.log_prob(z) + likelihood(z).log_prob(one)).logsumexp(0) for one in x[:, 0]]
+        exact, truth = gaussians(program, x, role="model"), torch.stack(sums) + math.log(24 / 100_000)
+        miss = (exact.log_normaliser - truth).abs()
+        assert miss.max() > 1e-9
+        assert (miss <= exact.error + 1e-10).all()
+        assert exact.error.max() < 1e-5
+        assert torch.equal(compare_posteriors(program, x).error, exact.error)
+
+
+@pytest.mark.parametrize("n", [1, 4, 40])
+@pytest.mark.parametrize("centre", [-1.6, 1.5, 2.4])
+def test_a_bump_far_off_the_posterior_is_refused(n: int, centre: float) -> None:
+    """Ten posterior deviations off, z could explain x as well, by a bump of a hundredth of the prior's width."""
+    prior, height = dist.Normal(torch.zeros(()), 1.0), -math.copysign(1.0, centre)
+
+    def likelihood(z: Tensor) -> Any:
+        return dist.Normal(0.27 * z + height * torch.exp(-0.5 * ((z - centre) / 0.01) ** 2), 0.045)
+
+    x = 0.27 * centre + height * torch.linspace(0.5, 0.6, n).unsqueeze(-1)
+    with pytest.raises(ValueError, match="not quadratic"):
+        exact_log_evidence(single(prior, likelihood, prior), x)
 
 
 def test_a_step_that_gradients_do_not_show_is_refused() -> None:
@@ -341,15 +367,13 @@ def test_a_step_that_gradients_do_not_show_is_refused() -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
             pyro.factor("step", 3.0 * (z > 4).double(), has_rsample=True)
 
-    program = Program(
-        model, one_latent(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0), dist.Normal(0, 0.1)).guide
-    )
+    program = Program(model, single(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0), dist.Normal(0, 0.1)).guide)
     with pytest.raises(ValueError, match="not quadratic"):
         exact_log_evidence(program, torch.tensor([[0.5]]))
 
 
 def test_a_model_that_some_real_values_break_is_refused() -> None:
-    program = one_latent(dist.Normal(0.5, 0.5), lambda z: dist.Normal(0.0, z), dist.Normal(0.5, 0.1))
+    program = single(dist.Normal(0.5, 0.5), lambda z: dist.Normal(0.0, z), dist.Normal(0.5, 0.1))
     with pytest.raises(ValueError, match="linear-Gaussian model.*not defined for all real values of z") as caught:
         exact_log_evidence(program, torch.tensor([[1.0]]))
     assert "scale" in str(caught.value.__cause__)

@@ -153,7 +153,7 @@ def test_the_error_of_the_distance_to_the_exact_posterior(family, few, tmp_path)
     assert exact["gap_mc_se"] == pytest.approx(float(compared.error.square().sum().sqrt()) / 40)
     assert (exact["gap_mc_se"] > 0) == sampled
     lines = (made.path / "report.md").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("| KL of guide to exact posterior |")]
+    (line,) = [line for line in lines if line.startswith("| KL of guide to exact posterior, exact log evidence - ELBO")]
     *_, figure, error, kind, _ = (cell.strip() for cell in line.split("|"))
     assert figure == f"{exact['posterior_kl']:.4f}"
     assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed-form"))
@@ -213,7 +213,7 @@ def example(**changes):
         "train": {
             "elbo": -100.0,
             "elbo_se": 0.1,
-            "lead": {"elbo": 0.4, "elbo_se": 0.3, "log_evidence": 0.3, "log_evidence_se": 0.3},
+            "lead": {"n": 297, "elbo": 0.4, "elbo_se": 0.3, "log_evidence": 0.3, "log_evidence_se": 0.3},
         },
         "test": {
             "samples": 1000,
@@ -261,7 +261,7 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
         ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
         ({"test__collapsed": [2]}, FLAT, "1 of 4 latents is collapsed.* mean of z2 hardly varies"),
-        ({"train__lead__log_evidence": 10.2}, FLAT, "by 10.2 ± 0.3 nats.*memorises"),
+        ({"train__lead__log_evidence": 10.2}, FLAT, "by 10.2 ± 0.3 nats.*over 297 data.*memorises"),
         ({"train__lead__elbo": 6.8, "train__lead__log_evidence": 0.9}, FLAT, "encoder overfits.*6.8 nats.* 0.9 ± 0.3"),
         ({"train__lead": None}, FLAT, None),
         ({"test__elbo__mean": -100.9}, FLAT, None),

@@ -504,7 +504,10 @@ def test_a_table_is_judged_on_its_own_data_and_says_so(finished, tmp_path):
     x = made.spec.load_data().train
     known = log_weights(made.program, x, 30, seed=0).mean()
     assert made.report["test"]["elbo"]["mean"] == pytest.approx(float(known), abs=1e-9)
-    assert "All figures are of the training data" in (made.path / "report.md").read_text()
+    assert made.report["train"]["elbo"] == made.report["test"]["elbo"]["mean"]
+    text = (made.path / "report.md").read_text()
+    assert "All figures are of the training data" in text
+    assert "| ELBO |  | -" in text  # in one column alone
     with pytest.raises(ValueError, match="the part that was evaluated is test .* and train"):
         compare_runs([finished.path, made.path])
 

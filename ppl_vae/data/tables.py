@@ -1,0 +1,301 @@
+"""Tables: columns of numbers and words, and the role of each."""
+
+import csv
+import difflib
+import importlib
+import io
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ppl_vae.data.files import RawData, encode, intensity, rows_text
+
+TEXT = (".csv", ".tsv", ".txt")
+BINARY = (".parquet", ".feather")
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the columns of a table are for, and what separates them in text: keys of `load`."""
+
+    label: str | None = None
+    id: str | None = None
+    columns: Sequence[str] | None = None
+    leave_out: Sequence[str] | None = None
+    categories: Sequence[str] | None = None
+    size_factor: str | None = None
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it stands in its source.
+
+    Attributes:
+        source: Where it stands, for messages.
+        cells: Each column, by its name or its number from 1: a list of text, None where it is missing, or an array.
+        has_header: Whether the source names the columns.
+        lines: Line of each row in a text file.
+        levels: Columns that pandas holds as categories, with their words if these have an order.
+    """
+
+    source: str
+    cells: dict[str, Any]
+    has_header: bool = True
+    lines: npt.NDArray[np.int64] | None = None
+    levels: dict[str, list[str]] = field(default_factory=dict)
+
+    def column(self, name: str, as_words: bool = False) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+        """Numbers of a column, or codes of its sorted words; NaN where missing.
+
+        Raises:
+            ValueError: If it holds neither, infinities, or numbers and words at once unless read `as_words`.
+        """
+        cells, words = self.cells[name], self.levels.get(name)
+        as_words |= words is not None
+        if isinstance(cells, np.ndarray):
+            if cells.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"Expected numbers or words in column {name!r} of {self.source}; got {cells.dtype}. Convert them, "
+                    f'or leave the column out (leave_out = ["{name}"]).'
+                )
+            cells = cells.astype(np.float64)
+            if not as_words:
+                self._check_numbers(name, cells, cells)
+                return cells, ()
+            cells = [None if math.isnan(value) else f"{value:.15g}" for value in cells]
+        if not words:
+            numbers = [math.nan if cell is None else _number(cell) for cell in cells]
+            if not as_words and (all(c is None for c in cells) or any(v == v and v is not None for v in numbers)):
+                self._check_numbers(name, numbers, cells)
+                return np.array(numbers, np.float64), ()
+            words = sorted(set(cells) - {None}, key=None if None in numbers else float)
+        codes: dict[Any, float] = {None: math.nan} | {word: float(code) for code, word in enumerate(words)}
+        return np.array([codes[cell] for cell in cells]), tuple(words)
+
+    def _check_numbers(self, name: str, numbers: Any, cells: Any) -> None:
+        i = next((i for i, number in enumerate(numbers) if number is None or math.isinf(number)), None)
+        if i is not None:
+            column = repr(name) if self.has_header else name.removeprefix("column ")
+            words = "" if numbers[i] is not None else f', or read all as words (categories = ["{name}"])'
+            raise ValueError(
+                f"Expected a finite number in {self.source}, {rows_text(self.lines, [i])}, column {column}; got "
+                f"{str(cells[i])!r}. Correct the cell, or drop the row or the column{words}."
+            )
+
+
+def read_table(path: Path, separator: str | None) -> Table:
+    """Read a table from text, a parquet or a feather file.
+
+    Raises:
+        ValueError: If it cannot be read, or has no rows.
+    """
+    if path.suffix.lower() in BINARY:
+        return _read_pandas(path)
+    if separator is not None and len(separator) != 1:
+        raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            text = file.read()
+        reader = _reader(text, separator or _find_separator(text, "\t," if path.suffix.lower() == ".tsv" else ",\t"))
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise ValueError(f"Expected separated text in UTF-8; got {path}: {error}") from error
+    header = rows.pop(0)[1] if rows and None in map(_number, rows[0][1]) else None
+    if not rows:
+        raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
+    width = len(header or rows[0][1])
+    for line, row in rows:
+        if len(row) != width:
+            raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
+    columns = list(zip(*(row for _, row in rows), strict=True))
+    cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
+    named = _named(header or [""] * width, cells, path)
+    return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
+
+
+def _reader(text: str, separator: str) -> Any:
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator == " ")
+
+
+def _find_separator(text: str, first: str) -> str:
+    """Separator that gives each of the first lines equally many cells, at least two; else the first one."""
+    for separator in f"{first};|":
+        widths = {len(row) for row in itertools.islice(filter(None, _reader(text, separator)), 20)}
+        if len(widths) == 1 and widths != {1}:
+            return separator
+    return first[0]
+
+
+def _read_pandas(path: Path) -> Table:
+    """Read a parquet or feather file."""
+    pandas = importlib.import_module("pandas")
+    try:
+        frame = getattr(pandas, f"read_{path.suffix[1:].lower()}")(path)
+    except ImportError as error:
+        raise ValueError(f"Expected pyarrow for {path}; got: {error} Install ppl-vae[parquet].") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
+    if not frame.size:
+        raise ValueError(f"Expected a table with rows in {path}; got {len(frame)} rows, {frame.shape[1]} columns.")
+    cells, levels, types = _named(frame.columns, [column for _, column in frame.items()], path), {}, pandas.api.types
+    for name, column in cells.items():
+        if isinstance(column.dtype, pandas.CategoricalDtype):
+            levels[name] = [str(word) for word in column.cat.categories] if column.cat.ordered else []
+        if name in levels or types.is_string_dtype(column) or types.is_object_dtype(column):
+            cells[name] = [None if gone else str(cell) for cell, gone in zip(column, column.isna(), strict=True)]
+        else:
+            gaps = types.is_numeric_dtype(column) and column.isna().any()
+            cells[name] = column.to_numpy(np.float64, na_value=np.nan) if gaps else column.to_numpy()
+    return Table(str(path), cells, levels=levels)
+
+
+def choose(table: Table, roles: Roles) -> RawData:
+    """Give each column of a table its role.
+
+    Raises:
+        ValueError: If a name is unknown or has two roles, no feature is left, or a column does not suit its role.
+    """
+    size = None if roles.size_factor == "total" and "total" not in table.cells else roles.size_factor
+    taken: dict[str, str] = {}
+    for role, key, names in (
+        ("label", "label", [roles.label]),
+        ("id", "id", [roles.id]),
+        ("size factor", "size_factor", [size]),
+        ("left out", "leave_out", roles.leave_out or ()),
+        ("feature", "columns", roles.columns or ()),
+        ("", "categories", roles.categories or ()),
+    ):
+        for name in filter(None, names):
+            if name not in table.cells:
+                close = difflib.get_close_matches(name, table.cells, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                some = ", ".join(map(repr, list(table.cells)[:20])) + ", ..." * (len(table.cells) > 20)
+                raise ValueError(f"Expected `{key}` to name a column of {table.source} ({some}); got {name!r}.{hint}")
+            if role and taken.setdefault(name, role) != role:
+                raise ValueError(
+                    f"Expected one role for column {name!r} of {table.source}; got {taken[name]} and {role}."
+                )
+    rest = "feature" if roles.columns is None else "left out"
+    taken = {name: taken.get(name, rest) for name in table.cells}
+    features = [name for name in dict.fromkeys(roles.columns or table.cells) if taken[name] == "feature"]
+    if not features:
+        held = ", ".join(f"{name} ({role})" for name, role in taken.items())
+        raise ValueError(f"Expected at least one feature in {table.source}; got {held}.")
+    pairs = [table.column(name, name in (roles.categories or ())) for name in features]
+    x = np.stack([values for values, _ in pairs], 1)
+    categories = {name: words for name, (_, words) in zip(features, pairs, strict=True) if words}
+    raw = RawData(
+        x,
+        names=tuple(features) if table.has_header or len(features) < len(table.cells) or categories else None,
+        maximum=None if categories else intensity(x),
+        is_table=True,
+        categories=categories,
+        ordered=frozenset(name for name, words in table.levels.items() if words),
+        roles={name: role for name, role in taken.items() if role != "feature"},
+        lines=table.lines,
+    )
+    if roles.label:
+        values, words = _complete(table, roles.label, "label")
+        where = f"column {roles.label!r} of {table.source}"
+        y, classes = (values.astype(np.int64), words) if words else encode(values, where)
+        raw = replace(raw, y=y, classes=classes)
+    if roles.id:
+        raw = replace(raw, ids=np.asarray(table.cells[roles.id]))
+    if size:
+        values, words = _complete(table, size, "size factor")
+        if words or not (values > 0).all():
+            raise ValueError(f"Expected numbers above 0 as size factors in column {size!r} of {table.source}.")
+        raw = replace(raw, size_factor=values)
+    return raw
+
+
+def check_complete(raw: RawData, file: str) -> None:
+    """Refuse missing cells.
+
+    Raises:
+        ValueError: With the columns and rows that have some.
+    """
+    if raw.is_table and (missing := raw.missing).any():
+        counts = {raw.name(int(j)): int(missing[:, j].sum()) for j in np.flatnonzero(missing.any(0))}
+        listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
+        gone = rows_text(raw.lines, np.flatnonzero(missing.any(1)))
+        raise ValueError(
+            f"Expected no missing cells in {file}; got some in {listed}: {gone}. Drop these rows, or leave the columns "
+            f"out: leave_out = {json.dumps(list(counts))}."
+        )
+
+
+def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
+    """Refuse words that the training part lacks.
+
+    Raises:
+        ValueError: With the words, their column and rows.
+    """
+    for name, words in raw.categories.items():
+        codes = raw.x[:, (raw.names or ()).index(name)]
+        other = np.flatnonzero(~np.isin(codes, codes[train]))
+        if len(other):
+            strange = sorted({words[int(code)] for code in codes[other]})
+            known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
+            remedy = f'give id = "{name}"' if len(words) == len(codes) else "merge rare words, drop the rows"
+            raise ValueError(
+                f"Expected each word of column {name!r} in the training part; got {known} in other parts alone "
+                f'({rows_text(raw.lines, other)}). Leave the column out (leave_out = ["{name}"]), or {remedy}.'
+            )
+
+
+def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Total of each row (n,) over the mean total of the training rows.
+
+    Raises:
+        ValueError: If a column holds no counts, or a row none but zeros.
+    """
+    counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
+    if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
+        raise ValueError(
+            'Expected counts (whole numbers from 0 up) in every column for size_factor = "total"; got others in '
+            f"{', '.join(wrong)}. Leave these columns out, or name a column of factors."
+        )
+    each = raw.x.sum(1, dtype=np.float64)
+    if not each.all():
+        empty = rows_text(raw.lines, np.flatnonzero(each == 0))
+        raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
+    return np.asarray(each / each[train].mean())
+
+
+def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+    """Read a column without missing cells."""
+    values, words = table.column(name)
+    if np.isnan(values).any():
+        gone = rows_text(table.lines, np.flatnonzero(np.isnan(values)))
+        raise ValueError(f"Expected a {role} in every row of {table.source}; got none in {gone}. Drop these rows.")
+    return values, words
+
+
+def _named(names: Iterable[object], cells: list[Any], path: Path) -> dict[str, Any]:
+    """Columns by their names, or by their number from 1 where they have none."""
+    known = [str(name) or f"column {j}" for j, name in enumerate(names, 1)]
+    name, count = Counter(known).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"Expected distinct names of columns in {path}; got {name!r} {count} times. Rename them.")
+    return dict(zip(known, cells, strict=True))
+
+
+def _number(cell: str) -> float | None:
+    """Number in a cell, NaN if it is missing, None if the cell holds other text."""
+    if cell.lower() in _MISSING:
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        return None

@@ -1,0 +1,169 @@
+"""Tables and pictures in specs: what `check` says of their columns, and what a run keeps of them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ppl_vae.data import Columns
+from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.spec import Spec, load_spec
+from ppl_vae.runs.spec_file import parse_override
+
+TABLES: dict[str, Any] = {
+    "model": {"latent": 2},
+    "prior": {"family": "StandardNormal"},
+    "likelihood": {"family": "Mixed", "network": {"family": "MLP", "hidden": [4]}},
+    "posterior": {"family": "Normal", "network": {"family": "MLP", "hidden": [4]}},
+    "svi": {"epochs": 1, "batch_size": 20},
+    "evaluation": {"samples": 30},
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "row": np.arange(1, 61),
+            "species": np.array(["gentoo", "adelie", "chinstrap"])[rng.integers(0, 3, 60)],
+            "mass (g)": rng.normal(4000, 500, 60),
+            "eggs": rng.poisson(3, 60),
+            "flat": 0,
+            "site": 1,
+        }
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    return tmp_path / "t.csv"
+
+
+def spec(table: Path, data: dict[str, Any] | None = None, **tables: Any) -> Spec:
+    return Spec.from_dict({**TABLES, "data": {"name": str(table), **(data or {})}, **tables}, table.parent / "run.toml")
+
+
+def test_check_lists_columns_and_what_mends_them(table: Path) -> None:
+    checked = spec(table).check(spec(table).load_data())
+    assert checked.columns == {
+        "row": "count feature",
+        "species": "category feature",
+        "mass (g)": "real feature",
+        "eggs": "count feature",
+        "flat": "binary feature",
+        "site": "binary feature",
+    }
+    assert len(checked.hints) == 3
+    assert "columns     count feature: row, eggs; category feature: species; real feature: mass (g)" in str(checked)
+    assert all(hint in str(checked) for hint in checked.hints)
+    assert json.loads(json.dumps(checked.to_dict()))["hints"] == checked.hints
+    changes = dict(parse_override(re.findall(r"--set 'data\.(.*)'", hint)[0]) for hint in checked.hints)
+    assert changes == {"id": "row", "label": "species", "leave_out": ["flat", "site"]}
+    mended = spec(table, changes)
+    again = mended.check(mended.load_data())
+    assert again.hints == []
+    assert again.columns == {
+        "mass (g)": "real feature",
+        "eggs": "count feature",
+        "row": "id",
+        "species": "label",
+        "flat": "left out",
+        "site": "left out",
+    }
+    half = spec(table, {"leave_out": ["flat"]})
+    assert any("'data.leave_out=[\"flat\", \"site\"]'" in hint for hint in half.check(half.load_data()).hints)
+
+
+def test_a_scale_for_constant_columns_is_refused_by_name(table: Path) -> None:
+    pd.read_csv(table).assign(flat=2.5).to_csv(table, index=False)
+    constant = spec(table)
+    with pytest.raises(ValueError, match=r"constant .*flat, site .*--set 'data.leave_out=\[\"flat\", \"site\"\]'"):
+        constant.build(constant.load_data())
+
+
+def test_check_says_what_standardize_leaves_alone(table: Path) -> None:
+    scaled = spec(table, {"scaling": "standardize", "leave_out": ["row", "flat", "site"], "label": "species"})
+    assert scaled.check(scaled.load_data()).hints == [
+        "eggs stay as they are: standardize scales no counts and no shares"
+    ]
+
+
+def test_pictures_have_no_columns_to_list() -> None:
+    digits = load_spec(Path(__file__).parents[2] / "models" / "digits.toml")
+    checked = digits.check(digits.load_data())
+    assert (checked.columns, checked.hints) == ({}, [])
+    assert "columns" not in str(checked)
+
+
+def test_a_run_keeps_the_columns_and_loads_without_its_data(table: Path) -> None:
+    chosen = spec(table, {"label": "species", "id": "row", "leave_out": ["flat", "site"]})
+    columns = chosen.load_data().columns
+    run = fit_spec(chosen, out=table.parent / "run", device="cpu")
+    assert Columns.from_dict(run.report["data"]["columns"]) == columns
+    assert run.report["data"]["protocol"]["roles"]["species"] == "label"
+    assert load_spec(run.path / "spec.toml") == chosen
+    table.unlink()
+    loaded = load_run(run.path)
+    assert torch.equal(loaded.program.sample(5, seed=0), run.program.sample(5, seed=0))
+
+
+def test_a_run_from_before_columns_were_kept_loads(table: Path) -> None:
+    family = {"family": "Normal", "network": {"family": "MLP", "hidden": [4]}}
+    chosen = spec(table, {"columns": ["mass (g)", "eggs"]}, likelihood=family)
+    run = fit_spec(chosen, out=table.parent / "run", device="cpu")
+    report = json.loads((run.path / "report.json").read_text())
+    del report["data"]["columns"]
+    (run.path / "report.json").write_text(json.dumps(report))
+    loaded = load_run(run.path)
+    assert torch.equal(loaded.program.sample(5, seed=0), run.program.sample(5, seed=0))
+
+
+def test_parts_are_told_of_the_columns(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "class Own:\n    def __init__(self, features, columns, levels): self.told = columns, levels\n"
+        "    def model(self, x): ...\n    def guide(self, x): ...\n"
+    )
+    only = {"data": {"name": str(table)}, "model": {"program": "own.py:Own"}}
+    columns = spec(table).load_data().columns
+    built: Any = Spec.from_dict(only, tmp_path / "run.toml").assemble(columns=columns, rows=48)
+    assert built.told == (columns, columns.levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "match"),
+    [
+        ("digits", {"label": "x"}, "data.label: Expected no `label` for digits, which are embedded"),
+        ("wine", {"label": "x"}, "data.label: Expected no `label` for wine, which is embedded"),
+        ("cifar10", {"test_fraction": 0.1}, "data.test_fraction: .* cifar10, which has a split of its own"),
+        ("t.parquet", {"separator": ";"}, "data.separator: .* data that are no text"),
+        ("x.npy", {"columns": ["a"]}, "data.columns: .* an array, whose columns have no names"),
+        ("faces/", {"categories": ["a"]}, "data.categories: .* a folder of pictures"),
+        ("faces/", {"root": "."}, "data.root: .* the path of a file"),
+        ("irs", {}, "data.name: Expected `name` to be .*; got 'irs'. Did you mean 'iris'"),
+    ],
+)
+def test_keys_without_effect_are_refused(tmp_path: Path, name: str, keys: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Spec.from_dict({**TABLES, "data": {"name": name, **keys}}, tmp_path / "run.toml")
+
+
+def test_a_folder_of_pictures_stands_beside_the_spec(tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((2, 3), 20 * i, np.uint8)).save(tmp_path / "faces" / f"{i}.png")
+    family = {"family": "Normal", "network": {"family": "MLP", "hidden": [4]}}
+    tables = {**TABLES, "likelihood": family, "data": {"name": "faces/", "scaling": "unit"}}
+    chosen = Spec.from_dict(tables, tmp_path / "run.toml")
+    assert chosen.data.name == str((tmp_path / "faces").resolve())
+    data = chosen.load_data()
+    assert (data.shape, data.columns.levels) == ((2, 3), (256,) * 6)
+    assert Spec.from_dict(chosen.to_dict(), tmp_path / "run.toml") == chosen
+
+
+def test_the_bad_table_names_the_spec(table: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.toml: Expected `label` to name .*got 'specie'. Did you mean 'species'"):
+        spec(table, {"label": "specie"}).load_data()
