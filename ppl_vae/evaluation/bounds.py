@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.evidence import weight_blocks
+from ppl_vae.evaluation.weights import weight_blocks
 from ppl_vae.programs.target import Target
 
 

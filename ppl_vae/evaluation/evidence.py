@@ -8,21 +8,19 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.nested import Nested, inner_draws
+from ppl_vae.evaluation.nested import inner_draws
 from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
+from ppl_vae.evaluation.weights import Draws, weight_blocks
 from ppl_vae.programs.target import BLOCK, Target
 
-_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 _ROUNDING = 64  # steps of the floating type within which weights count as equal
 _LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
@@ -250,7 +248,7 @@ def log_evidence(
 
 @torch.no_grad()
 def estimate_evidence(
-    target: Target, samples: int, seed: int, inner: int | None, look: Callable[[int, "Draws"], None] | None = None
+    target: Target, samples: int, seed: int, inner: int | None, look: Callable[[int, Draws], None] | None = None
 ) -> Evidence:
     """What `log_evidence` returns, with a look at the draws of each block of data, by its number, in passing."""
     samples, inner = check_int("samples", samples), inner_draws(target, inner)
@@ -284,60 +282,6 @@ def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
         error = 4 * torch.finfo(target.dtype).eps * weights
     size = weights.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))
-
-
-class Draws(NamedTuple):
-    """Some draws of a block of data.
-
-    Args:
-        weights: log weights, (k, n) in nats.
-        likelihood: log likelihoods, (k, n).
-        bounds: what averages to the ELBO, (k, n).
-        moments: returns the latents and their squares, (k, n, z) each, by the guide and then by local weights.
-    """
-
-    weights: Tensor
-    likelihood: Tensor
-    bounds: Tensor
-    moments: Callable[[], tuple[Tensor, ...]]
-
-
-def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> Iterator[Iterator[Draws]]:
-    """Draws in blocks of data and, within these, of draws."""
-    for number, block in enumerate(target.blocks()):
-        yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
-
-
-def block_size(target: Target, inner: int = 1) -> int:
-    """How many draws go side by side; the first entry of the batch says how large a datum is."""
-    first = next(iter(target.batch.values()))
-    numbers = target.features * inner if target.structure.whole else BLOCK * max(first[0].numel(), 1)
-    return max(1, min(BLOCK, _ENTRIES // numbers))
-
-
-def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
-    if inner > 1:
-        for number, start in enumerate(range(0, samples, size)):
-            nested = Nested(target, min(size, samples - start), inner, *key, number)
-            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
-        return
-    for k, model, guide in trace_blocks(target, samples, size, *key):
-        likelihood = target.log_density(model, k, model.observation_nodes)
-        prior = target.log_density(model, k, model.stochastic_nodes)
-        weights = prior + likelihood - target.log_density(guide, k)
-        yield Draws(weights, likelihood, weights, partial(_moments, target, model))
-
-
-def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
-    z = target.flatten(model)
-    return z, z.square(), z, z.square()
-
-
-def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:
-    """Traces of model and guide with at most `size` particles each, and how many they have."""
-    for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
 
 
 class _Sums:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.evidence import trace_blocks, weight_blocks
+from ppl_vae.evaluation.weights import trace_blocks, weight_blocks
 from ppl_vae.programs.target import Target
 
 _DRAWS = 100  # draws at a time

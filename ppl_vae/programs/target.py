@@ -148,10 +148,8 @@ class Target:
         if role == "guide":
             self._check_data()
         function = getattr(self.program, role)
-        particles, batch = (
-            pyro.plate("particles", samples, dim=-1 - self.structure.nesting),
-            batch_of(function, self.batch),
-        )
+        particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
+        batch = batch_of(function, self.batch)
         with mode(self.program):
             if self.structure.sequential:
                 return trace_in_turn(handler(function), batch, samples, self.structure.latents)
