@@ -138,6 +138,8 @@ def _draw(target: Target, k: int) -> tuple[Groups, Any]:
 
 
 def _join(parts: list[Groups], dimension: str) -> Groups:
+    if len(parts) == 1:
+        return parts[0]
     return {
         group: {
             name: np.concatenate([part[group][name] for part in parts], _DIMENSIONS[group].index(dimension))

@@ -1,5 +1,6 @@
 """Plates: which one holds the data, and whether a program has latent variables outside it."""
 
+import math
 from typing import Any
 
 import torch
@@ -55,13 +56,39 @@ def is_whole(pair: Pair, plate: str | None) -> bool:
 
 def subsampled(pair: Pair) -> str | None:
     """Name of a plate that holds only a part of its data; None if there is none."""
+    around = (frame for trace in pair for name in plain_sites(trace) for frame in _stack(trace, name))
+    return next((str(frame.name) for frame in around if frame.full_size not in (None, frame.size)), None)
+
+
+def check_sizes(pair: Pair, latents: list[str]) -> None:
+    """Check that plates and latent sites have one size in guide and model.
+
+    Raises:
+        BrokenContract: Naming the plate or site that has two.
+    """
+    plates: dict[str, int] = {}
     for trace in pair:
         for name in plain_sites(trace):
-            node: Any = trace.nodes[name]
-            for frame in node["cond_indep_stack"]:
-                if frame.full_size not in (None, frame.size):
-                    return str(frame.name)
-    return None
+            for frame in _stack(trace, name):
+                full = frame.full_size or frame.size
+                if plates.setdefault(frame.name, full) != full:
+                    raise BrokenContract(
+                        f"Expected plate '{frame.name}' to have one size; it has {plates[frame.name]} in the guide and "
+                        f"{full} in the model. Make the guide for these data."
+                    )
+    for name in latents:
+        drawn, wanted = (trace.nodes[name]["fn"] for trace in pair)  # type: ignore[misc]
+        sizes = [math.prod((*fn.batch_shape, *fn.event_shape)) for fn in (drawn, wanted)]
+        if sizes[0] != sizes[1]:
+            raise BrokenContract(
+                f"Expected site '{name}' to have one size in model and guide; it has {sizes[1]} entries in the model "
+                f"and {sizes[0]} in the guide. Put it into the same plates in both."
+            )
+
+
+def _stack(trace: Trace, name: str) -> Any:
+    node: Any = trace.nodes[name]
+    return node["cond_indep_stack"]
 
 
 def local_plate(pair: Pair, latents: list[str]) -> str | None:

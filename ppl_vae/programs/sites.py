@@ -16,6 +16,7 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
 from ppl_vae.programs.plates import (
     BrokenContract,
+    check_sizes,
     data_plate,
     fixed,
     frames,
@@ -254,6 +255,7 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
     found = Structure(tuple(latents), observed, depth, kl, drawn == latents, shapes, without, whole=whole)
     if not whole:
         return found
+    check_sizes(pair, latents)
     return replace(found, local=local_plate(pair, latents), subsampled=subsampled(pair))
 
 

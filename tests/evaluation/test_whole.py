@@ -25,7 +25,7 @@ from ppl_vae import (
     log_weights,
     reference_posterior,
 )
-from ppl_vae.evaluation import pareto_k, to_datatree
+from ppl_vae.evaluation import calibrate, pareto_k, to_datatree
 
 N, NOISE = 30, 0.5
 GENERATOR = np.random.default_rng(0)
@@ -336,6 +336,67 @@ def test_a_guide_that_does_not_look_at_its_data_belongs_to_them() -> None:
     assert log_evidence(amortized, {"x": X, "y": Y + 1}, 2).log_evidence.shape == (1,)
 
 
+def test_sizes_differ_between_model_and_guide() -> None:
+    def inside(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    def outside(x: Tensor, y: Tensor) -> None:
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="site 'm' to have one size.*entries in the model and 1 in the guide"):
+        log_evidence(Program(inside, outside), DATA, 2)
+
+    def groups(count: int) -> Callable[..., None]:
+        def model(x: Tensor, y: Tensor) -> None:
+            with pyro.plate("groups", count):
+                pyro.sample("m", dist.Normal(0.0, 1.0))
+
+        return model
+
+    for sizes in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=f"plate 'groups' to have one size; it has {sizes[1]} in the guide"):
+            log_evidence(Program(groups(sizes[0]), groups(sizes[1])), DATA, 2)
+
+
+def test_arguments_that_the_data_lack_are_named() -> None:
+    with pytest.raises(ValueError, match="run on data named y; one raised: .*missing 1 required positional.*'x'"):
+        log_evidence(Program(regression, exact), {"y": Y}, 2)
+
+
+@pytest.mark.parametrize("model", ["loop", "sum"])
+def test_programs_that_know_no_particles_run_one_draw_at_a_time(model: str) -> None:
+    """One has a site per observation, the other adds up all it has, particles too, without failing."""
+
+    def loop(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        for i in pyro.plate("data", len(y)):
+            pyro.sample(f"y{i}", dist.Normal((x[i] * w).sum(-1), NOISE), obs=y[i])
+
+    def total(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), NOISE).log_prob(y).sum())
+
+    target = Target(Program({"loop": loop, "sum": total}[model], exact), DATA)
+    assert target.structure.sequential == (model == "sum")
+    assert_allclose(log_weights(target, samples=5), TRUTH, rtol=1e-10)
+
+
+def test_calibration_simulates_whole_data_sets_and_refuses_guides_that_do_not_read_them() -> None:
+    def short(x: Tensor, y: Tensor) -> None:
+        regression(x[:, :2], y)
+
+    small = {"x": X[:4], "y": Y[:4]}
+    found = calibrate(Program(short, exact), small, simulations=100, draws=9)
+    assert found.ranks.shape == (100, 2)
+    assert found.verdict == "no fault found"
+    program = Program(regression)
+    fit(program, DATA, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="a guide that reads the data; this one draws the same"):
+        calibrate(program, DATA, simulations=10)
+
+
 def test_latents_differ_between_model_and_guide() -> None:
     with pytest.raises(ValueError, match=r"same latent sites; only the model has \['w'\], only the guide has \['v'\]"):
         log_evidence(Program(regression, lambda x, y: pyro.sample("v", dist.Normal(0.0, 1.0))), DATA, 2)
@@ -353,3 +414,5 @@ def test_arviz_reads_global_sites_and_compares_by_loo(model: Callable[..., Any])
     score = dist.Normal(w @ torch.from_numpy(X).T, NOISE).log_prob(torch.from_numpy(Y))
     assert_allclose(tree["log_likelihood"]["y"].values[0], score, rtol=1e-4, atol=1e-5)
     assert float(arviz.loo(tree).elpd_loo) < 0
+    program, data, _ = hierarchy(True)
+    assert to_datatree(program, data, draws=150)["posterior"]["m"].shape == (1, 150)  # a scalar
