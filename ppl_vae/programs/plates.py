@@ -77,8 +77,8 @@ def check_sizes(pair: Pair, latents: list[str]) -> None:
                         f"{full} in the model. Make the guide for these data."
                     )
     for name in latents:
-        drawn, wanted = (trace.nodes[name]["fn"] for trace in pair)  # type: ignore[misc]
-        sizes = [math.prod((*fn.batch_shape, *fn.event_shape)) for fn in (drawn, wanted)]
+        fns: list[Any] = [trace.nodes[name]["fn"] for trace in pair]
+        sizes = [math.prod((*fn.batch_shape, *fn.event_shape)) for fn in fns]
         if sizes[0] != sizes[1]:
             raise BrokenContract(
                 f"Expected site '{name}' to have one size in model and guide; it has {sizes[1]} entries in the model "
