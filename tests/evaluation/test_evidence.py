@@ -22,7 +22,8 @@ from twins import TWINS, draws, linear_vae, perturbed, randomise, single
 
 from ppl_vae import PPCA, VAE, Conditional, Program, Target, exact_log_evidence, log_evidence, log_weights
 from ppl_vae.data import load
-from ppl_vae.evaluation import bounds, evidence
+from ppl_vae.evaluation import bounds
+from ppl_vae.evaluation import weights as weight_draws
 from ppl_vae.evaluation.bounds import bound_curve
 from ppl_vae.evaluation.evidence import Evidence
 from ppl_vae.evaluation.pareto import pareto_k
@@ -613,7 +614,7 @@ def test_the_bound_is_unbiased_for_each_number_of_samples(check: str) -> None:
 
 
 def test_the_curve_holds_no_more_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "_ENTRIES", 50_000)
+    monkeypatch.setattr(weight_draws, "_ENTRIES", 50_000)
     kept: list[int] = []
     add = bounds._Groups.add
 
