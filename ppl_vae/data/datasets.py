@@ -2,8 +2,12 @@
 
 import difflib
 import importlib
+import keyword
 import os
+import re
 import sys
+import sysconfig
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,9 +31,10 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}, "cifar-10-batches-py"),
     "svhn": ("SVHN", {"split": "train"}, {"split": "test"}, "train_32x32.mat"),
 }
-NAMES = ("digits", *BUNDLED, *TORCHVISION)
+EMBEDDED = (*BUNDLED, "keywords")
+NAMES = ("digits", *EMBEDDED, *TORCHVISION)
 SUFFIXES = (".npy", ".npz", *tables.TEXT, *tables.BINARY)
-_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator")
+_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing")
 _LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
 
@@ -59,8 +64,8 @@ def unused_keys(name: str) -> dict[str, str]:
     embedded = ("root", "array", "download")
     if name == "digits":
         return dict.fromkeys((*embedded, "test_fraction", *_ROLES), "digits, which are embedded, split and all")
-    if name in BUNDLED:
-        keys = (*embedded, "label", "id", "size_factor", "separator")
+    if name in EMBEDDED:
+        keys = (*embedded, "label", "id", "size_factor", "separator", "missing")
         return dict.fromkeys(keys, f"{name}, which is embedded, labels and all")
     if name in NAMES:
         return dict.fromkeys(("array", "test_fraction", *_ROLES), f"{name}, which has a split of its own")
@@ -69,7 +74,8 @@ def unused_keys(name: str) -> dict[str, str]:
     unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
     unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
     if suffix in (".npy", ".npz"):
-        unused |= dict.fromkeys(("id", "columns", "leave_out", "categories"), "an array, whose columns have no names")
+        named = ("id", "columns", "leave_out", "categories", "missing")
+        unused |= dict.fromkeys(named, "an array, whose columns have no names")
     if suffix == ".npy":
         unused["label"] = "an array alone"
     if suffix not in SUFFIXES:
@@ -98,6 +104,8 @@ def read_dataset(
     if name == "digits":
         bunch = importlib.import_module("sklearn.datasets").load_digits()
         return RawData(bunch.data.astype(np.uint8), bunch.target.astype(np.int64), (8, 8), maximum=16, n_train=1500)
+    if name == "keywords":
+        return tables.choose(_count_keywords(), replace(roles, id="module"))
     if name in BUNDLED:
         return _read_bundled(name, roles)
     if name in TORCHVISION:
@@ -120,6 +128,18 @@ def _read_bundled(name: str, roles: Roles) -> RawData:
         return tables.choose(table, replace(roles, categories=[*(roles.categories or ()), "sex"]))
     y, classes = bunch.target.astype(np.int64), tuple(map(str, bunch.target_names))
     return replace(tables.choose(table, roles), y=y, classes=classes)
+
+
+def _count_keywords() -> Table:
+    """How often each keyword stands in the text of each module of the Python that runs, docstrings included."""
+    folder, counts = Path(sysconfig.get_path("stdlib")), {}
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
+        if file.parent.name not in ("site-packages", "test", "tests"):
+            words = Counter(re.findall(r"\w+", file.read_text(encoding="utf-8", errors="replace")))
+            counts[file.relative_to(folder).as_posix()] = [float(words[word]) for word in keyword.kwlist]
+    named = {name: values for name, values in counts.items() if sum(values)}
+    columns = dict(zip(keyword.kwlist, np.array(list(named.values())).T, strict=True))
+    return Table("keywords", {"module": list(named), **{word: each for word, each in columns.items() if each.any()}})
 
 
 def _read_torchvision(name: str, root: str | os.PathLike[str] | None, download: bool) -> RawData:

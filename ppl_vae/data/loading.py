@@ -18,7 +18,7 @@ from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
 from ppl_vae.data.files import RawData
-from ppl_vae.data.tables import Roles, check_categories, check_complete, totals
+from ppl_vae.data.tables import Roles, check_categories, complete_rows, totals
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def load(
     categories: list[str] | None = None,
     size_factor: str | None = None,
     separator: str | None = None,
+    missing: str = "refuse",
     seed: int = 0,
     binarization: str = "none",
     scaling: str = "none",
@@ -154,7 +155,8 @@ def load(
 
     Args:
         name: "digits" (scikit-learn's, values 0..16), "iris", "wine", "breast_cancer" or "diabetes" (scikit-learn's
-            tables, in their own units); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
+            tables, in their own units); "keywords" (how often each keyword stands in each module of the Python that
+            runs); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
             or "svhn" (torchvision's, values in [0, 1]); the path of a `.npy`, `.npz`, `.csv`, `.tsv`, `.txt`,
             `.parquet` or `.feather` file, or of a folder of pictures. The first row of text is a header if any of its
             cells is not a number.
@@ -169,6 +171,7 @@ def load(
             over the mean total of the training part.
         separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` that gives the
             first lines equally many cells.
+        missing: What becomes of rows of a table with missing cells: "refuse" them, or "drop rows".
         seed: Fixes the split and every draw.
         binarization: "none"; "threshold", 1 from half the maximum up; "static", one Bernoulli draw; "dynamic", a new
             draw of the training part each epoch. Validation and test are drawn once, and are the same under "static"
@@ -193,6 +196,7 @@ def load(
     """
     name = os.fspath(name)
     fold_in(seed)
+    check_choice("missing", missing, ("refuse", "drop rows"))
     check_choice("binarization", binarization, ("none", "threshold", "static", "dynamic"))
     check_choice("scaling", scaling, ("none", "unit", "standardize"))
     check_choice("dequantization", dequantization, ("none", "uniform"))
@@ -211,7 +215,7 @@ def load(
 
     roles = Roles(label, id, columns, leave_out, categories, size_factor, separator)
     raw = read_dataset(name, root, array, download, roles)
-    check_complete(raw, Path(name).name)
+    raw, kept = complete_rows(raw, Path(name).name, missing)
     rows = _split(raw, seed, validation_fraction, test_fraction)
     check_categories(raw, rows["train"])
     kinds = _infer_kinds(raw, rows["train"])
@@ -255,7 +259,7 @@ def load(
         test=parts["test"],
         protocol=protocol,
         columns=_describe(raw, kinds, transform),
-        row_numbers=rows,
+        row_numbers={part: kept[index] for part, index in rows.items()},
         ids={part: None if raw.ids is None else raw.ids[index] for part, index in rows.items()},
         classes=raw.classes,
         roles=raw.roles,

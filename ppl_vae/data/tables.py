@@ -226,20 +226,31 @@ def choose(table: Table, roles: Roles) -> RawData:
     return raw
 
 
-def check_complete(raw: RawData, file: str) -> None:
-    """Refuse missing cells.
+def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.NDArray[np.int64]]:
+    """Refuse missing cells, or drop the rows that have some.
+
+    Returns:
+        The data of the rows that stay, and the numbers of these rows.
 
     Raises:
-        ValueError: With the columns and rows that have some.
+        ValueError: With the columns and rows that have missing cells, if they are to be refused; or if all rows have.
     """
-    if raw.is_table and (missing := raw.missing).any():
-        counts = {raw.name(int(j)): int(missing[:, j].sum()) for j in np.flatnonzero(missing.any(0))}
+    gone = raw.missing.any(1) if raw.is_table else np.zeros(len(raw.x), bool)
+    kept = np.flatnonzero(~gone)
+    if not gone.any():
+        return raw, kept
+    if missing == "refuse" or not len(kept):
+        each = raw.missing.sum(0)
+        counts = {raw.name(int(j)): int(each[j]) for j in np.flatnonzero(each)}
         listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
-        gone = rows_text(raw.lines, np.flatnonzero(missing.any(1)))
+        remedy = "" if not len(kept) else 'Drop these rows (missing = "drop rows"), or leave '
         raise ValueError(
-            f"Expected no missing cells in {file}; got some in {listed}: {gone}. Drop these rows, or leave the columns "
-            f"out: leave_out = {json.dumps(list(counts))}."
+            f"Expected no missing cells in {file}; got some in {listed}: {rows_text(raw.lines, np.flatnonzero(gone))}. "
+            f"{remedy or 'Leave '}the columns out: leave_out = {json.dumps(list(counts))}."
         )
+    rows: dict[str, Any] = {key: getattr(raw, key) for key in ("x", "y", "ids", "size_factor", "lines")}
+    rows = {key: value if value is None else value[kept] for key, value in rows.items()}
+    return replace(raw, **rows), kept
 
 
 def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:

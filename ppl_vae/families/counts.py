@@ -1,7 +1,7 @@
 """Families of counts."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -40,6 +40,7 @@ class Rates(Elementwise):
     """Counts with a rate from the network, which a size factor multiplies. The rate is the first parameter."""
 
     encoding = "log1p"
+    logarithmic: ClassVar[tuple[str, ...]] = ("dispersion",)
 
     def distribution(
         self, parameters: Tensor, mask: Tensor | None = None, *, size_factor: Tensor | None = None

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.families.distributions import elementwise
-from ppl_vae.families.family import Family, moments, positive, refuse_constant, unconstrained
+from ppl_vae.families.family import FLOOR, Family, moments, positive, refuse_constant, unconstrained
 from ppl_vae.families.supports import bounds, typical_moments
 
 Source = Literal["network", "shared", "feature"] | float
@@ -32,12 +32,14 @@ class Elementwise(Family):
             number), `feature` (one learned number per feature), or a number that stays fixed.
 
     Attributes:
+        logarithmic: The positive parameters that range over orders of magnitude, and are learned by their logarithm.
         blunt: The positive parameters that cannot make a density grow without bound at a constant feature.
 
     Raises:
         ValueError: If a source is none of these.
     """
 
+    logarithmic: ClassVar[tuple[str, ...]] = ()
     blunt: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, event: int | tuple[int, ...], kind: Any, support: Any = None, /, **sources: Source) -> None:
@@ -96,9 +98,13 @@ class Elementwise(Family):
         }
 
     def _constrain(self, name: str, raw: Tensor) -> Tensor:
+        if name in self.logarithmic:
+            return raw.exp() + FLOOR
         return positive(raw) if name in self._positive else raw
 
     def _unconstrain(self, name: str, value: Tensor) -> Tensor:
+        if name in self.logarithmic:
+            return value.clamp_min(2 * FLOOR).sub(FLOOR).log()
         return unconstrained(value) if name in self._positive else value
 
     @torch.no_grad()

@@ -43,7 +43,13 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
             keys["leave_out"] = [*keys.get("leave_out", []), column]
         else:
             keys["id"] = column
-    data = load(name, **keys)
+    try:
+        data = load(name, **keys)
+    except ValueError as error:
+        if "missing cells" not in str(error) or "missing" in keys:
+            raise
+        keys["missing"] = "drop rows"
+        data = load(name, **keys)
     for column, like in data.suspects.items():
         if like in ("label", "id") and like not in keys:
             keys[like] = column
@@ -87,6 +93,7 @@ def _text(keys: dict[str, Any], data: Data) -> str:
     if keys.get("validation_fraction"):
         svi["keep"] = "best"
     roles = "; ".join(f"{name}: {role}" for name, role in data.roles.items())
+    roles += "; rows with missing cells are dropped" * ("missing" in keys)
     tables: list[tuple[str, str, dict[str, Any]]] = [
         ("data", f"{n:,} rows to train on, {columns.count} features" + (f" ({roles})" if roles else ""), keys),
         ("model", "How many latent variables describe a row; try fewer or more.", {"latent": latent}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppl_vae._checks import check_int
 from ppl_vae.data.columns import Columns
@@ -365,6 +365,6 @@ def _write_report(
     text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
-    table = {f.name: getattr(evidence, f.name) for f in dataclasses.fields(evidence) if f.name != "samples"}
+    table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
     storage.write_tensors(table, partial / "evidence.safetensors")
     return dataclasses.replace(run, report=report)

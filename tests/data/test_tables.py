@@ -440,3 +440,21 @@ def test_damaged_and_empty_files_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=re.escape("Install ppl-vae[parquet]")):
         load(tmp_path / "t.parquet")
+
+
+def test_rows_with_missing_cells_are_dropped_where_asked_to(tmp_path):
+    frame = pd.DataFrame({"a": [1.5, 2.5, np.nan, 4.5, 5.5, 6.5], "b": ["x", "y", "x", None, "y", "x"], "t": range(6)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(ValueError, match=r"'a' \(1\), 'b' \(1\).*Drop these rows \(missing = \"drop rows\"\)"):
+        load(tmp_path / "t.csv")
+    data = load(tmp_path / "t.csv", missing="drop rows", id="t", test_fraction=0.3)
+    numbers = np.sort(np.concatenate(list(data.row_numbers.values())))
+    assert numbers.tolist() == [0, 1, 4, 5]
+    for part in ("train", "test"):
+        assert [int(t) for t in data.ids[part]] == data.row_numbers[part].tolist()
+        wanted = frame.loc[data.row_numbers[part]]
+        made = data.to_table(getattr(data, part)["x"], part)
+        assert made["a"].tolist() == pytest.approx(wanted["a"].tolist())
+        assert made["b"].astype(str).tolist() == wanted["b"].tolist()
+    with pytest.raises(ValueError, match="`missing` to be one of 'refuse', 'drop rows'; got 'keep'"):
+        load(tmp_path / "t.csv", missing="keep")

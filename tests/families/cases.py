@@ -255,7 +255,7 @@ def entry_values(family: Any, parameters: Array) -> list[Array]:
             values.append(source)
             continue
         part = next(parts) if source == "network" else getattr(family, f"raw_{name}").detach().numpy()
-        values.append(part if name in REAL else softplus(part))
+        values.append(part if name in REAL else np.exp(part) + 1e-6 if name == "dispersion" else softplus(part))
     return [np.broadcast_to(value, family.event_shape) for value in values]
 
 

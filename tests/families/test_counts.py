@@ -24,7 +24,7 @@ from ppl_vae.families.family import unconstrained
 
 
 def _negative_binomial(mean: Any, dispersion: Any, dtype: Any = torch.float64) -> Any:
-    raw = unconstrained(torch.tensor([[mean], [dispersion]])).flatten().to(dtype)
+    raw = torch.stack([unconstrained(torch.tensor(mean)), torch.tensor(dispersion - 1e-6).log()]).to(dtype)
     return NegativeBinomial(1, dispersion="network").to(dtype).distribution(raw)
 
 
