@@ -1,6 +1,7 @@
 """Finding one's way: what can be named, how it is written, the schema, and a first spec for the data at hand."""
 
 import json
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ppl_vae import families, networks
 from ppl_vae.runs.catalogue import components, describe, detail, schema_text
@@ -48,6 +50,13 @@ def test_each_part_is_described_with_a_table_that_can_be_copied(name, tmp_path):
         if name == "ExactNormal":
             over |= {"likelihood": {"family": "Normal", "scale": "shared", "network": {"family": "Linear"}}}
         assert load_spec(MODELS / "digits.toml", over)
+
+
+def test_the_list_shows_whole_sentences():
+    for one in components():
+        assert re.search(r"[a-z0-9]\.$", one.doc), one
+        assert not re.search(r"\b(with|is|of|and|by|probability)\.$|:\.$", one.doc), one
+        assert ". " not in one.doc, one
 
 
 def test_components_and_descriptions_agree():
@@ -121,6 +130,24 @@ def test_a_new_spec_of_an_array_fits_its_values(make, family, tmp_path):
     assert spec.likelihood.family == family
     data = spec.load_data()
     assert spec.check(data, spec.build(data))
+
+
+def test_a_new_spec_tells_rows_apart_by_words_that_are_all_distinct(tmp_path):
+    names = [f"p{i}" for i in np.random.default_rng(0).permutation(300)]
+    table().drop(columns="row").assign(name=names, mail=names).to_csv(tmp_path / "t.csv", index=False)
+    text, _ = write_spec(tmp_path / "t.toml", str(tmp_path / "t.csv"))
+    data = tomllib.loads(text)["data"]
+    assert (data["id"], data["leave_out"]) == ("name", ["mail"])
+
+
+def test_a_new_spec_of_a_folder_of_pictures_names_it_as_a_folder(tmp_path):
+    (tmp_path / "faces").mkdir()
+    for i in range(30):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 5)).astype(np.uint8)).save(
+            tmp_path / "faces" / f"{i}.png"
+        )
+    text, _ = write_spec(tmp_path / "mine.toml", f"{tmp_path / 'faces'}/")
+    assert tomllib.loads(text)["data"]["name"] == "faces/"
 
 
 def test_a_new_spec_replaces_no_file_and_leaves_none_behind(tmp_path):
