@@ -88,8 +88,9 @@ class State:
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
-        """Copy values into the learned tensors and the buffers."""
-        for tensor, value in zip(self._tensors(), values, strict=True):
+        """Copy values into the learned tensors and the buffers, which the states of older runs lack."""
+        tensors = self.learned if len(values) == len(self.learned) else self._tensors()
+        for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
     def is_finite(self) -> bool:

@@ -66,6 +66,17 @@ def test_components_and_descriptions_agree():
         describe("NegativBinomial")
 
 
+def test_a_list_shows_whole_sentences():
+    """A formula is left out with all that leads to it."""
+    docs = {one.name: one.doc for one in components()}
+    assert docs["LogNormal"] == "Independent log-normals."
+    assert docs["NegativeBinomial"] == "Independent negative binomials."
+    assert docs["Flow"] == "A normal bent by a flow."
+    assert all(re.search(r"\w\.$", doc) and ":math:" not in doc for doc in docs.values())
+    assert describe("DiscretizedLogistic")["support"] == "0, 1/255, ..., 1"
+    assert describe("Mixed")["support"] == "what each column's family takes"
+
+
 def test_the_committed_schema_is_the_one_of_the_constructors():
     assert (files("ppl_vae.runs") / SCHEMA).read_text(encoding="utf-8") == schema_text(), (
         f"write it anew: ppl-vae schema > ppl_vae/runs/{SCHEMA}"
@@ -120,6 +131,7 @@ def test_a_new_spec_of_a_table_takes_each_column_for_what_it_is(tmp_path):
         (lambda rng: rng.integers(0, 2, (80, 5)), "Bernoulli"),
         (lambda rng: rng.integers(0, 256, (80, 20, 20)).astype(np.uint8), "DiscretizedLogistic"),
         (lambda rng: rng.integers(0, 256, (80, 3, 20, 20)).astype(np.uint8), "DiscretizedLogistic"),
+        (lambda rng: (255 * rng.integers(0, 2, (80, 20, 20))).astype(np.uint8), "Bernoulli"),
         (lambda rng: rng.beta(0.5, 0.5, (400, 5)), "Beta"),
     ],
 )
@@ -140,14 +152,13 @@ def test_a_new_spec_tells_rows_apart_by_words_that_are_all_distinct(tmp_path):
     assert (data["id"], data["leave_out"]) == ("name", ["mail"])
 
 
-def test_a_new_spec_of_a_folder_of_pictures_names_it_as_a_folder(tmp_path):
-    (tmp_path / "faces").mkdir()
-    for i in range(30):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 5)).astype(np.uint8)).save(
-            tmp_path / "faces" / f"{i}.png"
-        )
-    text, _ = write_spec(tmp_path / "mine.toml", f"{tmp_path / 'faces'}/")
-    assert tomllib.loads(text)["data"]["name"] == "faces/"
+def test_a_new_spec_beside_a_folder_of_pictures_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("faces").mkdir()
+    for place, x in enumerate(np.random.default_rng(0).integers(0, 256, (30, 5, 4)).astype(np.uint8)):
+        Image.fromarray(x).save(f"faces/{place}.png")
+    write_spec(Path("faces.toml"), "faces/")
+    assert load_spec("faces.toml").load_data().features == 20
 
 
 def test_a_new_spec_replaces_no_file_and_leaves_none_behind(tmp_path):
