@@ -60,13 +60,14 @@ def test_components_and_descriptions_agree():
 
 
 def test_a_list_shows_whole_sentences():
-    """A formula is left out with all that leads to it."""
+    """The formula of a first sentence is left out, and what is left reads well."""
     docs = {one.name: one.doc for one in components()}
     assert docs["LogNormal"] == "Independent log-normals."
-    assert docs["NegativeBinomial"] == "Independent negative binomials."
-    assert docs["Flow"] == "A normal bent by a flow."
+    assert docs["NegativeBinomial"] == "Independent negative binomials, by mean and dispersion."
+    assert docs["Flow"] == "A standard normal u bent by a flow."
     assert all(re.search(r"\w\.$", doc) and ":math:" not in doc for doc in docs.values())
-    assert describe("DiscretizedLogistic")["support"] == "0, 1/255, ..., 1"
+    assert not [doc for doc in docs.values() if re.search(r"\b(with|is|of|and|by|probability)\.$|:\.$|\. ", doc)]
+    assert describe("DiscretizedLogistic")["support"] == "0, 1/16, ..., 1, as many as the data have"
     assert describe("Mixed")["support"] == "what each column's family takes"
 
 
@@ -135,6 +136,14 @@ def test_a_new_spec_of_an_array_fits_its_values(make, family, tmp_path):
     assert spec.likelihood.family == family
     data = spec.load_data()
     assert spec.check(data, spec.build(data))
+
+
+def test_a_new_spec_tells_rows_apart_by_words_that_are_all_distinct(tmp_path):
+    names = [f"p{i}" for i in np.random.default_rng(0).permutation(300)]
+    table().drop(columns="row").assign(name=names, mail=names).to_csv(tmp_path / "t.csv", index=False)
+    text, _ = write_spec(tmp_path / "t.toml", str(tmp_path / "t.csv"))
+    data = tomllib.loads(text)["data"]
+    assert (data["id"], data["leave_out"]) == ("name", ["mail"])
 
 
 def test_a_new_spec_beside_a_folder_of_pictures_names_it(tmp_path, monkeypatch):

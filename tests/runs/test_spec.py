@@ -64,7 +64,8 @@ def refusal(overrides, path=DIGITS):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_spec_loads_round_trips_builds_and_takes_a_step(path, tmp_path):
     assert 10 <= len(path.read_text().splitlines()) <= 32
-    spec = load_spec(path, SMALL)
+    tied = RAW[path.stem].get("prior", {}).get("family") == "VampPrior"
+    spec = load_spec(path, {**SMALL, "prior.components": 10} if tied else SMALL)
     again = load_spec(write(tmp_path, spec.to_toml()))
     assert again == spec
     assert again.to_toml() == spec.to_toml()
@@ -82,12 +83,12 @@ def test_mixture_specs_differ_in_the_prior_alone():
 
 
 def swaps():
-    """Every file with one table of another, each outcome once; MNIST's stand for it where their data are digits."""
+    """Every file on digits with the data or the model of another, each outcome once; `test_swaps` swaps the parts."""
     seen, cases = [], []
     for base, here in RAW.items():
         for other, there in RAW.items():
             for table in SECTIONS:
-                if here.get(table) == there.get(table) or table not in there or table in ("svi", "evaluation"):
+                if here.get(table) == there.get(table) or table not in ("data", "model"):
                     continue
                 swapped = {**here, table: there[table]}
                 essence = [swapped.get(section) for section in ("data", "model", *ROLES)]
