@@ -110,6 +110,8 @@ class Trainer:
         clip: maximum of the global gradient norm, per datum; 0 is off.
         seed: of the order of the data and of all draws.
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
+        parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
+            of `batch_size` that the program's own plate takes. 0 otherwise.
     """
 
     program: Any
@@ -119,6 +121,7 @@ class Trainer:
     clip: float
     seed: int
     shuffle: bool = True
+    parts: int = 0
 
     def epoch(self, data: Target, number: int, *, check: bool) -> float:
         """Pass once over the data.
@@ -140,7 +143,7 @@ class Trainer:
             with fork_rng(self.seed, "svi", number, device=data.device):
                 for batch in self._batches(data, number):
                     with pyro.validation_enabled(check and not losses):
-                        losses.append(self._step(batch) * len(next(iter(batch.values()))))
+                        losses.append(self._step(batch) * (1 / self.parts if self.parts else _size(batch)))
         except KeyboardInterrupt:
             self.state.load(good)
             raise
@@ -165,6 +168,9 @@ class Trainer:
         return total / held_out.n
 
     def _batches(self, data: Target, number: int) -> Iterable[Batch]:
+        if self.parts > 1:
+            part: Any = {**data.batch, "subsample_size": self.batch_size}
+            return [part] * self.parts
         if not self.shuffle:
             return [data.batch]
         return minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
@@ -199,7 +205,11 @@ class Trainer:
             return self.program.guide(**batch_of(self.program.guide, given))
 
         loss: Tensor = self.objective.differentiable_loss(self.program.model, guide, **batch)
-        return loss / len(next(iter(batch.values())))
+        return loss if self.parts else loss / _size(batch)
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _culprit(program: Any, batch: Batch) -> str:

@@ -4,13 +4,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ppl_vae.data.columns import infer_kind
-from ppl_vae.data.datasets import is_path
+from ppl_vae.data.datasets import is_path, read_dataset
 from ppl_vae.data.loading import Data, load
+from ppl_vae.data.tables import Roles
 from ppl_vae.families.mixed import INFERRED
 from ppl_vae.runs.check import column_hints
 from ppl_vae.runs.spec import load_spec
@@ -36,6 +38,11 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     if path.exists():
         raise ValueError(f"Expected a new file; {path} exists. Choose another name, or remove it.")
     keys = dict(overrides or {})
+    for column in _distinct_words(name, keys):
+        if "id" in keys:
+            keys["leave_out"] = [*keys.get("leave_out", []), column]
+        else:
+            keys["id"] = column
     data = load(name, **keys)
     for column, like in data.suspects.items():
         if like in ("label", "id") and like not in keys:
@@ -55,6 +62,13 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
         path.unlink()
         raise
     return text, column_hints(data)
+
+
+def _distinct_words(name: str, keys: Mapping[str, Any]) -> list[str]:
+    """Columns of words of which no two are the same: they tell rows apart, and say nothing of others."""
+    roles = Roles(*(keys.get(field.name) for field in fields(Roles)))
+    raw = read_dataset(name, keys.get("root"), keys.get("array"), keys.get("download", False), roles)
+    return [column for column, words in raw.categories.items() if len(words) == len(raw.x)]
 
 
 def _text(keys: dict[str, Any], data: Data) -> str:
