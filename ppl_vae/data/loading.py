@@ -169,8 +169,8 @@ def load(
         categories: Columns to read as words, even if they hold numbers.
         size_factor: By how much a row counts more than the average: a column, or "total", the row's total (of counts)
             over the mean total of the training part.
-        separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` that gives the
-            first lines equally many cells.
+        separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` (and, in a `.txt`,
+            a space) that gives the first lines equally many cells.
         missing: What becomes of rows of a table with missing cells: "refuse" them, or "drop rows".
         seed: Fixes the split and every draw.
         binarization: "none"; "threshold", 1 from half the maximum up; "static", one Bernoulli draw; "dynamic", a new

@@ -113,7 +113,8 @@ def read_table(path: Path, separator: str | None) -> Table:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             text = file.read()
-        reader = _reader(text, separator or _find_separator(text, "\t," if path.suffix.lower() == ".tsv" else ",\t"))
+        usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
+        reader = _reader(text, separator or _find_separator(text, usual))
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"Expected separated text in UTF-8; got {path}: {error}") from error
@@ -134,13 +135,13 @@ def _reader(text: str, separator: str) -> Any:
     return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator == " ")
 
 
-def _find_separator(text: str, first: str) -> str:
+def _find_separator(text: str, usual: str) -> str:
     """Separator that gives each of the first lines equally many cells, at least two; else the first one."""
-    for separator in f"{first};|":
+    for separator in usual:
         widths = {len(row) for row in itertools.islice(filter(None, _reader(text, separator)), 20)}
         if len(widths) == 1 and widths != {1}:
             return separator
-    return first[0]
+    return usual[0]
 
 
 def _read_pandas(path: Path) -> Table:

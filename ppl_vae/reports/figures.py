@@ -1,6 +1,7 @@
 """Figures: everything that is drawn of a run, with captions by file name."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class _Album(dict[str, str]):
     def add(self, name: str, drawn: Any, caption: str) -> None:
         """Save a figure, or the one that axes belong to."""
         figure = getattr(drawn, "figure", None) or drawn
-        figure.savefig(self.folder / name, dpi=120, bbox_inches="tight")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # names in a script that the font lacks
+            figure.savefig(self.folder / name, dpi=120, bbox_inches="tight")
         self[name] = caption
 
 

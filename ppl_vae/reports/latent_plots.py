@@ -66,7 +66,7 @@ def latent_scatter(
     else:
         for value, colour in zip(distinct, TWELVE, strict=False):
             which = values == value
-            name = names[int(value)] if names and value < len(names) else f"{value:g}"
+            name = style.short(names[int(value)]) if names and value < len(names) else f"{value:g}"
             ax.scatter(across[which], up[which], color=colour, label=name, **look)
     if prior is None:
         drawn = np.array([[-3.0, -3.0], [3.0, 3.0]])

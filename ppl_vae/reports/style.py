@@ -186,6 +186,11 @@ def ticks_at(n: int = 5) -> MaxNLocator:
     return MaxNLocator(n, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
+def short(text: str, most: int = 18) -> str:
+    """Cut a text of the user's, and let its dollars stand, between which matplotlib would read a formula."""
+    return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
+
+
 def number(value: float) -> str:
     """A number in three digits, with a true minus."""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")

@@ -33,7 +33,7 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
     names = _names(columns)[:_MOST]
     figure, axes = style.panels(len(names), ("", "share"), size=(1.9, 1.3), gap=(0.6, 0.6), top=0.6)
     for j, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        ax.set_title(_short(name), fontsize="small", loc="left")
+        ax.set_title(style.short(name), fontsize="small", loc="left")
         style.bare(ax)
         pair = [np.sort(part[:, j][np.isfinite(part[:, j])]) for part in (data, drawn)]
         values = np.unique(np.concatenate(pair))
@@ -42,7 +42,7 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
                 shares = [(part == value).mean() if len(part) else 0.0 for value in values]
                 ax.bar(np.arange(len(values)) + shift, shares, 0.4, color=colour, label=label)
             words = (columns.categories or {}).get(name)
-            ticks = [_short(words[int(v)], 10) if words and v < len(words) else f"{v:g}" for v in values]
+            ticks = [style.short(words[int(v)], 10) if words and v < len(words) else f"{v:g}" for v in values]
             ax.set_xticks(range(len(values)), ticks, rotation=30 if words else 0, ha="right" if words else "center")
         else:
             low, high = np.quantile(np.concatenate(pair), [0.005, 0.995]) if len(values) else (0.0, 1.0)
@@ -76,7 +76,8 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
         ax: Axes = style.bare(grid[a, b])
         part, colour = (data, style.BLUE) if a > b else (drawn, style.VERMILLION)
         if a == b:
-            ax.text(0.5, 0.5, _short(names[row]), ha="center", va="center", transform=ax.transAxes, fontsize="small")
+            name = style.short(names[row])
+            ax.text(0.5, 0.5, name, ha="center", va="center", transform=ax.transAxes, fontsize="small")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             continue
@@ -110,7 +111,7 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
     order = np.argsort(errors)[-20:]
     ax = style.axes_for(ax, (6, 0.7 + 0.25 * len(order)))
     ax.barh(range(len(order)), [errors[j] for j in order], color=style.BLUE)
-    ax.set_yticks(range(len(order)), [_short(_names(columns)[j], 24) for j in order], fontsize="small")
+    ax.set_yticks(range(len(order)), [style.short(_names(columns)[j], 24) for j in order], fontsize="small")
     ax.axvline(1, color="0.6", lw=1, ls=":")
     ax.set(xlabel="error: RMSE / standard deviation, or share of wrong codes", ylim=(-0.6, len(order) - 0.4))
     return ax
@@ -129,7 +130,3 @@ def _rows(x: Tensor, other: Tensor, columns: Columns) -> tuple[style.Array, styl
 
 def _names(columns: Columns) -> Sequence[str]:
     return columns.names or [str(j) for j in range(columns.count)]
-
-
-def _short(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -81,13 +81,20 @@ def test_the_separator_is_found(frame: pd.DataFrame, tmp_path: Path, separator: 
     assert data.feature_names == list(frame.columns)
 
 
+def test_what_numpy_writes_is_read(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(30, 3))
+    np.savetxt(tmp_path / "t.txt", x)
+    data = load(tmp_path / "t.txt", dtype=torch.float64)
+    np.testing.assert_allclose(data.train["x"], x[data.row_numbers["train"]])
+
+
 def test_a_separator_that_cannot_be_found_is_given(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("a  b\n1 2\n 3  4\n5 6\n7 8\n")
-    data = load(tmp_path / "t.txt", separator=" ")
+    (tmp_path / "t.csv").write_text("a  b\n1 2\n 3  4\n5 6\n7 8\n")
+    data = load(tmp_path / "t.csv", separator=" ")
     assert data.feature_names == ["a", "b"]
     np.testing.assert_array_equal(data.train["x"].sum() + data.test["x"].sum(), 36)
     with pytest.raises(ValueError, match="`separator` to be one character.*got '::'"):
-        load(tmp_path / "t.txt", separator="::")
+        load(tmp_path / "t.csv", separator="::")
 
 
 def test_label_id_and_left_out(frame: pd.DataFrame, tmp_path: Path) -> None:

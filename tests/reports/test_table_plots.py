@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ppl_vae.data import Columns
+from ppl_vae.reports.latent_plots import latent_scatter
 from ppl_vae.reports.table_plots import column_errors, marginals, scatter_pairs
 
 COLUMNS = Columns(
@@ -60,3 +61,15 @@ def test_errors_by_column_are_numpys_with_the_worst_above():
 def test_another_number_of_columns_is_refused():
     with pytest.raises(ValueError, match="Expected 4 columns; got 4 and 3"):
         marginals(table(5, 0), table(5, 0)[:, :3], COLUMNS)
+
+
+def test_names_with_dollars_and_other_marks_are_no_formulas(tmp_path):
+    """Between two dollars matplotlib reads a formula, and fails where it is none."""
+    names = ("price $\\foo$", "$x^$", "a_b", "<b>%s")
+    columns = Columns(4, names=names, kinds=("real", "category", "real", "real"), categories={"$x^$": ("$a^$", "b")})
+    x = table(60, 0)
+    for drawn in (marginals(x, x, columns), scatter_pairs(x, x, columns), column_errors(x, x, columns).figure):
+        drawn.savefig(tmp_path / "x.png")
+    marks = latent_scatter(x, x[:, 1], names=["$a^$", "b"])
+    marks.figure.savefig(tmp_path / "x.png")
+    assert marks.get_legend().get_texts()[0].get_text() == r"\$a^\$"
