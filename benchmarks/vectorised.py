@@ -115,7 +115,7 @@ def main() -> None:
     y = digits.sample(100)
     annealing = {"chains": given.chains, "temperatures": given.temperatures}
     found: dict[str, Any] = {}
-    for hidden, latent in (([400], 20), ([200, 200], 50)):  # the second is that of models/mnist.toml
+    for hidden, latent in (([400], 20), ([200, 200], 50)):
         images, name = pair(784, hidden, latent), "-".join(map(str, (784, *hidden, latent)))
         x, more = images.sample(given.images), images.sample(250)
         found[f"annealing, {name}, {len(x)} images, {given.chains} chains"] = beside_products(

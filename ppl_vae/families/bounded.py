@@ -22,7 +22,7 @@ class _Beta(dist.Beta):
 
 
 class Beta(Elementwise):
-    r"""Independent betas, :math:`\prod_j x_j^{a_j - 1} (1 - x_j)^{b_j - 1} / B(a_j, b_j)`, where 0 < x < 1."""
+    r"""Independent betas between 0 and 1, :math:`\prod_j x_j^{a_j - 1} (1 - x_j)^{b_j - 1} / B(a_j, b_j)`."""
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event, _Beta, concentration1="network", concentration0="network")
@@ -62,7 +62,7 @@ class _Kumaraswamy(Entry):
 
 
 class Kumaraswamy(Elementwise):
-    r"""Independent Kumaraswamys, :math:`\prod_j a_j b_j x_j^{a_j - 1} (1 - x_j^{a_j})^{b_j - 1}`, where 0 < x < 1.
+    r"""Independent Kumaraswamys between 0 and 1, :math:`\prod_j a_j b_j x_j^{a_j - 1} (1 - x_j^{a_j})^{b_j - 1}`.
 
     Much like a beta distribution, and cheaper to draw from (A generalized probability density function for
     double-bounded random processes, Kumaraswamy 1980).
@@ -130,7 +130,7 @@ class _ContinuousBernoulli(Entry):
 
 
 class ContinuousBernoulli(Elementwise):
-    r"""Independent continuous Bernoullis, :math:`\prod_j C_j\, p_j^{x_j} (1 - p_j)^{1 - x_j}`, by the logits of p.
+    r"""Independent continuous Bernoullis, by their logits, :math:`\prod_j C_j\, p_j^{x_j} (1 - p_j)^{1 - x_j}`.
 
     For intensities between 0 and 1, both included, where a Bernoulli is no density (The continuous Bernoulli: fixing a
     pervasive error in variational autoencoders, Loaiza-Ganem and Cunningham 2019).

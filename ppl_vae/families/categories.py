@@ -76,7 +76,9 @@ class Levels(Family):
 
 
 class Categorical(Levels):
-    r"""Independent categoricals, :math:`\prod_j p_{j x_j}`, by logits; x holds the codes 0, 1, ... as floats.
+    r"""Independent categories, by the logits of each, :math:`\prod_j p_{j x_j}`.
+
+    x holds the codes 0, 1, ... as floats.
 
     Args:
         event: The shape of an event; an int is short for a 1-tuple.
@@ -94,7 +96,7 @@ class Categorical(Levels):
 
 
 class OrderedCategorical(Levels):
-    r"""Independent ordered categories, :math:`P(x_j \le k) = 1 / (1 + e^{\eta_j - c_{jk}})`.
+    r"""Independent categories in order, by learned cuts, :math:`P(x_j \le k) = 1 / (1 + e^{\eta_j - c_{jk}})`.
 
     The network gives one predictor :math:`\eta_j` per feature; the family learns the cutpoints
     :math:`c_{j0} < c_{j1} < \dots` (Regression models for ordinal data, McCullagh 1980).

@@ -132,9 +132,13 @@ class Conditional(nn.Module):
         """
         return self.family.distribution(self.unconstrained(*context, observed=observed), mask, **given)
 
-    @staticmethod
-    def _encoded(size: int, encoding: Encoding) -> int:
+    def _encoded(self, size: int, encoding: Encoding) -> int:
         """Size of a context after its encoding, which must be of as many columns."""
         if len(encoding.words) != size:
             raise ValueError(f"Expected an encoding of {size} columns, as the context has; got {len(encoding.words)}.")
+        if encoding.size != size and getattr(self.network, "shape", None) is not None:
+            raise ValueError(
+                f"Expected an encoding that keeps a picture's shape, for {type(self.network).__name__}; got one-hot "
+                'columns. Set encoding = "plain", or use MLP.'
+            )
         return encoding.size

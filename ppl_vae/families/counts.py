@@ -58,7 +58,7 @@ class Rates(Elementwise):
 
 
 class Poisson(Rates):
-    r"""Independent Poissons, :math:`\prod_j \lambda_j^{x_j} e^{-\lambda_j} / x_j!`, by the rate :math:`\lambda`."""
+    r"""Independent Poissons, by their rates, :math:`\prod_j \lambda_j^{x_j} e^{-\lambda_j} / x_j!`."""
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event, dist.Poisson, rate="network")
@@ -98,7 +98,7 @@ class _NegativeBinomial(Entry):
 
 
 class NegativeBinomial(Rates):
-    r"""Independent negative binomials, of mean :math:`m_j` and variance :math:`m_j + m_j^2 / r_j`.
+    r"""Independent negative binomials, by mean and dispersion. The variance is :math:`m_j + m_j^2 / r_j`.
 
     A Poisson whose rate varies by a gamma distribution (Deep generative modeling for single-cell transcriptomics, Lopez
     et al. 2018); it nears a Poisson as the dispersion r grows.
@@ -146,7 +146,7 @@ class _ZeroInflatedPoisson(Entry):
 
 
 class ZeroInflatedPoisson(Rates):
-    r"""Independent Poissons with more zeros: an entry is 0 with probability :math:`g_j`, else Poisson.
+    r"""Independent Poissons with more zeros. An entry is 0 with probability :math:`g_j`, else Poisson.
 
     The gate g comes from the network by its logits (Zero-inflated Poisson regression, Lambert 1992).
     """
@@ -168,7 +168,7 @@ class _ZeroInflatedNegativeBinomial(_ZeroInflatedPoisson):
 
 
 class ZeroInflatedNegativeBinomial(Rates):
-    r"""Independent negative binomials with more zeros: an entry is 0 with probability :math:`g_j`.
+    r"""Independent negative binomials with more zeros. An entry is 0 with probability :math:`g_j`, else as there.
 
     The gate g comes from the network by its logits, beside the mean of the other entries (Deep generative modeling for
     single-cell transcriptomics, Lopez et al. 2018).

@@ -17,7 +17,7 @@ _BINS = 8  # of a spline
 
 
 class Flow(Centred):
-    r"""A normal bent by a flow, :math:`x = \mathrm{loc} + \mathrm{scale} \cdot T(u)` with u standard normal.
+    r"""A standard normal u bent by a flow, :math:`x = \mathrm{loc} + \mathrm{scale} \cdot T(u)`.
 
     The parameters are loc and scale, one of each per entry, and `context` further numbers that the transform T is
     conditioned on. T has weights of its own and starts near the identity, so that the flow starts near a normal.

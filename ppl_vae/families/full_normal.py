@@ -10,7 +10,7 @@ from ppl_vae.families.family import Centred, positive, unconstrained
 
 
 class FullNormal(Centred):
-    r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`; the parameters are loc and the triangle L."""
+    r"""A normal with full covariance, :math:`N(\mathrm{loc}, L L^\top)`. The parameters are loc and the triangle L."""
 
     normals = "all"
     row: Tensor

@@ -60,7 +60,7 @@ class _DiscretizedLogistic(Entry):
 
 
 class DiscretizedLogistic(Elementwise):
-    r"""Independent logistics in bins, for intensities :math:`k / (\mathrm{levels} - 1)`; the outer bins are open.
+    r"""Independent logistics in bins, for intensities, :math:`k / (\mathrm{levels} - 1)`. The outer bins are open.
 
     The mass of an intensity is that of a logistic within half a step of it, of 0 all below, of 1 all above, so that
     masses sum to one (Improved Variational Inference with Inverse Autoregressive Flow, Kingma et al. 2016; the open
@@ -89,7 +89,7 @@ class DiscretizedLogistic(Elementwise):
 
 
 class MixtureDiscretizedLogistic(Family):
-    r"""Independent mixtures of logistics in bins, for intensities :math:`k / (\mathrm{levels} - 1)`.
+    r"""Independent mixtures of logistics in bins, for intensities, :math:`k / (\mathrm{levels} - 1)`.
 
     PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and Other Modifications (Salimans et
     al. 2017), each feature with a mixture of its own.

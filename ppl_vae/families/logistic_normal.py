@@ -13,11 +13,11 @@ from ppl_vae.families.family import Family, moments, positive, refuse_constant, 
 
 
 class LogisticNormal(Family):
-    r"""Shares that sum to 1, :math:`x = \mathrm{softmax}(V y)` with y independent normals of loc and scale.
+    r"""Shares that sum to 1, as the softmax of normals, :math:`x = \mathrm{softmax}(V y)`. Each y is normal.
 
-    The columns of V are an orthonormal basis of the vectors that sum to 0, so y has one entry less than x, and a
-    standard normal y treats all entries of x alike. Mean and variance are averages over 512 fixed draws of y. The
-    density is one of all entries but the last, as is usual on the simplex.
+    The parameters are loc and scale of y. The columns of V are an orthonormal basis of the vectors that sum to 0, so y
+    has one entry less than x, and a standard normal y treats all entries of x alike. Mean and variance are averages
+    over 512 fixed draws of y. The density is one of all entries but the last, as is usual on the simplex.
 
     Args:
         event: The number of shares, at least 2.

@@ -10,7 +10,7 @@ from ppl_vae.families.family import Centred, positive, unconstrained
 
 
 class LowRankNormal(Centred):
-    r"""A normal with a low-rank covariance, :math:`N(\mathrm{loc}, S (I + U U^\top) S)` with S = diag(scale).
+    r"""A normal with a low-rank covariance, :math:`N(\mathrm{loc}, S (I + U U^\top) S)`. S is diag(scale).
 
     The parameters are loc, scale and the directions U, one column each, in units of the scale. Density and divergences
     need a Cholesky factor of a matrix as large as the rank alone (Woodbury's identity). With as many columns as entries

@@ -101,6 +101,7 @@ class ByColumn(constraints.Constraint):
     """The support of each column; `check` tells it of every entry."""
 
     event_dim = 0
+    words = "that of the family of each column"
 
     def __init__(self, supports: Sequence[Any], blocks: Sequence[Sequence[int]]) -> None:
         self.supports, self.blocks = supports, blocks

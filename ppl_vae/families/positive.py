@@ -7,7 +7,7 @@ from ppl_vae.families.elementwise import Elementwise, Source
 
 
 class LogNormal(Elementwise):
-    r"""Independent log-normals: the logarithm of an entry is :math:`N(\mathrm{loc}_j, \mathrm{scale}_j^2)`.
+    r"""Independent log-normals. The logarithm of an entry is :math:`N(\mathrm{loc}_j, \mathrm{scale}_j^2)`.
 
     Args:
         event: The shape of an event; an int is short for a 1-tuple.

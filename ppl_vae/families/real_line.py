@@ -59,7 +59,7 @@ class _Logistic(dist.Logistic):
 
 
 class Logistic(Elementwise):
-    r"""Independent logistics: :math:`P(x_j \le a) = 1 / (1 + e^{-(a - \mathrm{loc}_j) / \mathrm{scale}_j})`.
+    r"""Independent logistics, :math:`P(x_j \le a) = 1 / (1 + e^{-(a - \mathrm{loc}_j) / \mathrm{scale}_j})`.
 
     Args:
         event: The shape of an event; an int is short for a 1-tuple.

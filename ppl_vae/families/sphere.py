@@ -18,7 +18,7 @@ _NODES = 64  # of the integral in a draw's gradient
 
 
 class VonMisesFisher(Family):
-    r"""A direction with one concentration, :math:`\log p(x) = \kappa\, \mathrm{loc}^\top x + \log C(\kappa)`, |x| = 1.
+    r"""Unit vectors around a mean direction, :math:`\log p(x) = \kappa\, \mathrm{loc}^\top x + \log C(\kappa)`.
 
     The parameters are a vector, whose direction is loc, and the concentration :math:`\kappa`. Draws are by rejection
     with 20 proposals each, whatever happens: at least 65 % of them are accepted, so fewer than one draw in a billion

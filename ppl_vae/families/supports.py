@@ -95,6 +95,8 @@ def describe_support(support: Any) -> str:
     inner, limits = support, bounds(support)
     while isinstance(inner, constraints.independent):
         inner = inner.base_constraint
+    if inner is constraints.simplex:
+        return "shares that sum to 1"
     if limits is None or hasattr(inner, "words"):
         return getattr(inner, "words", None) or str(inner).removesuffix("()")
     low, high = limits

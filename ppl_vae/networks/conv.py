@@ -135,9 +135,9 @@ class Conv(Picture):
 
 
 class ResidualConv(Picture):
-    """As `Conv`, with a residual block, h + conv(activation(conv(activation(h)))), after each of its convolutions.
+    """As `Conv`, with a residual block after each of its convolutions.
 
-    In the decoder the block comes before it.
+    The block is h + conv(activation(conv(activation(h)))). In the decoder it comes before the convolution.
 
     References:
         Identity Mappings in Deep Residual Networks (He, Zhang, Ren, Sun 2016), without normalisation.

@@ -30,7 +30,7 @@ _PROBES = 4  # points near the first at which the quadratic is checked
 _FAR = 9.0  # standard deviations to either side of the posterior's mean, up to which it is checked again
 _WIDE = 5.0  # the same of the prior, whose points all data share
 _DIRECTIONS = 3  # lines through the mean along which it is
-_POINTS = 4096, 24  # on these lines: of all data of a block together, and of each datum at least
+_POINTS = 4096, 24  # on these lines: of a block together, and of each datum at least; of the prior a quarter
 _WITHIN = 4.0  # standard deviations that hold all but 6e-5 of the mass, where misses count as error
 _NEAR = 1e-3  # standard deviations, within which only rounding shows
 _DRAWN = 8  # draws of the prior, or of the guide, at which it is checked too
@@ -130,7 +130,7 @@ def _read(target: Target, role: Role) -> Gaussian:
     peak = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
     places = [_around(peak, factor, generator, _FAR), probe.drawn]
     if role == "model" and len(probe.drawn):  # a bend far off, where there may be another mode
-        places.append(_around(probe.drawn.mean(0), torch.eye(size).to(factor).expand_as(factor), generator, _WIDE))
+        places.append(_around(probe.drawn.mean(0), torch.eye(size).to(factor).expand_as(factor), generator, _WIDE, 4))
     points = probe.rounded(torch.cat(places))
     value, gradient = probe(points)
     probe.hold(_missed(read, points[:1], value[:1], gradient[:1]), slack)
@@ -157,7 +157,7 @@ def _missed(
     return (gradient - slope + bend).abs().amax((0, 2)), (value - predicted).abs().amax(0)
 
 
-def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: float) -> Tensor:
+def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: float, part: int = 1) -> Tensor:
     """Points (k, n, z): the mean, two points next to it, then points along random lines, evenly spread but for chance.
 
     The lines are orthogonal where the posterior is white, and their unit is of length sqrt(z), so that it is one
@@ -168,7 +168,7 @@ def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: floa
     raw = torch.randn(n, size, min(size, _DIRECTIONS), generator=generator, dtype=torch.float64)
     white = size**0.5 * torch.linalg.qr(raw).Q.to(loc.device)
     lines = white.shape[-1]
-    each = max(_POINTS[0] // n, _POINTS[1]) // lines
+    each = max(_POINTS[0] // n, _POINTS[1]) // part // lines
     steps = torch.arange(each) + torch.rand(n, lines, each, generator=generator, dtype=torch.float64)
     lengths = (reach * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
     rings = (white.unsqueeze(-1) * lengths.unsqueeze(1)).flatten(2)  # (n, z, k)

@@ -71,7 +71,9 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
         caption = "Draws from the model: z from the prior, x from the likelihood."
         if by_column:
             learned, more = data.train["x"][:MOST_DATA], _draws(target, seed, MOST_DATA)
-            beside = learned, drawn if more is None else more, data.columns
+            each = (learned, drawn if more is None else more)
+            own, made = (torch.from_numpy(data.transform.inverse(part)) for part in each)  # in the data's units
+            beside = own, made, data.columns
             album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
             if (scattered := scatter_pairs(*beside)) is not None:
                 album.add("pairs.png", scattered, "Pairs of columns: data below the diagonal, draws above it.")
@@ -94,7 +96,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     labels = rows["y"][:MOST_DATA] if "y" in rows else None
     which = "" if latents == 2 else ", of the two latents that vary most"
     caption = f"{whose} data in the latent space: the guide's means{which}, over draws of the prior."
-    album.add("latents.png", latent_scatter(points, labels, prior=prior, axes=axes), caption)
+    album.add("latents.png", latent_scatter(points, labels, names=data.classes, prior=prior, axes=axes), caption)
     if latents == 2 and shape is not None:
         caption = "The mean of x over the latent plane, a regular grid in the prior's quantiles."
         album.add("manifold.png", latent_grid(program, shape=shape), caption)

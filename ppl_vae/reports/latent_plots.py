@@ -27,6 +27,7 @@ def latent_scatter(
     codes: Tensor,
     labels: Tensor | None = None,
     *,
+    names: Sequence[str] | None = None,
     prior: Tensor | None = None,
     axes: tuple[int, int] = (0, 1),
     ax: Axes | None = None,
@@ -36,6 +37,7 @@ def latent_scatter(
     Args:
         codes: posterior means, (n, z) with z at least 2.
         labels: one number per datum, (n,): up to 12 values get a legend, more get a colour bar.
+        names: what labels 0, 1, ... are called, if they are called something.
         prior: draws of the prior, (k, z); by default circles at 1, 2 and 3 standard deviations of N(0, I).
         axes: the two latents to show, counted from 0.
         ax: where to draw, by default in a new figure; the legend stands outside.
@@ -63,7 +65,8 @@ def latent_scatter(
     else:
         for value, colour in zip(distinct, TWELVE, strict=False):
             which = values == value
-            ax.scatter(across[which], up[which], color=colour, label=f"{value:g}", **look)
+            name = names[int(value)] if names and value < len(names) else f"{value:g}"
+            ax.scatter(across[which], up[which], color=colour, label=name, **look)
     if prior is None:
         drawn = np.array([[-3.0, -3.0], [3.0, 3.0]])
         for radius in (1, 2, 3):

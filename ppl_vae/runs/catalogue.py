@@ -70,6 +70,7 @@ def describe(name: str) -> dict[str, Any]:
     if is_family:
         made = kind if needs(kind) & set(ROLES) else example(kind)
         about["support"] = describe_support(made.support)
+        about["support"] += ", as many as the data have" if "levels" in needs(kind) else ""
         about["reparameterised"] = bool(made.reparameterised)
     given = {key: _EXAMPLES.get(hints.get(key), "...") for key, one in keys.items() if one["must_be_given"]}
     return {**about, "example": _example(kind, roles[-1] if roles[-1] != "posterior" else roles[0], given, is_family)}
@@ -94,7 +95,7 @@ def listing(listed: Sequence[Mapping[str, Any]]) -> str:
         lines.append(role)
         for one in group:
             keys = ", ".join(key if value is None else f"{key} = {value}" for key, value in one["keys"].items())
-            lines.append(f"  {one['name']:<25} {one['doc']}" + (f" [{keys}]" if keys else ""))
+            lines.append(f"  {one['name']:<28} {one['doc']}" + (f" [{keys}]" if keys else ""))
     return "\n".join([*lines, "", "ppl-vae list NAME describes one, with its keys and a table to copy."])
 
 
@@ -128,7 +129,7 @@ def _arguments(text: str) -> dict[str, str]:
 def _summary(kind: Any) -> str:
     """First sentence of a class's docstring, as plain text."""
     first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    return re.sub(r",? ?:math:`[^`]*`|\*", "", first)
+    return re.split(r"(?<=\w\.) (?=[A-Z])", re.sub(r",? ?:math:`[^`]*`|\*", "", first))[0]
 
 
 def _plain(text: str) -> str:

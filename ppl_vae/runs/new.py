@@ -4,13 +4,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ppl_vae.data.columns import infer_kind
-from ppl_vae.data.datasets import is_path
+from ppl_vae.data.datasets import is_path, read_dataset
 from ppl_vae.data.loading import Data, load
+from ppl_vae.data.tables import Roles
 from ppl_vae.families.mixed import INFERRED
 from ppl_vae.runs.check import column_hints
 from ppl_vae.runs.spec import load_spec
@@ -36,6 +38,11 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     if path.exists():
         raise ValueError(f"Expected a new file; {path} exists. Choose another name, or remove it.")
     keys = dict(overrides or {})
+    for column in _distinct_words(name, keys):
+        if "id" in keys:
+            keys["leave_out"] = [*keys.get("leave_out", []), column]
+        else:
+            keys["id"] = column
     data = load(name, **keys)
     for column, like in data.suspects.items():
         if like in ("label", "id") and like not in keys:
@@ -44,6 +51,7 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
             keys["leave_out"] = [*keys.get("leave_out", []), column]
     data = load(name, **keys)
     where = os.path.relpath(name, path.absolute().parent) if is_path(name) else name
+    where += "/" * (is_path(name) and Path(name).is_dir())  # a folder, not the name of a set
     if len(data.train["x"]) >= 500:
         keys.setdefault("validation_fraction", 0.1)
     text = _text({"name": where, **keys}, data)
@@ -55,6 +63,13 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
         path.unlink()
         raise
     return text, column_hints(data)
+
+
+def _distinct_words(name: str, keys: Mapping[str, Any]) -> list[str]:
+    """Columns of words of which no two are the same: they tell rows apart, and say nothing of others."""
+    roles = Roles(*(keys.get(field.name) for field in fields(Roles)))
+    raw = read_dataset(name, keys.get("root"), keys.get("array"), keys.get("download", False), roles)
+    return [column for column, words in raw.categories.items() if len(words) == len(raw.x)]
 
 
 def _text(keys: dict[str, Any], data: Data) -> str:
@@ -101,17 +116,18 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
         return "Normal", {"scale": "shared"}, "Real numbers with one noise scale."
     each = columns.kinds or [infer_kind(x, x) for x in data.train["x"].double().numpy().T]
     kinds = set(each)
+    scaled: dict[str, Any] = {"data": {"scaling": "standardize"}} if kinds & {"real", "positive"} else {}
     if kinds == {"real"}:
         said = "Real numbers, standardised, with a noise scale for each column."
         return "Normal", {"scale": "feature", "data": {"scaling": "standardize"}}, said
     if len(kinds) == 1 and kinds != {"ordered"}:
         (kind,) = kinds
-        return INFERRED[kind], {}, f"All columns are of the kind {kind}."
+        return INFERRED[kind], scaled, f"All columns are of the kind {kind}."
     names = columns.names or tuple(map(str, range(columns.count)))
     families = {name: INFERRED[kind] for name, kind in zip(names, each, strict=True)}
     if len(names) > _LISTED and columns.kinds:
-        return "Mixed", {"kinds": "infer"}, "A family for each column, by its kind; see ppl-vae check."
-    return "Mixed", {"kinds": families}, "A family for each column; change any."
+        return "Mixed", {"kinds": "infer", **scaled}, "A family for each column, by its kind; see ppl-vae check."
+    return "Mixed", {"kinds": families, **scaled}, "A family for each column; change any."
 
 
 def _key(key: str) -> str:

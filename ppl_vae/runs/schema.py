@@ -107,7 +107,7 @@ def described(columns: Columns) -> dict[str, Any]:
 
 def _example(**known: Any) -> dict[str, Any]:
     """Arguments for the positional parameters of any part, over two features or small pictures."""
-    columns = Columns(2, (8, 8), ("a", "b"), ("real", "real"), (2, 2))
+    columns = Columns(2, (8, 8), ("a", "b"), ("real", "real"), (17, 17))
     return {"event": 2, "rows": 1, **described(columns), **known}
 
 

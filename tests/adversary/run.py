@@ -20,9 +20,10 @@ COUNTS = {  # cases of each kind
     "calibration": 1000,
     "comparison": 1000,
     "training": 200,
+    "swaps": 7380,
 }
 CHUNKS = 20
-COUNTED = ("estimates", "accepted", "settled", "converged")  # what a kind calls the cases that it answers for
+COUNTED = ("estimates", "accepted", "settled", "converged", "trained")  # names of the cases answered for
 
 
 def attack(kind: str, count: int, seed: int, until: float) -> dict[str, float] | None:

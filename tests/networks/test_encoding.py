@@ -7,7 +7,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from ppl_vae import Conditional
 from ppl_vae.families import Normal
-from ppl_vae.networks import MLP, Encoding, Linear
+from ppl_vae.networks import MLP, Conv, Encoding, Linear
 
 
 def table(n=50, seed=0):
@@ -74,3 +74,10 @@ def test_what_cannot_be_encoded_is_refused():
         Encoding(["plain", "one-hot"], [0, 0])
     with pytest.raises(ValueError, match="an encoding of 4 columns, as the context has; got 5"):
         Conditional(Normal(2), MLP(hidden=[3]), context=4, encoding=encoding())
+
+
+def test_a_network_of_pictures_takes_no_one_hot_columns():
+    with pytest.raises(ValueError, match="keeps a picture's shape, for Conv; got one-hot"):
+        Conditional(Normal(2), Conv((2, 2)), context=4, encoding=Encoding(["one-hot"] * 4, [3] * 4))
+    part = Conditional(Normal(2), Conv((2, 2)), context=4, encoding=Encoding(["log1p"] * 4))
+    assert part(torch.ones(5, 4)).batch_shape == (5,)

@@ -552,3 +552,9 @@ def test_pictures_in_colour_keep_their_channels() -> None:
     np.testing.assert_allclose(shown[:4, :5], rows[0].permute(1, 2, 0).numpy(), rtol=1e-6)
     grey: Any = data_plots.samples(rows[:, :1].flatten(1), shape=(1, 4, 5)).axes[0].images[0].get_array()
     np.testing.assert_allclose(grey[:4, :5], rows[0, 0].numpy(), rtol=1e-6)
+
+
+def test_labels_have_their_words() -> None:
+    ax = latent_plots.latent_scatter(torch.randn(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]), names=["Adelie", "Gentoo"])
+    legend: Any = ax.get_legend()
+    assert [text.get_text() for text in legend.get_texts()][:3] == ["Adelie", "Gentoo", "2"]
