@@ -10,6 +10,7 @@ from .evaluation.comparison import compare_posteriors as compare_posteriors
 from .evaluation.evidence import log_evidence as log_evidence
 from .evaluation.evidence import log_weights as log_weights
 from .evaluation.gap import inference_gap as inference_gap
+from .evaluation.guide_check import check_guide as check_guide
 from .families.conditional import Conditional as Conditional
 from .infer.reference import reference_posterior as reference_posterior
 from .infer.svi import fit as fit

@@ -37,11 +37,15 @@ def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int)
     )
 
 
-def as_batch(x: object) -> dict[str, Tensor]:
+def as_batch(x: object, *, aligned: bool = True) -> dict[str, Tensor]:
     """Turn a tensor, an array or a mapping of these into a dict of tensors.
 
     A bare array (n, x) becomes `{"x": array}`. Floats keep their precision. Integers and booleans become the default
     float dtype in `x`, int64 in `y` and `index`, booleans in `mask`, and stay as they are elsewhere.
+
+    Args:
+        x: a tensor, an array or a mapping of these.
+        aligned: whether the entries must share their leading size.
 
     Raises:
         TypeError: If a value is not an array of real numbers, or a key is not a string.
@@ -59,7 +63,7 @@ def as_batch(x: object) -> dict[str, Tensor]:
                 f"Expected `x` of shape (n, x); got {tuple(batch['x'].shape)}. For n data of one feature use "
                 f"x.reshape(-1, 1), for one datum x.reshape(1, -1)."
             )
-    if _leading(batch) == 0:
+    if (_leading(batch) if aligned or not batch else min(value.numel() for value in batch.values())) == 0:
         raise ValueError("Expected at least one datum; got n = 0.")
     _check_mask(batch)
     return batch
@@ -77,12 +81,13 @@ def check_finite(batch: Mapping[str, Tensor]) -> None:
         if key == "x" and "mask" in batch:
             bad &= batch["mask"]
         if bad.any():
-            row, *rest = torch.nonzero(bad)[0].tolist()
+            row, *rest = torch.nonzero(torch.atleast_1d(bad))[0].tolist()
+            entry = torch.atleast_1d(value)[(row, *rest)].item()
             column = f", column {rest[0] if len(rest) == 1 else tuple(rest)}" if rest else ""
             remedy = ", or hide the entries by a `mask` (True is observed)" if key == "x" else ""
             raise ValueError(
-                f"Expected finite numbers in `{key}`; got {value[(row, *rest)].item()} in row {row}{column} "
-                f"(counted from 0), {int(bad.sum())} such in all. Drop the rows{remedy}."
+                f"Expected finite numbers in `{key}`; got {entry} in row {row}{column} (counted "
+                f"from 0), {int(bad.sum())} such in all. Drop the rows{remedy}."
             )
 
 

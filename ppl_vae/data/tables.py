@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from ppl_vae.data.files import RawData, encode, intensity, rows_text
 
 TEXT = (".csv", ".tsv", ".txt")
 BINARY = (".parquet", ".feather")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 
 
@@ -79,6 +81,11 @@ class Table:
                 self._check_numbers(name, numbers, cells)
                 return np.array(numbers, np.float64), ()
             words = sorted(set(cells) - {None}, key=None if None in numbers else float)
+            if not as_words and all(map(_DECIMAL_COMMA.fullmatch, words)):
+                raise ValueError(
+                    f"Expected numbers with a decimal point in column {name!r} of {self.source}; got {words[0]!r}. "
+                    f'Convert them, or read them as words (categories = ["{name}"]).'
+                )
         codes: dict[Any, float] = {None: math.nan} | {word: float(code) for code, word in enumerate(words)}
         return np.array([codes[cell] for cell in cells]), tuple(words)
 

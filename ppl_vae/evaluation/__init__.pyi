@@ -13,6 +13,8 @@ from .evidence import log_evidence as log_evidence
 from .evidence import log_weights as log_weights
 from .gap import Gap as Gap
 from .gap import inference_gap as inference_gap
+from .guide_check import GuideCheck as GuideCheck
+from .guide_check import check_guide as check_guide
 from .latents import RateDistortion as RateDistortion
 from .latents import active_units as active_units
 from .latents import codes as codes

@@ -21,6 +21,7 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae.evaluation.pareto import pareto_k
 from ppl_vae.programs.target import BLOCK, Target
+from ppl_vae.programs.traces import unscaled
 
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
@@ -50,9 +51,12 @@ def to_datatree(
     | `observed_data` | each observed site; NaN where masked | obs, ... |
     | `constant_data` | `labels`, and what else the batch holds | obs |
 
+    Where the whole data set counts as one datum there is no dimension `obs`: sites have dimensions of their own, and
+    `log_likelihood` has an entry for each observation, so that `arviz.loo` runs.
+
     There is one chain, of independent draws. R-hat is not defined for them: without `kind="stats"`, `arviz.summary`
-    warns and gives NaN. Nor does `arviz.loo` compare models here, since each datum has latent variables of its own:
-    use `log_evidence` and its Pareto k.
+    warns and gives NaN. Nor does `arviz.loo` compare models where each datum has latent variables of its
+    own: use `log_evidence` and its Pareto k.
 
     Args:
         program: any program, or a `Target`.
@@ -87,7 +91,8 @@ def to_datatree(
     with first.running(seed, "prior"):
         drawn = first.trace("model", draws, poutine.uncondition)
     for group, names in (("prior", target.structure.latents), ("prior_predictive", _data_sites(target, drawn))):
-        groups[group] = {name: _array(drawn.nodes[name])[:, :, 0] for name in names}
+        arrays = {name: _array(target, drawn.nodes[name]) for name in names}
+        groups[group] = arrays if target.structure.whole else {name: array[:, :, 0] for name, array in arrays.items()}
     constants = {key: value.cpu().numpy() for key, value in batch.items() if not value.is_floating_point()}
     constants |= {} if labels is None else {"labels": np.asarray(labels)}
     groups |= {"constant_data": constants} if constants else {}
@@ -99,6 +104,9 @@ def to_datatree(
         "seed": seed,
     }
     coords = {"chain": [0], "draw": np.arange(draws), "obs": np.arange(n) if ids is None else np.asarray(ids)}
+    if target.structure.whole:
+        groups["sample_stats"] = {name: array[..., 0] for name, array in groups["sample_stats"].items()}
+        del coords["obs"]
     return _contain({group: _dataset(group, arrays, coords, attributes) for group, arrays in groups.items()})
 
 
@@ -110,7 +118,7 @@ def _block(target: Target, draws: int, key: tuple[int, int]) -> Groups:
             drawn, model = _draw(target, min(_DRAWS, draws - start))
         parts.append(drawn)
     mask = target.batch.get("mask")
-    data = {name: _seen(model.nodes[name], mask) for name in drawn["posterior_predictive"]}
+    data = {name: _seen(target, model.nodes[name], mask) for name in drawn["posterior_predictive"]}
     return _join(parts, "draw") | {"observed_data": data}
 
 
@@ -121,15 +129,17 @@ def _draw(target: Target, k: int) -> tuple[Groups, Any]:
     model, again = target.trace("model", k, replay), target.trace("model", k, lambda f: poutine.uncondition(replay(f)))
     sites = _data_sites(target, again)
     groups = {
-        "posterior": {name: _array(model.nodes[name]) for name in target.structure.latents},
-        "posterior_predictive": {name: _array(again.nodes[name]) for name in sites},
-        "log_likelihood": {name: _plain(target.log_density(model, k, [name]))[None].numpy() for name in sites},
+        "posterior": {name: _array(target, model.nodes[name]) for name in target.structure.latents},
+        "posterior_predictive": {name: _array(target, again.nodes[name]) for name in sites},
+        "log_likelihood": {name: _scores(target, model, k, name) for name in sites},
         "sample_stats": {"log_weight": target.log_weights(model, guide, k).cpu()[None].numpy()},
     }
     return groups, model
 
 
 def _join(parts: list[Groups], dimension: str) -> Groups:
+    if len(parts) == 1:
+        return parts[0]
     return {
         group: {
             name: np.concatenate([part[group][name] for part in parts], _DIMENSIONS[group].index(dimension))
@@ -151,19 +161,32 @@ def _plain(value: Tensor) -> Tensor:
     return value.float().cpu() if value.is_floating_point() else value.cpu()
 
 
-def _array(node: Any) -> Array:
+def _array(target: Target, node: Any) -> Array:
     """A site's value (k, *plates, n, *event) as (1, k, n, *plates, *event), without plates of one."""
     value, event = _plain(node["value"]), node["fn"].event_dim
-    plates = value.shape[1 : value.dim() - event - 1]
-    value = value.movedim(value.dim() - event - 1, 1)
-    kept = [size for size in plates if size > 1]
-    return value.reshape(1, *value.shape[:2], *kept, *value.shape[value.dim() - event :]).numpy()
+    if not target.structure.whole:
+        value = value.movedim(value.dim() - event - 1, 1)
+        kept = [size for size in value.shape[2 : value.dim() - event] if size > 1]
+        return value.reshape(1, *value.shape[:2], *kept, *value.shape[value.dim() - event :]).numpy()
+    kept = [size for size in value.shape[1 : value.dim() - event] if size > 1]
+    return value.reshape(1, len(value), *kept, *value.shape[value.dim() - event :]).numpy()
 
 
-def _seen(node: Any, mask: Tensor | None) -> Array:
+def _scores(target: Target, model: Any, k: int, name: str) -> Array:
+    """Log likelihood of a site: of each datum, (1, k, n), or where the whole is one, of each observation in it."""
+    if not target.structure.whole:
+        return _plain(target.log_density(model, k, [name]))[None].numpy()
+    score = unscaled(model.nodes[name])
+    return _plain(score.reshape(1, k, *(size for size in score.shape[1:] if size > 1))).numpy()
+
+
+def _seen(target: Target, node: Any, mask: Tensor | None) -> Array:
     """An observed value (*plates, n, *event) as (n, *plates, *event), NaN where it is masked."""
     value = _plain(node["value"])
-    value = value.movedim(value.dim() - node["fn"].event_dim - 1, 0)
+    if not target.structure.whole:
+        value = value.movedim(value.dim() - node["fn"].event_dim - 1, 0)
+    elif target.structure.sequential:
+        value = value[0]
     if mask is not None and mask.shape == value.shape:
         value = value.float().masked_fill(~mask.cpu(), float("nan"))
     return value.numpy()
@@ -173,9 +196,10 @@ def _dataset(
     group: str, arrays: dict[str, Array], coords: dict[str, Any], attributes: dict[str, Any]
 ) -> xarray.Dataset:
     """Name the dimensions of a group's arrays."""
-    lead, variables = _DIMENSIONS[group], {}
+    lead, variables = tuple(name for name in _DIMENSIONS[group] if name in coords), {}
     for name, array in arrays.items():
-        own = ("obs",) if group == "sample_stats" and name in ("elbo", "pareto_k") else lead
+        shared = group == "sample_stats" and name in ("elbo", "pareto_k")
+        own = tuple(name for name in lead if name == "obs") if shared else lead
         variables[name] = ([*own, *(f"{name}_dim_{i}" for i in range(array.ndim - len(own)))], array)
     taken = {dimension for dimensions, _ in variables.values() for dimension in dimensions}
     if clash := sorted(taken & variables.keys()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.evidence import weight_blocks
+from ppl_vae.evaluation.weights import weight_blocks
 from ppl_vae.programs.target import Target
 
 
@@ -65,9 +65,9 @@ def bound_curve(
     parts = []
     for draws in weight_blocks(Target.of(program, x), samples, seed):
         groups = [_Groups(count) for count in chosen]
-        for weights, _ in draws:
+        for some in draws:
             for group in groups:
-                group.add(weights)
+                group.add(some.weights)
         parts.append(torch.stack([group.bound() for group in groups], 1))
     return BoundCurve(torch.tensor(chosen), *torch.cat(parts, -1))
 

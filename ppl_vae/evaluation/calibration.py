@@ -20,6 +20,7 @@ from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.networks.table import Table
 from ppl_vae.programs.simulation import simulate_twice
+from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.vae import VAE
 
@@ -114,11 +115,11 @@ def calibrate(
     target = Target.of(program, x)
     if _keeps_rows(target, seed):
         raise ValueError(
-            "Expected a guide that reads the data; this one keeps one row per datum, and simulated data have none. "
-            "Compare it with a reference on its own data: compare_posteriors."
+            "Expected a guide that reads the data; this one draws the same whatever they are, or keeps one row per "
+            "datum, and simulated data have none. Compare it with a reference on its own data: compare_posteriors."
         )
-    parts = []
-    for number, rows in enumerate((torch.arange(simulations, device=target.device) % target.n).split(BLOCK)):
+    parts, block_size = [], 1 if target.structure.whole else BLOCK
+    for number, rows in enumerate((torch.arange(simulations, device=target.device) % target.n).split(block_size)):
         batch, truth = simulate_twice(target.rows(rows), seed, "simulate", number)
         block = target.with_batch(batch)
         with block.running(seed, "guide", number):
@@ -147,6 +148,8 @@ def _keeps_rows(target: Target, seed: int) -> bool:
     """Whether the guide's answer depends on the number or the place of a datum: equal data get different answers."""
     if isinstance(target.program, VAE) and isinstance(target.program.posterior.network, Table):
         return True
+    if target.structure.whole:
+        return ignores_data(target.program, target.batch, seed)
     batch = {key: value if key == "index" else value[:1].expand_as(value) for key, value in target.batch.items()}
     same = target.with_batch(batch)
     with target.running(seed, "rows"):

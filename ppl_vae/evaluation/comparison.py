@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.evidence import trace_blocks
+from ppl_vae.evaluation.weights import trace_blocks
 from ppl_vae.programs.closed_form import Gaussian, gaussians
 from ppl_vae.programs.target import Target
 

@@ -8,19 +8,19 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
+from ppl_vae.evaluation.nested import inner_draws
 from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
+from ppl_vae.evaluation.weights import Draws, weight_blocks
 from ppl_vae.programs.target import BLOCK, Target
 
-_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 _ROUNDING = 64  # steps of the floating type within which weights count as equal
 _LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
@@ -45,6 +45,7 @@ class Evidence:
         rounding: error of `log_evidence` by the rounding of a program in single precision, 0 in double precision. Data
             share it, so that it does not average out.
         samples: k.
+        inner: draws of local latents for each draw of the globals, 1 for plain weights (`ppl_vae.evaluation.nested`).
     """
 
     log_evidence: Tensor
@@ -59,6 +60,7 @@ class Evidence:
     shift: Tensor
     rounding: Tensor
     samples: int
+    inner: int = 1
 
     @property
     def rate(self) -> Tensor:
@@ -180,24 +182,28 @@ class Evidence:
             >>> torch.allclose(Evidence.of(weights).log_evidence.exp(), weights.exp().mean(0))
             True
         """
-        sums = _Sums(len(log_weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
-        sums.add(log_weights.double(), torch.full_like(log_weights, math.nan, dtype=torch.float64))
-        figures = sums.figures()
-        return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(log_weights))
+        weights = log_weights.double()
+        sums = _Sums(len(weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
+        sums.add(weights, torch.full_like(weights, math.nan), weights)
+        figures: dict[str, Any] = {**sums.figures()}
+        return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(weights))
 
 
 @torch.no_grad()
-def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Tensor:
+def log_weights(program: Any, x: Any = None, samples: int = 1000, *, inner: int | None = None, seed: int = 0) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z_i) - \log q(z_i \mid x)`, read off traces of model and guide.
 
     Sites count unscaled and with their masks, summed over all dimensions but particles and data. Draws come in blocks
     of 100 data, keyed by the seed and the block's number: data that begin a set have the same draws alone as within it.
-    Other subsets have draws of their own, since a random stream for each datum would cost more than the weights.
+    Other subsets have draws of their own, since a random stream for each datum would cost more than the weights. Where
+    the whole data set counts as one datum, n is 1.
 
     Args:
         program: any program, or a `Target`.
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         samples: draws per datum, k.
+        inner: draws of local latents for each draw of the globals, where locals are independent given the globals; 20
+            by default of such programs, 1 of others.
         seed: of the draws; the global random state is left alone.
 
     Returns:
@@ -206,12 +212,15 @@ def log_weights(program: Any, x: Any = None, samples: int = 1000, *, seed: int =
     Raises:
         ValueError: If `samples` is below 1, the data do not fit, or the program breaks the contract.
     """
-    blocks = weight_blocks(Target.of(program, x), check_int("samples", samples), seed)
-    return torch.cat([torch.cat([weights for weights, _ in draws]) for draws in blocks], 1)
+    target = Target.of(program, x)
+    blocks = weight_blocks(target, check_int("samples", samples), seed, inner_draws(target, inner))
+    return torch.cat([torch.cat([draws.weights for draws in block]) for block in blocks], 1)
 
 
 @torch.no_grad()
-def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int = 0) -> Evidence:
+def log_evidence(
+    program: Any, x: Any = None, samples: int = 1000, *, inner: int | None = None, seed: int = 0
+) -> Evidence:
     r"""Estimate log p(x) of each datum, with its error, by importance sampling from the guide.
 
     Streams over fixed blocks of data and samples. Between blocks it keeps only the largest weights of each datum, whose
@@ -221,6 +230,8 @@ def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int 
         program: any program, or a `Target`.
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         samples: draws per datum, k.
+        inner: draws of local latents for each draw of the globals, where locals are independent given the globals; 20
+            by default of such programs, 1 of others.
         seed: of the draws; the global random state is left alone.
 
     Returns:
@@ -232,18 +243,28 @@ def log_evidence(program: Any, x: Any = None, samples: int = 1000, *, seed: int 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), equation 8.
     """
-    target, samples = Target.of(program, x), check_int("samples", samples)
+    return estimate_evidence(Target.of(program, x), samples, seed, inner)
+
+
+@torch.no_grad()
+def estimate_evidence(
+    target: Target, samples: int, seed: int, inner: int | None, look: Callable[[int, Draws], None] | None = None
+) -> Evidence:
+    """What `log_evidence` returns, with a look at the draws of each block of data, by its number, in passing."""
+    samples, inner = check_int("samples", samples), inner_draws(target, inner)
     rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts = []
-    for draws in weight_blocks(target, samples, seed):
+    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner)):
         sums = _Sums(samples, rounding)
-        for weights, likelihood in draws:
-            sums.add(weights, likelihood)
+        for draws in blocks:
+            sums.add(draws.weights, draws.likelihood, draws.bounds)
+            if look is not None:
+                look(number, draws)
         parts.append(sums.figures())
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     figures["rounding"] = _rounding(target, figures["log_evidence"], seed)
     figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
-    return Evidence(**figures, samples=samples)
+    return Evidence(**figures, samples=samples, inner=inner)
 
 
 def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
@@ -263,28 +284,6 @@ def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
     return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))
 
 
-def weight_blocks(target: Target, samples: int, seed: int) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Log weights and log likelihoods, (k, n) each, in blocks of data and, within these, of draws."""
-    first = next(iter(target.batch.values()))
-    size = max(1, min(BLOCK, _ENTRIES // (BLOCK * max(first[0].numel(), 1))))
-    for number, block in enumerate(target.blocks()):
-        yield _weigh(block, samples, size, (seed, number))
-
-
-def _weigh(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    for k, model, guide in trace_blocks(target, samples, size, *key):
-        likelihood = target.log_density(model, k, model.observation_nodes)
-        prior = target.log_density(model, k, model.stochastic_nodes)
-        yield prior + likelihood - target.log_density(guide, k), likelihood
-
-
-def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:
-    """Traces of model and guide with at most `size` particles each, and how many they have."""
-    for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
-
-
 class _Sums:
     """Running sums of weights in log space, and their largest, datum by datum."""
 
@@ -293,17 +292,17 @@ class _Sums:
         self.tail = max(tail_length(samples) + 1, _LEFT_OUT)
         self.started = False
 
-    def add(self, weights: Tensor, likelihood: Tensor) -> None:
+    def add(self, weights: Tensor, likelihood: Tensor, bounds: Tensor) -> None:
         if not self.started:
             self.started = True
-            self.origin = weights.mean(0).nan_to_num(0.0, 0.0, 0.0)
+            self.origin = bounds.mean(0).nan_to_num(0.0, 0.0, 0.0)
             self.log_powers = torch.full_like(self.origin, -math.inf).expand(4, -1)  # of the sums of w, ..., w^4
             self.total = self.square = self.likelihood = torch.zeros_like(self.origin)
             self.largest, self.least = weights[:0], torch.full_like(self.origin, math.inf)
         powers = torch.stack([(power * weights).logsumexp(0) for power in range(1, 5)])
         self.log_powers = torch.logaddexp(self.log_powers, powers)
-        self.total = self.total + (weights - self.origin).sum(0)
-        self.square = self.square + (weights - self.origin).square().sum(0)
+        self.total = self.total + (bounds - self.origin).sum(0)
+        self.square = self.square + (bounds - self.origin).square().sum(0)
         self.likelihood = self.likelihood + likelihood.sum(0)
         both = torch.cat([self.largest, weights])
         self.largest = both.topk(min(self.tail, len(both)), 0).values

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.evidence import trace_blocks, weight_blocks
+from ppl_vae.evaluation.weights import trace_blocks, weight_blocks
 from ppl_vae.programs.target import Target
 
 _DRAWS = 100  # draws at a time
@@ -216,7 +216,8 @@ def rate_distortion(
             program = refit(setting)
         parts = []
         for block in weight_blocks(Target.of(program, x), draws, seed):
-            weights, likelihood = (torch.cat(each) for each in zip(*block, strict=True))
+            pairs = [(some.weights, some.likelihood) for some in block]
+            weights, likelihood = (torch.cat(each) for each in zip(*pairs, strict=True))
             both = torch.stack([likelihood - weights, -likelihood])
             parts.append(torch.stack([both.mean(1), both.var(1) / draws]))
         mean, variance = torch.cat(parts, -1)

@@ -52,8 +52,12 @@ class Levels(Family):
         super().__init__(event)
         count = self.event_shape.numel()
         self.levels = (levels,) * count if isinstance(levels, int) else tuple(levels)
-        if len(self.levels) != count or min(self.levels) < 1:
-            raise ValueError(f"Expected the levels of {count} features, each at least 1; got {levels!r}.")
+        none = [str(column) for column, size in enumerate(self.levels) if size < 1]
+        if len(self.levels) != count or none:
+            got = f"none in columns {', '.join(none[:8])}{', ...' * (len(none) > 8)}" if none else len(self.levels)
+            raise ValueError(
+                f"Expected the levels of {count} features, each at least 1; got {got}. For other columns use Mixed."
+            )
         sizes = torch.tensor(self.levels).reshape(self.event_shape)
         self.support = Steps(sizes)
         codes = torch.arange(max(2, *self.levels)).reshape(-1, *(1 for _ in self.event_shape))

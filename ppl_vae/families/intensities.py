@@ -138,7 +138,8 @@ def _common(levels: int | tuple[int, ...]) -> int:
     """Number of levels that all features have."""
     each = {levels} if isinstance(levels, int) else set(levels)
     if len(each) != 1 or min(each) < 2:
-        raise ValueError(f"Expected one number of levels for all features, at least 2; got {levels!r}.")
+        got = ", ".join(map(str, sorted(each))) if min(each, default=0) > 0 else "columns without levels"
+        raise ValueError(f"Expected one number of levels for all features, at least 2; got {got}.")
     return check_int("levels", each.pop())
 
 

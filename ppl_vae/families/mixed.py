@@ -101,7 +101,7 @@ class ByColumn(constraints.Constraint):
     """The support of each column; `check` tells it of every entry."""
 
     event_dim = 0
-    words = "that of the family of each column"
+    words = "what each column's family takes"
 
     def __init__(self, supports: Sequence[Any], blocks: Sequence[Sequence[int]]) -> None:
         self.supports, self.blocks = supports, blocks
@@ -113,6 +113,10 @@ class ByColumn(constraints.Constraint):
     def is_discrete(self) -> bool:  # type: ignore[override]
         """Whether every column is."""
         return all(self.discrete)
+
+    def of(self, column: int) -> Any:
+        """Support of one column."""
+        return next(s for s, block in zip(self.supports, self.blocks, strict=True) if column in block)
 
     def check(self, value: Tensor) -> Any:
         inside = torch.ones_like(value, dtype=torch.bool)

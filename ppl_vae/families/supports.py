@@ -48,7 +48,7 @@ class Steps(constraints.Constraint):
     def words(self) -> str:
         """The support in words."""
         if self.step != 1:
-            return f"0, {self.step:g}, {2 * self.step:g}, ..., 1"
+            return f"0, 1/{1 / self.step:.0f}, ..., 1"
         return f"the codes 0, 1, ... below {' or '.join(map(str, torch.as_tensor(self.levels).unique().tolist()))}"
 
 

@@ -36,11 +36,15 @@ class Gradients:
         program: any program.
         objective: one of Pyro's.
         learned: the tensors that are learned.
+        whole: whether the whole data set counts as one datum.
         capture: whether steps are recorded at all.
     """
 
-    def __init__(self, program: Any, objective: Any, learned: list[Tensor], *, capture: bool = True) -> None:
-        self.program, self.objective, self.learned, self.capture = program, objective, learned, capture
+    def __init__(
+        self, program: Any, objective: Any, learned: list[Tensor], *, whole: bool = False, capture: bool = True
+    ) -> None:
+        self.program, self.objective, self.learned = program, objective, learned
+        self.whole, self.capture = whole, capture
         self.seen: Counter[Any] = Counter()
         self.graphs: dict[Any, Callable[..., list[Any]]] = {}
         self.settings: dict[str, Any] = {}
@@ -57,15 +61,19 @@ class Gradients:
     def loss(self, batch: Batch) -> Tensor:
         """Minus the bound per datum, by Pyro, differentiable."""
         loss: Tensor = self.objective.differentiable_loss(self.program.model, self._guide, **batch)
-        return loss / len(next(iter(batch.values())))
+        return loss / self._data(batch)
+
+    def _data(self, batch: Batch) -> int:
+        """How many data a batch counts for."""
+        return 1 if self.whole else len(next(iter(batch.values())))
 
     def __call__(self, batch: Batch) -> Answer:
         """The loss, without gradients, and the gradients: None for what has no effect."""
-        kind = tuple((key, value.shape, value.stride(), value.dtype) for key, value in batch.items())
+        kind = tuple((key, *_layout(value)) for key, value in batch.items())
         self.seen[kind] += self.capture
         replay, seen = self.graphs.get(kind), self.seen[kind]
         if replay is not None and seen > EAGER + 2:
-            return _replayed(replay, [*self.held, *batch.values()])
+            return _replayed(replay, self._given(batch))
         if not self.capture or seen <= EAGER:
             return self._by_pyro(batch)
         return self._checked(kind, batch)
@@ -77,11 +85,14 @@ class Gradients:
     def _guide(self, **given: Tensor) -> Any:
         return self.program.guide(**batch_of(self.program.guide, given))
 
+    def _given(self, batch: Batch) -> list[Tensor]:
+        """The arguments of a graph: all that is or may be changed in place, and the batch."""
+        return [*self.held, *(value for value in batch.values() if isinstance(value, Tensor))]
+
     def _checked(self, kind: Any, batch: Batch) -> Answer:
         """Take a step by Pyro, and record it or hold what was recorded against it."""
         self.look()
-        given = [*self.held, *batch.values()]  # all that is or may be changed in place, and the batch
-        device = given[-1].device
+        given, device = self._given(batch), next(iter(batch.values())).device
         start, versions = random_state(device), [one._version for one in given]
         loss, gradients = self._by_pyro(batch)
         end = random_state(device)
@@ -127,7 +138,7 @@ class Gradients:
             for traces in self.objective._get_traces(self.program.model, self._guide, (), batch):
                 parts = self.objective._differentiable_loss_particle(*traces)
                 loss, surrogate = loss + parts[0] / particles, surrogate + parts[1] / particles
-            value = (loss + (surrogate - surrogate.detach().double())).to(dtype) / len(next(iter(batch.values())))
+            value = (loss + (surrogate - surrogate.detach().double())).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)
         return value.detach(), *gradients
 
@@ -137,6 +148,11 @@ class _ItemsAreTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0].detach().double() if func is Tensor.item else func(*args, **(kwargs or {}))
+
+
+def _layout(value: Any) -> tuple[Any, ...]:
+    """What a graph is recorded for: how a tensor lies in memory, or the value of something else."""
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else (value,)
 
 
 @torch.no_grad()

@@ -139,7 +139,8 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
     """Run NUTS from stratified draws of the prior.
 
     Returns:
-        Draws (draws * chains, n, z) of the latent variables; `r_hat`, `ess` and `divergences` of each datum, (n,), and
+        Draws (draws * chains, n, z) of the latent variables; `r_hat`, `ess`, `ess_tail` and `divergences` of each
+        datum, (n,), and
         `mcse_mean`, the Monte Carlo standard error of the mean of each latent variable, (n, z); and `contradicted`,
         (n,), where the mean by draws of the prior, weighed by their likelihood, lies more than five errors away, as it
         does if no chain is in a mode that weighs.
@@ -227,6 +228,7 @@ def _mixing(values: Tensor) -> dict[str, Tensor]:
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
         folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
         ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in zip(array, folded, strict=True)]
+        tail = [np.min([arviz.ess(one, method="tail") for one in rows]) for rows in array]
         errors = [[float(arviz.mcse(one)) for one in rows] for rows in array]
-    parts = {"r_hat": r_hat, "ess": ess, "mcse_mean": errors}
+    parts = {"r_hat": r_hat, "ess": ess, "ess_tail": tail, "mcse_mean": errors}
     return {name: torch.tensor(np.array(part)).to(values) for name, part in parts.items()}

@@ -50,10 +50,10 @@ class Reference:
             around the modes to which climbs from these draws lead, and the draws that matter: it can miss an isolated
             mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
             whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
-            more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `r_hat` (rank-normalised and
-            folded, the worst of a datum), `divergences`, `contradicted` (where draws of the prior, weighed by their
-            likelihood, have another mean), `settled` (whether a datum passed) and `mcse_mean`, (n, z), the Monte Carlo
-            standard error of `loc`.
+            more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `ess_tail` (of the 5 % and
+            95 % quantiles), `r_hat` (rank-normalised and folded, the worst of a datum), `divergences`, `contradicted`
+            (where draws of the prior, weighed by their likelihood, have another mean), `settled` (whether a datum
+            passed) and `mcse_mean`, (n, z), the Monte Carlo standard error of `loc`.
     """
 
     log_evidence: Tensor

@@ -89,8 +89,9 @@ class State:
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
-        """Copy values into the learned tensors and the buffers."""
-        for tensor, value in zip(self._tensors(), values, strict=True):
+        """Copy values into the learned tensors and the buffers, which the states of older runs lack."""
+        tensors = self.learned if len(values) == len(self.learned) else self._tensors()
+        for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
     def is_finite(self) -> bool:
@@ -110,6 +111,8 @@ class Trainer:
         clip: maximum of the global gradient norm, per datum; 0 is off.
         seed: of the order of the data and of all draws.
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
+        parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
+            of `batch_size` that the program's own plate takes. 0 otherwise.
         capture: whether the steps are replayed from a graph where that can be.
     """
 
@@ -120,10 +123,12 @@ class Trainer:
     clip: float
     seed: int
     shuffle: bool = True
+    parts: int = 0
     capture: bool = True
 
     def __post_init__(self) -> None:
-        self.gradients = Gradients(self.program, self.objective, self.state.learned, capture=self.capture)
+        options: Any = {"whole": self.parts > 0, "capture": self.capture}
+        self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
 
     def epoch(self, data: Target, number: int, *, check: bool) -> float:
         """Pass once over the data.
@@ -146,7 +151,7 @@ class Trainer:
             with fork_rng(self.seed, "svi", number, device=data.device):
                 for batch in self._batches(data, number):
                     with pyro.validation_enabled(check and not losses):
-                        losses.append(self._step(batch) * len(next(iter(batch.values()))))
+                        losses.append(self._step(batch) * (1 / self.parts if self.parts else _size(batch)))
         except KeyboardInterrupt:
             self.state.load(good)
             raise
@@ -171,6 +176,9 @@ class Trainer:
         return total / held_out.n
 
     def _batches(self, data: Target, number: int) -> Iterable[Batch]:
+        if self.parts > 1:
+            part: Any = {**data.batch, "subsample_size": self.batch_size}
+            return [part] * self.parts
         if not self.shuffle:
             return [data.batch]
         return minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
@@ -201,6 +209,10 @@ class Trainer:
         state.scheduler.step()
         state.history.steps += 1
         return loss
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _culprit(program: Any, batch: Batch) -> str:

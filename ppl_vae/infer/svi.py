@@ -18,7 +18,8 @@ from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import scope
-from ppl_vae.programs.rows import indexed, numbered, remember
+from ppl_vae.programs.rows import indexed, keywords, numbered, remember
+from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of, check_batch
 
@@ -57,6 +58,10 @@ def fit(
     A guide that keeps one row per datum by its place in the batch, such as Pyro's `AutoNormal`, is trained on the whole
     data as one batch, in their order, and afterwards answers for these data alone; so does a guide that takes `index`,
     in batches too, but for data that come with their `index`.
+
+    Where the whole data set counts as one datum, since latent variables lie outside the data plate, each step takes all
+    data; one whose model takes `subsample_size` by keyword takes parts of `batch_size` by its own plate. Bounds are
+    then those of the data set.
 
     The program's modules are in training mode meanwhile, so that dropout acts; `validation` is judged in evaluation
     mode, as everything else that evaluates a program does.
@@ -97,7 +102,7 @@ def fit(
     chosen = pick_device(device)
     given = x.epoch(0) if isinstance(x, Data) else x
     if given is not None and not isinstance(program, Target):
-        given = numbered(program, as_batch(given))
+        given = numbered(program, as_batch(given, aligned=False))
     target = Target.of(program, given)
     program = target.program
     if isinstance(program, nn.Module):
@@ -116,11 +121,16 @@ def fit(
             f"Expected no {refused}: this guide keeps one row per datum, by its place in the batch. Take `index`, or "
             f"fit with the whole data as one batch (batch_size = {target.n}) and no validation data."
         )
+    if sites.whole and validation is not None:
+        raise ValueError("Expected no validation data: the whole data set counts as one datum of this program.")
+    parts = _parts(target, batch_size) if sites.whole else 0
     if sites.rows is not None or indexed(program):
         remember(program, target.batch)
     held_out = None if validation is None else other(validation, check=True)
     objective = OBJECTIVES[elbo](
-        num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=sites.nesting
+        num_particles=particles,
+        vectorize_particles=particles > 1 and not sites.sequential,
+        max_plate_nesting=sites.nesting,
     )
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*_parameters(target)] if parameters is None else [*parameters]
@@ -128,12 +138,13 @@ def fit(
         raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program, training=True):
         make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
-        steps = epochs * math.ceil(target.n / batch_size)
+        steps = epochs * (parts or math.ceil(target.n / batch_size))
         optim = make(learned, lr=learning_rate)
         state = State(learned, optim, _scheduler(schedule, optim, learning_rate, steps), module=program)
         if resume is not None:
             state.load(resume)
-        trainer = Trainer(program, objective, state, batch_size, clip, seed, sites.rows is None, capture)
+        shuffle = sites.rows is None and not sites.whole
+        trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle, parts, capture)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
@@ -151,6 +162,8 @@ def fit(
                 on_epoch(epoch, state)
         if state.best is not None:
             state.set_values(state.best)
+    if sites.whole and ignores_data(program, target.batch, seed):
+        remember(program, target.batch)
     target.refresh()
     return history
 
@@ -195,12 +208,20 @@ def check_settings(**given: Any) -> None:
 def _parameters(target: Target) -> list[Tensor]:
     """What takes gradients: the module's own parameters and what the traces register with Pyro, now set up."""
     program, registered = target.program, []
-    few = target.batch if target.structure.rows is not None else {key: value[:2] for key, value in target.batch.items()}
+    all_of_it = target.structure.rows is not None or target.structure.whole
+    few = target.batch if all_of_it else {key: value[:2] for key, value in target.batch.items()}
     for function in (program.guide, program.model):
         trace: Any = poutine.trace(function, param_only=True).get_trace(**batch_of(function, few))
         registered += [site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"]
     own = list(program.parameters()) if isinstance(program, nn.Module) else []
     return list({id(tensor): tensor for tensor in [*own, *registered] if tensor.requires_grad}.values())
+
+
+def _parts(target: Target, batch_size: int) -> int:
+    """Steps of an epoch where the whole counts as one datum: as many as it takes for parts of the batch size."""
+    if "subsample_size" not in keywords(target.program.model):
+        return 1
+    return math.ceil(max(len(value) for value in target.batch.values() if value.dim()) / batch_size)
 
 
 def _scheduler(schedule: Schedule, optimizer: Optimizer, rate: float, steps: int) -> lr_scheduler.LRScheduler:

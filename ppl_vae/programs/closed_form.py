@@ -228,6 +228,8 @@ class _Probe:
         with torch.no_grad():
             model, guide = target.traces(1, 0)
         own: Any = (guide if role == "guide" else model).nodes
+        if role == "guide" and any(own[name]["infer"].get("is_auxiliary") for name in guide.stochastic_nodes):
+            raise ValueError(f"{_CLOSED.format(role)}with auxiliary sites.")
         for name in self.latents:
             if _mixed(own[name]["fn"]):  # of which a component that is far off would leave no trace
                 raise ValueError(f"{_CLOSED.format(role)}whose site '{name}' is a mixture.")

@@ -9,6 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
+from ppl_vae.programs.plates import frames
 from ppl_vae.programs.target import Role, Target
 
 
@@ -41,15 +42,17 @@ class Joint:
             model, guide = target.traces(1, 0)
         nodes: Any = guide.nodes
         self.auxiliary = [name for name in guide.stochastic_nodes if nodes[name]["infer"].get("is_auxiliary")]
-        self.transforms, self.shapes = {}, {}
+        self.transforms, self.shapes, self._events = {}, {}, {}
         for name in structure.latents:
             node: Any = model.nodes[name]
             value: Any = nodes[name]["value"]
             self.transforms[name] = biject_to(_support(name, node["fn"].support))
-            plates = sorted(frame.dim for frame in node["cond_indep_stack"] if frame.vectorized)
+            inside = -1 - structure.nesting, 0 if structure.whole else -1
+            plates = sorted(dim for dim in frames(node).values() if inside[0] < dim < inside[1])
             event = value.shape[value.dim() - node["fn"].event_dim :]
+            self._events[name] = len(event)
             batched = value.shape[: value.dim() - len(event)]
-            self.shapes[name] = (*(batched[dim] for dim in plates if -1 > dim > -1 - structure.nesting), *event)
+            self.shapes[name] = (*(batched[dim] for dim in plates), *event)
         target.flatten(guide)
         self.layout = target.layout
         self.dtype = torch.promote_types(nodes[structure.latents[0]]["value"].dtype, torch.float32)
@@ -103,8 +106,8 @@ class Joint:
             if transform != identity_transform:
                 values[name] = transform(raw)
                 log_det = transform.log_abs_det_jacobian(raw, values[name]).double()
-                inner = log_det.reshape(*log_det.shape[: 1 + self.target.structure.nesting], -1).sum(-1)
-                volume = volume + inner.reshape(len(u), -1, self.n).sum(1)
+                inner = math.prod(self.shapes[name][: len(self.shapes[name]) - self._events[name]])
+                volume = volume + log_det.reshape(len(u), inner, self.n, -1).sum((1, 3))
         return values, volume
 
     def _trace(self, role: Role, values: dict[str, Tensor]) -> Trace:

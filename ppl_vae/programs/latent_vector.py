@@ -9,11 +9,11 @@ class Layout:
 
     Args:
         sites: name, a value `(k, *inner plates, n, *event)` and the number of event dimensions of each site, in order.
-        nesting: how many plates enclose a site at the most.
+        n: the number of data; 1 where the whole data set counts as one datum, and all plates are inner ones.
     """
 
-    def __init__(self, sites: list[tuple[str, Tensor, int]], nesting: int) -> None:
-        self.nesting = nesting
+    def __init__(self, sites: list[tuple[str, Tensor, int]], n: int) -> None:
+        self.n = n
         self.discrete = {name: value.dtype for name, value, _ in sites if not value.is_floating_point()}
         self.sites = [
             (name, value.shape[1 : value.dim() - event], value.shape[value.dim() - event :])
@@ -23,16 +23,17 @@ class Layout:
     def pack(self, values: dict[str, Tensor]) -> Tensor:
         """Put the sites side by side, shape (k, n, z)."""
         flat = []
-        for name, batch, event in self.sites:
-            value = values[name].reshape(len(values[name]), -1, batch[-1], event.numel())
+        for name, _, event in self.sites:
+            value = values[name].reshape(len(values[name]), -1, self.n, event.numel())
             flat.append(value.transpose(1, 2).flatten(2))
         return torch.cat(flat, -1)
 
     def unpack(self, vector: Tensor) -> dict[str, Tensor]:
         """Take a vector (k, n, z) apart, site by site."""
-        sizes = [batch[:-1].numel() * event.numel() for _, batch, event in self.sites]
+        inner = [batch.numel() // self.n for _, batch, _ in self.sites]
+        sizes = [plates * event.numel() for plates, (_, _, event) in zip(inner, self.sites, strict=True)]
         values = {}
-        for (name, batch, event), part in zip(self.sites, vector.split(sizes, -1), strict=True):
-            inner = part.unflatten(-1, (batch[:-1].numel(), event.numel())).transpose(1, 2)
-            values[name] = inner.reshape(len(vector), *batch, *event)
+        for (name, batch, event), plates, part in zip(self.sites, inner, vector.split(sizes, -1), strict=True):
+            value = part.unflatten(-1, (plates, event.numel())).transpose(1, 2)
+            values[name] = value.reshape(len(vector), *batch, *event)
         return values

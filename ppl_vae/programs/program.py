@@ -1,7 +1,8 @@
 r"""Programs: Pyro pairs of `model` and `guide`, and what can be read off their traces.
 
 A program is any object with `model(**batch)` and `guide(**batch)`, in plain Pyro, with an outermost plate `"data"` at
-dim -1, whatever its latent sites and inner plates. `VAE` is the program that three conditionals build; `Program`
+dim -1, whatever its latent sites and inner plates. Without such a plate, or with sites outside it, the whole data set
+counts as one datum. `VAE` is the program that three conditionals build; `Program`
 wraps two functions or a stranger's modules. Nothing below the contract knows which of them it has.
 """
 
@@ -10,12 +11,16 @@ import importlib.util
 import inspect
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from ppl_vae.programs.autoguides import make_guide
+from ppl_vae.programs.rows import keywords
 
 
 class PyroPair(Protocol):
@@ -48,10 +53,14 @@ class Program(nn.Module):
 
     Args:
         model: a function or module that takes the batch by keyword.
-        guide: likewise; one that also takes a model's keywords may ignore them.
+        guide: likewise, or the name of one of Pyro's autoguides.
+        data_plate: name of the plate at dim -1 that holds the data. If it is None, or a site lies outside that plate,
+            the whole data set counts as one datum, and its tensors need not share a leading size.
+        static: keywords that are no data, such as `{"K": 3}`, for model and guide as far as they take them.
 
     Raises:
         TypeError: If either cannot be called.
+        ValueError: If there is no autoguide of that name, or it needs more than the model.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -67,15 +76,35 @@ class Program(nn.Module):
         True
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | str = "AutoNormal",
+        *,
+        data_plate: str | None = "data",
+        static: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.data_plate = data_plate
+        parts = nn.ModuleList(part for part in (model, guide) if isinstance(part, nn.Module))
+        if callable(model):
+            model = _bound(model, static or {})
+            guide = make_guide(guide, model)
         for name, part in (("model", model), ("guide", guide)):
             if not callable(part):
                 raise TypeError(f"Expected `{name}` to be a function or module of the batch; got {part!r}.")
         self.model = model
-        self.guide = guide
+        self.guide = _bound(guide, static or {})
+        if static:
+            self.parts = parts
         owners = {id(part.__self__): part.__self__ for part in (model, guide) if inspect.ismethod(part)}
         self.owners = nn.ModuleList(owner for owner in owners.values() if isinstance(owner, nn.Module))
+
+
+def _bound(function: Any, static: Mapping[str, Any]) -> Any:
+    """A function with the keywords that it takes of those given; autoguides have theirs by the model."""
+    own = keywords(function) if static and callable(function) else []
+    return partial(function, **given) if (given := {key: static[key] for key in static if key in own}) else function
 
 
 def load_program(reference: str) -> type:

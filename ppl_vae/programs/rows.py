@@ -92,6 +92,7 @@ def _marks(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     marks = {}
     for key, value in batch.items():
         if key not in ("index", "mask"):
+            value = torch.atleast_1d(value)
             flat = value.reshape(len(value), -1).double()
             flat = torch.where(batch["mask"].reshape(flat.shape), flat, 0.0) if key == "x" and "mask" in batch else flat
             marks[key] = flat @ torch.arange(1, flat.shape[1] + 1, device=flat.device).double().sin()

@@ -8,15 +8,26 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
+from ppl_vae.programs.plates import (
+    BrokenContract,
+    check_sizes,
+    data_plate,
+    fixed,
+    frames,
+    is_point,
+    is_whole,
+    local_plate,
+    observes,
+    subsampled,
+)
 from ppl_vae.programs.rows import fitted_by_position, known_data
-from ppl_vae.programs.traces import Batch, batch_of, log_density, plain_sites, trace_pair
+from ppl_vae.programs.traces import Batch, aligned, batch_of, log_density, plain_sites, replayed, trace_pair
 
 OTHER_DATA = (
     "Expected the data that this program was fitted to, in their order; got {n} others. This guide keeps one row per "
@@ -25,10 +36,6 @@ OTHER_DATA = (
 _TRIED = 64  # data on which densities are compared
 _CHECKED = "_ppl_vae_checked"
 _FAILED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)  # of a program on strange shapes
-
-
-class BrokenContract(ValueError):
-    """A program that is none: it draws outside the data plate, or model and guide do not have the same sites."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,13 @@ class Structure:
         same_order: whether model and guide visit the latent sites in one order.
         shapes: of each site of one datum, (*inner plates, *event).
         not_reparameterised: names of the guide's sites whose draws have no gradient, such as discrete ones.
+        points: latent sites of the guide that are points, and so have no density.
         rows: how many rows a program has that keeps one row per datum by position, and so takes these data as a whole
             or not at all; None for all others.
+        whole: whether the whole data set counts as one datum, since a site lies outside the data plate.
+        local: where the whole counts as one, the plate whose elements are independent given the sites outside it.
+        subsampled: a plate that holds only a part of its data, which training allows and evidence does not.
+        sequential: whether the program runs one draw at a time, since its densities are wrong or fail beside particles.
     """
 
     latents: tuple[str, ...]
@@ -54,36 +66,84 @@ class Structure:
     same_order: bool
     shapes: dict[str, tuple[int, ...]]
     not_reparameterised: tuple[str, ...]
+    points: tuple[str, ...] = ()
     rows: int | None = None
+    whole: bool = False
+    local: str | None = None
+    subsampled: str | None = None
+    sequential: bool = False
 
 
 def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> Structure:
     """Read a program's structure off traces of a copy, on the first data of a batch.
 
     A program that fails on these but not on the whole batch, whose parameters grow with the data, or whose density of
-    a datum changes with its place in the batch keeps one row per datum by position.
+    a datum changes with its place in the batch keeps one row per datum by position. One with a site outside the data
+    plate is read off the whole batch.
 
     Raises:
-        ValueError: If the program breaks the contract: no plate `"data"` at dim -1, a site outside it, latent sites
-            that differ between model and guide, or no densities beside particles.
+        ValueError: If the program breaks the contract: latent sites that differ between model and guide, a data plate
+            of another name or at another dim, or no densities beside particles.
     """
-    n, key = len(next(iter(batch.values()))), _key(program, batch)
-    part, whole = _first(batch, 2), False
+    part, all_of_it = _first(batch, 2) if aligned(batch) else dict(batch), not aligned(batch)
     try:
         seen, shapes = _look(program, part, seed)
     except _FAILED as error:
         if isinstance(error, BrokenContract):
             raise
-        part, whole = dict(batch), True
+        part, all_of_it = dict(batch), True
         seen, shapes = _look_at_all(program, part, seed)
+    if seen.whole:
+        return _whole(program, dict(batch), seen if all_of_it else _look_at_all(program, dict(batch), seed)[0], seed)
+    if not aligned(batch):
+        sizes = {key: tuple(value.shape) for key, value in batch.items()}
+        raise ValueError(f"Expected tensors that share their leading size n; got shapes {sizes}.")
+    n, key = len(next(iter(batch.values()))), _key(program, batch)
     if vars(program).get(_CHECKED, (None,))[0] != key:
         _check_particles(program, part, seen.nesting, seed)
-        rows = whole or (n > 1 and by_place(program, batch, shapes, seed))
-        if rows and not whole:
+        rows = all_of_it or (n > 1 and by_place(program, batch, shapes, seed))
+        if rows and not all_of_it:
             _look_at_all(program, dict(batch), seed)
         vars(program)[_CHECKED] = key, rows
-    whole = whole or vars(program)[_CHECKED][1] or fitted_by_position(program)
-    return replace(seen, rows=n if whole else None)
+    by_position = all_of_it or vars(program)[_CHECKED][1] or fitted_by_position(program)
+    return replace(seen, rows=n if by_position else None)
+
+
+def _whole(program: Any, batch: Batch, seen: Structure, seed: int) -> Structure:
+    """Structure where the whole data set counts as one datum, which says whether particles go side by side."""
+    sequential = not _vectorises(program, batch, seen, seed)
+    return replace(seen, sequential=sequential, local=None if sequential else seen.local)
+
+
+def _vectorises(program: Any, batch: Batch, seen: Structure, seed: int) -> bool:
+    """Whether two draws side by side have the densities that each has alone."""
+    device = device_and_dtype(program, next(iter(batch.values())))[0]
+    with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device):
+        _traces(twin, batch, seed)  # so that lazy parameters are made without particles
+        try:
+            pair = trace_pair(twin, batch, 2, seen.nesting)
+            together = torch.stack([log_density(trace, 2, 1) for trace in pair])  # (2, 2, 1)
+        except _FAILED:
+            return False
+        for number in range(2):
+            alone = replayed(twin, batch, pair[1], number)
+            one = torch.stack([log_density(trace, 1, 1) for trace in alone])
+            slack = 1e-4 if any(value.dtype == torch.float32 for value in batch.values()) else 1e-8
+            if not torch.allclose(together[:, number], one[:, 0], rtol=slack, atol=slack, equal_nan=True):
+                return False
+    return True
+
+
+def ignores_data(program: Any, batch: Batch, seed: int) -> bool:
+    """Whether a guide draws the same whatever the data, so that it belongs to those it was fitted to."""
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in batch.items()}
+    device, draws = device_and_dtype(program, next(iter(batch.values())))[0], []
+    with torch.no_grad(), trial(program) as twin:
+        for given in (batch, other):
+            with fork_rng(seed, device=device):
+                trace = poutine.trace(twin.guide).get_trace(**batch_of(twin.guide, given))
+            draws.append([trace.nodes[name]["value"] for name in plain_sites(trace, trace.stochastic_nodes)])
+    return all(torch.equal(*pair) for pair in zip(*draws, strict=True))
 
 
 def _key(program: Any, batch: Mapping[str, Tensor]) -> Any:
@@ -115,8 +175,9 @@ def _traces(program: Any, batch: Batch, seed: int) -> tuple[Trace, Trace]:
     with fork_rng(seed, device=device_and_dtype(program, first)[0]):
         guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
         nodes: Any = guide.nodes
-        frames = [frame for name in plain_sites(guide) for frame in nodes[name]["cond_indep_stack"]]
-        kept = {frame.size for frame in frames if frame.name == "data"} - {len(first)}
+        around = [frame for name in plain_sites(guide) for frame in nodes[name]["cond_indep_stack"]]
+        own = [(frame.size, frame.full_size) for frame in around if frame.name == data_plate(program)]
+        kept = [sizes[0] for sizes in own if aligned(batch) and len(first) not in sizes]
         if kept:
             raise ValueError(
                 f"Expected the {kept.pop()} data that this guide keeps one row each for; got {len(first)}. Pass an "
@@ -129,16 +190,24 @@ def _look(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, t
     """Structure of a program on some data, and the shapes of its parameters then."""
     with torch.no_grad(), trial(program) as twin:
         guide, model = _traces(twin, batch, seed)
-        return _read(guide, model), _shapes(twin, guide, model)
+        seen = _read(guide, model, data_plate(program))
+        if any(is_point(guide.nodes[name]["fn"]) for name in seen.latents):
+            seen = replace(seen, points=fixed((guide, model), _traces(twin, batch, seed + 1)[0]))
+        return seen, _shapes(twin, guide, model)
 
 
 def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, torch.Size]]:
     """Likewise on all data, which a guide that was fitted to others does not take."""
     try:
         return _look(program, batch, seed)
-    except _FAILED:
+    except _FAILED as error:
         if known_data(program, batch) is False:
             raise ValueError(OTHER_DATA.format(n=len(next(iter(batch.values()))))) from None
+        if isinstance(error, TypeError | NotImplementedError):
+            raise ValueError(
+                f"Expected a model and a guide that run on data named {', '.join(batch)}; one raised: "
+                f"{(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
         raise
 
 
@@ -155,7 +224,7 @@ def _shapes(program: Any, *traces: Trace) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _parameters(program, *traces).items()}
 
 
-def _read(guide: Trace, model: Trace) -> Structure:
+def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
     nodes: Any = guide.nodes
     sampled = plain_sites(guide, guide.stochastic_nodes)
     drawn = [name for name in sampled if not nodes[name]["infer"].get("is_auxiliary")]
@@ -166,32 +235,28 @@ def _read(guide: Trace, model: Trace) -> Structure:
             f"{sorted(set(latents) - set(drawn)) or 'none'}, "
             f"only the guide has {sorted(set(drawn) - set(latents)) or 'none'}."
         )
-    seen = [name for name in guide.observation_nodes if not _is_point(nodes[name]["fn"], Delta, Unit)]
-    if seen:
+    if seen := observes(guide):
         raise BrokenContract(
             f"Expected a guide that observes nothing; it observes '{seen[0]}', whose density would enter its own. "
             f"Hide it: pyro.poutine.block(guide, hide={seen})."
         )
-    depth, shapes = 0, {}
-    for trace in (guide, model):
+    pair = guide, model
+    whole, depth, shapes = is_whole(pair, plate), 0, {}
+    for trace in pair:
         for name in plain_sites(trace):
             node: Any = trace.nodes[name]
-            frames = {frame.name: frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
-            if frames.get("data") != -1:
-                raise BrokenContract(
-                    f"Expected every site inside the outermost plate 'data' at dim -1; site '{name}' is in "
-                    f"{frames or 'no plate'}. "
-                    "Evidence is per datum, so nothing may be drawn outside that plate."
-                )
-            depth = max(depth, *(-dim for dim in frames.values()))
-            inner = [
-                frame.size for frame in sorted(node["cond_indep_stack"], key=lambda frame: frame.dim) if frame.dim < -1
-            ]
-            shapes[name] = (*inner, *node["fn"].event_shape)
+            depth = max([depth, *(-dim for dim in frames(node).values())])
+            inner = sorted((frame for frame in node["cond_indep_stack"] if frame.vectorized), key=lambda one: one.dim)
+            sizes = [frame.size for frame in inner if whole or frame.dim < -1]
+            shapes[name] = (*sizes, *node["fn"].event_shape)
     kl = {name: _kl_term(guide.nodes[name], model.nodes[name]) for name in latents}
     without = tuple(name for name in sampled if not nodes[name]["fn"].has_rsample)
     observed = tuple(plain_sites(model, model.observation_nodes))
-    return Structure(tuple(latents), observed, depth, kl, drawn == latents, shapes, without)
+    found = Structure(tuple(latents), observed, depth, kl, drawn == latents, shapes, without, whole=whole)
+    if not whole:
+        return found
+    check_sizes(pair, latents)
+    return replace(found, local=local_plate(pair, latents), subsampled=subsampled(pair))
 
 
 def _kl_term(q: Any, p: Any) -> str:
@@ -285,24 +350,9 @@ def _disturbed(tensors: dict[str, Tensor]) -> Iterator[None]:
 def _scored(trace: Trace, n: int) -> Tensor:
     """Log density of each datum, (n,); a point has none, and counts by its squared distance from the value."""
     nodes: Any = trace.nodes
-    points = [name for name in plain_sites(trace) if _is_point(nodes[name]["fn"])]
+    points = [name for name in plain_sites(trace) if is_point(nodes[name]["fn"])]
     total = log_density(trace, 1, n, [name for name in plain_sites(trace) if name not in points])[0]
     for name in points:
         apart = (nodes[name]["fn"].mean - nodes[name]["value"]).double().square()
         total = total - apart.flatten(apart.dim() - nodes[name]["fn"].event_dim).sum(-1).reshape(-1, n).sum(0)
     return total
-
-
-def points_of(trace: Trace) -> list[str]:
-    """Latent sites that are points rather than distributions, if no auxiliary site carries their density."""
-    nodes: Any = trace.nodes
-    if any(nodes[name]["infer"].get("is_auxiliary") for name in trace.stochastic_nodes):
-        return []
-    return [name for name in plain_sites(trace, trace.stochastic_nodes) if _is_point(nodes[name]["fn"])]
-
-
-def _is_point(distribution: Any, *kinds: type) -> bool:
-    kinds = kinds or (Delta,)
-    while not isinstance(distribution, kinds) and hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return isinstance(distribution, kinds)

@@ -14,9 +14,10 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
 from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import device_and_dtype, mode, own_params, scope, to_double
+from ppl_vae.programs.plates import is_point
 from ppl_vae.programs.rows import known_data
-from ppl_vae.programs.sites import OTHER_DATA, Structure, points_of, structure
-from ppl_vae.programs.traces import Batch, batch_of, check_batch, log_density, trace_pair
+from ppl_vae.programs.sites import OTHER_DATA, Structure, structure
+from ppl_vae.programs.traces import Batch, aligned, batch_of, check_batch, log_density, trace_in_turn, trace_pair
 
 BLOCK = 100  # data in a block
 
@@ -39,7 +40,7 @@ class Target:
     Attributes:
         program: the program.
         batch: the data by name, on the program's device and in its precision.
-        n: the number of data.
+        n: the number of data; 1 where the whole data set counts as one datum.
         device: where the data are.
         dtype: the program's floating type, or None if it holds no tensors.
 
@@ -56,12 +57,14 @@ class Target:
     """
 
     def __init__(self, program: Any, x: Any) -> None:
-        self._set(program, check_batch(program, as_batch(x)))
+        self._set(program, check_batch(program, as_batch(x, aligned=False)))
+        if not aligned(self.batch):
+            self.structure  # noqa: B018  so that a program that needs one leading size says so
 
     def _set(self, program: Any, batch: Batch, structure: Structure | None = None) -> None:
         first = next(iter(batch.values()))
         self.program, self.batch = program, batch
-        self.n, self.device, self.dtype = len(first), first.device, device_and_dtype(program)[1]
+        self.device, self.dtype = first.device, device_and_dtype(program)[1]
         self._structure = structure
         self._layout: Layout | None = None
         self._cache: dict[Any, tuple[Any, Any]] = {}
@@ -95,13 +98,20 @@ class Target:
         return self._structure
 
     @property
+    def n(self) -> int:
+        """The number of data; 1 where the whole data set counts as one datum."""
+        return 1 if self.structure.whole else len(next(iter(self.batch.values())))
+
+    @property
     def features(self) -> int:
         """How many numbers the batch holds per datum, at least 1."""
-        return max(sum(value[0].numel() for value in self.batch.values()), 1)
+        whole = self.structure.whole
+        return max(sum((value if whole else value[0]).numel() for value in self.batch.values()), 1)
 
     def rows(self, which: slice | Tensor) -> "Target":
         """The target of some of the data: a slice, indices, or a boolean mask of shape (n,)."""
-        self.structure  # noqa: B018  so that the parts share it
+        if self.structure.whole:
+            return self
         return self.with_batch({key: value[which] for key, value in self.batch.items()})
 
     def blocks(self, size: int = BLOCK) -> Iterator["Target"]:
@@ -120,9 +130,12 @@ class Target:
 
     def traces(self, samples: int, *key: int | str) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, with `samples` particles drawn by a key."""
-        self._check_rows()
+        self._check_data()
         with self.running(*key):
-            return trace_pair(self.program, self.batch, samples, self.structure.nesting)
+            if not self.structure.sequential:
+                return trace_pair(self.program, self.batch, samples, self.structure.nesting)
+            guide = self.trace("guide", samples)
+            return self.trace("model", samples, lambda function: poutine.replay(function, trace=guide)), guide
 
     def replay(self, seed: int) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, without particles or gradients."""
@@ -133,15 +146,28 @@ class Target:
     def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
         """Trace the model or the guide alone, under a handler, with particles from the current random state."""
         if role == "guide":
-            self._check_rows()
+            self._check_data()
         function = getattr(self.program, role)
         particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
+        batch = batch_of(function, self.batch)
         with mode(self.program):
-            return poutine.trace(particles(handler(function))).get_trace(**batch_of(function, self.batch))  # type: ignore[no-any-return]
+            if self.structure.sequential:
+                return trace_in_turn(handler(function), batch, samples, self.structure.latents)
+            return poutine.trace(particles(handler(function))).get_trace(**batch)  # type: ignore[no-any-return]
 
-    def _check_rows(self) -> None:
-        """Refuse data that a guide with one row per datum does not know; one that has forgotten is believed."""
+    def _check_data(self) -> None:
+        """Refuse a part of the data, and data that a guide with one row per datum does not know, if it remembers."""
+        if (plate := self.structure.subsampled) is not None:
+            raise ValueError(
+                f"Expected all data in plate '{plate}', since evidence takes all of them; the program takes a part. "
+                "Let model and guide take `subsample_size=None` by keyword and pass it on to the plate."
+            )
         rows = self.structure.rows
+        if self.structure.whole and known_data(self.program, self.batch) is False:
+            raise ValueError(
+                "Expected the data that this program was fitted to; got others. This guide does not look at its data: "
+                "fit a program to the other data."
+            )
         if rows is not None and (rows != self.n or known_data(self.program, self.batch) is False):
             raise ValueError(OTHER_DATA.format(n=self.n))
 
@@ -151,7 +177,8 @@ class Target:
         Raises:
             ValueError: If a latent site is a point, as in an `AutoDelta`, which has no density.
         """
-        if names is None and (points := points_of(trace)):
+        points = [name for name in self.structure.points if name in trace.nodes and is_point(trace.nodes[name]["fn"])]
+        if names is None and points:
             raise ValueError(
                 f"Expected latent sites with a density; got '{points[0]}', a point (Delta), so nothing can be said of "
                 "log p(x). Use a guide with a spread."
@@ -175,7 +202,7 @@ class Target:
         nodes: Any = trace.nodes
         sites = [(name, nodes[name]["value"], nodes[name]["fn"].event_dim) for name in self.structure.latents]
         if self._layout is None:
-            self._layout = Layout(sites, self.structure.nesting)
+            self._layout = Layout(sites, self.n)
         return self._layout.pack({name: value for name, value, _ in sites}).double()
 
     def draws(self, samples: int) -> Tensor:

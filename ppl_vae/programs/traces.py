@@ -6,6 +6,8 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -53,6 +55,12 @@ def batch_of(function: Callable[..., Any], batch: Mapping[str, Tensor]) -> Batch
     return dict(batch) if "**" in taken else {key: value for key, value in batch.items() if key in taken}
 
 
+def aligned(batch: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a batch share their leading size; they need not where the whole counts as one datum."""
+    sizes = {value.shape[:1] for value in batch.values()}
+    return len(sizes) == 1 and torch.Size([]) not in sizes
+
+
 def plain_sites(trace: Trace, names: Iterable[str] | None = None) -> list[str]:
     """The sites of a trace, all by default, without those by which Pyro subsamples a plate."""
     names = [*trace.stochastic_nodes, *trace.observation_nodes] if names is None else names
@@ -65,6 +73,72 @@ def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting:
     guide = poutine.trace(particles(program.guide)).get_trace(**batch_of(program.guide, batch))
     model = poutine.trace(poutine.replay(particles(program.model), trace=guide)).get_trace(**batch)
     return model, guide
+
+
+def replayed(program: Any, batch: Mapping[str, Tensor], guide: Trace, number: int) -> tuple[Trace, Trace]:
+    """Trace model and guide without particles, at the values of one particle of a guide's trace."""
+    alone = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+    own: Any = alone.nodes
+    given = {
+        name: node["value"][number].reshape(own[name]["value"].shape)
+        for name, node in drawn_sites(guide).items()
+        if not isinstance(node["fn"], Delta)  # which is made anew of the values that it stands for
+    }
+    alone = poutine.trace(Given(given)(program.guide)).get_trace(**batch_of(program.guide, batch))
+    return poutine.trace(poutine.replay(program.model, trace=alone)).get_trace(**batch), alone
+
+
+def drawn_sites(trace: Trace) -> dict[str, Any]:
+    """The latent sites of a trace by name, auxiliary ones too."""
+    nodes: Any = trace.nodes
+    return {name: nodes[name] for name in plain_sites(trace, trace.stochastic_nodes)}
+
+
+class Given(Messenger):
+    """Gives values to sites, which stay latent; unlike `poutine.replay` it leaves a site's `infer` as it is."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.values:
+            message["value"], message["done"] = self.values[message["name"]], True
+
+
+class _OneOf(Messenger):
+    """Takes one particle's part of whatever values latent sites are given within."""
+
+    def __init__(self, number: int, latents: Iterable[str]) -> None:
+        super().__init__()
+        self.number, self.latents = number, latents
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.latents and message["value"] is not None:
+            message["value"] = message["value"][self.number]
+
+
+def trace_in_turn(function: Callable[..., Any], batch: Batch, samples: int, latents: Iterable[str]) -> Trace:
+    """Trace a model or guide that cannot have particles once for each, and stack the traces along a first dim.
+
+    Values that handlers give to the latent sites are stacked likewise.
+    """
+    traces = [poutine.trace(_OneOf(number, latents)(function)).get_trace(**batch) for number in range(samples)]
+    stacked = traces[0].copy()
+    stack: Any = stacked.nodes
+    for name in plain_sites(stacked):
+        nodes: Any = [trace.nodes[name] for trace in traces]
+        scores = torch.stack([unscaled(node) for node in nodes])
+        stack[name] = {**nodes[0], "value": torch.stack([node["value"] for node in nodes]), "unscaled": scores}
+    return stacked
+
+
+def unscaled(site: Any) -> Tensor:
+    """Log probabilities of a site, with its mask but without its scale."""
+    if "unscaled" in site:
+        return site["unscaled"]  # type: ignore[no-any-return]
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return pyro.distributions.util.scale_and_mask(log_prob, 1.0, site["mask"])  # type: ignore[no-any-return]
 
 
 def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None = None) -> Tensor:
@@ -81,9 +155,6 @@ def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None 
     """
     total = torch.zeros(samples, n, dtype=torch.float64)
     for name in plain_sites(trace, names):
-        site: Any = trace.nodes[name]
-        log_prob = pyro.distributions.util.scale_and_mask(
-            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), 1.0, site["mask"]
-        )
+        log_prob = unscaled(trace.nodes[name])
         total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
     return total

@@ -60,8 +60,8 @@ class VAE(nn.Module):
             )
         if not (posterior.family.reparameterised and same_support(posterior.family.support, prior.family.support)):
             raise ValueError(
-                f"Expected a reparameterised posterior on the support of the prior {type(prior.family).__name__}; "
-                f"got {type(posterior.family).__name__}{tuple(z)}."
+                f"Expected a reparameterised posterior on the support of the prior {type(prior.family).__name__}, "
+                f"{describe_support(prior.family.support)}; got {type(posterior.family).__name__}{tuple(z)}."
             )
         if prior.context:
             raise ValueError(
@@ -218,9 +218,10 @@ def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, famil
             'Binarise the data (binarization = "dynamic", "static" or "threshold"), or choose a likelihood for real '
             "numbers, such as Normal."
         )
-    place_ = f"row {first[0]}" + (f", column {', '.join(map(str, first[1:]))}" if first[1:] else "")
+    words = describe_support(support.of(first[-1]) if hasattr(support, "of") else support)
+    place = f"row {first[0]}" + (f", column {', '.join(map(str, first[1:]))}" if first[1:] else "")
     raise ValueError(
-        f"Expected data in the support of {family}, {describe_support(support)}, at site '{site}'; got "
-        f"{x[tuple(first)].flatten()[0].item():g} at {place_} "
+        f"Expected data in the support of {family}, {words}, at site '{site}'; got "
+        f"{x[tuple(first)].flatten()[0].item():g} at {place} "
         f"and {int((~inside).sum())} such values in all. {remedy}"
     )

@@ -1,5 +1,6 @@
 """Figures: everything that is drawn of a run, with captions by file name."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.latents import codes
+from ppl_vae.families.supports import bounds
 from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.target import Target
@@ -67,11 +69,10 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     elif (means := _means(few, seed)) is not None:
         caption = f"{whose} data, and the mean of p(x given z) for one draw of z from the guide."
         album.add("reconstructions.png", reconstructions(x, means, shape=shape), caption)  # type: ignore[arg-type]
-    if (drawn := _draws(target, seed)) is not None:
+    if (drawn := _draws(target, seed, MOST_DATA if by_column else 64)) is not None:
         caption = "Draws from the model: z from the prior, x from the likelihood."
         if by_column:
-            learned, more = data.train["x"][:MOST_DATA], _draws(target, seed, MOST_DATA)
-            each = (learned, drawn if more is None else more)
+            each = data.train["x"][:MOST_DATA], drawn
             own, made = (torch.from_numpy(data.transform.inverse(part)) for part in each)  # in the data's units
             beside = own, made, data.columns
             album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
@@ -85,9 +86,11 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     points = codes(target.rows(slice(MOST_DATA)), seed=seed)[0]
     order = points.var(0, correction=0).argsort(descending=True, stable=True).tolist()
     which = "" if latents <= 10 else "The ten latents that vary most over the data. "
-    varied = traversals(program, shape=shape, latents=sorted(order[:10]))
-    caption = f"{which}The mean of x as one latent runs from -2.5 to 2.5, the others at 0."
-    album.add("traversals.png", varied, caption)
+    limits = bounds(program.prior.family.support)
+    if limits == (-math.inf, math.inf):
+        varied = traversals(program, shape=shape, latents=sorted(order[:10]))
+        caption = f"{which}The mean of x as one latent runs from -2.5 to 2.5, the others at 0."
+        album.add("traversals.png", varied, caption)
     if latents < 2:
         return album
     axes = min(order[:2]), max(order[:2])
@@ -97,7 +100,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     which = "" if latents == 2 else ", of the two latents that vary most"
     caption = f"{whose} data in the latent space: the guide's means{which}, over draws of the prior."
     album.add("latents.png", latent_scatter(points, labels, names=data.classes, prior=prior, axes=axes), caption)
-    if latents == 2 and shape is not None:
+    if latents == 2 and shape is not None and limits is not None:
         caption = "The mean of x over the latent plane, a regular grid in the prior's quantiles."
         album.add("manifold.png", latent_grid(program, shape=shape), caption)
     try:
@@ -163,9 +166,12 @@ def _means(target: Target, seed: int) -> Tensor | None:
         return None
 
 
-def _draws(target: Target, seed: int, count: int = 64) -> Tensor | None:
-    """Draw data from the model, as many as asked for or as there are, if it can be drawn from."""
-    if isinstance(target.program, VAE):
+def _draws(target: Target, seed: int, count: int) -> Tensor | None:
+    """Draw data from the model, as many as asked for or as there are, if it can be drawn from.
+
+    Size factors and totals are those of the data.
+    """
+    if isinstance(target.program, VAE) and not target.program.likelihood.family.takes:
         return target.program.sample(count, seed=seed)
     few = target.rows(slice(count))
     if "x" not in few.batch:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.families.elementwise import Normal, StandardNormal
+from ppl_vae.families.supports import bounds, describe_support
 from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports import style
@@ -98,7 +99,7 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
 
     Raises:
         TypeError: If the program is not a `VAE`.
-        ValueError: If it has another number of latents, or the shape does not fit.
+        ValueError: If it has another number of latents or they are no plane, or the shape does not fit.
 
     References:
         Auto-Encoding Variational Bayes (Kingma and Welling 2013), Figure 4.
@@ -106,6 +107,8 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
     latents = _latent_size(vae)
     if latents != 2:
         raise ValueError(f"Expected exactly two latents, for a plane; got {latents}. Use `traversals`.")
+    if bounds(vae.prior.family.support) is None:
+        raise ValueError(f"Expected a plane of latents; got {describe_support(vae.prior.family.support)}.")
     if size < 1:
         raise ValueError(f"Expected `size` to be at least 1; got {size}.")
     levels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
@@ -151,9 +154,11 @@ def traversals(
 
     Raises:
         TypeError: If the program is not a `VAE`.
-        ValueError: If a latent does not exist, or sizes do not fit.
+        ValueError: If a latent does not exist, sizes do not fit, or the latents are not on the real line.
     """
     size = _latent_size(vae)
+    if bounds(vae.prior.family.support) != (-math.inf, math.inf):
+        raise ValueError(f"Expected latents on the real line; got {describe_support(vae.prior.family.support)}.")
     chosen = list(range(min(size, 10)) if latents is None else latents)
     if not chosen:
         raise ValueError("Expected at least one latent; got none.")

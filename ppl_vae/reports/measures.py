@@ -49,7 +49,7 @@ def evaluate(
     test = evidence.summary()
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None
-    volume = float(data.protocol.get("log_volume") or 0.0)
+    volume = 0.0 if "probability mass" in measure(target) else float(data.protocol.get("log_volume") or 0.0)
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, data.features)
     few = target.rows(slice(MOST_DATA))
     active = active_units(few, seed=seed)
@@ -95,7 +95,8 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
 def measure(target: Target) -> str:
     """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units.
 
-    A table of mixed columns has a `mass of columns 1, 4 and a density of the others`.
+    A table of mixed columns has a `mass of columns 1, 4 and a density of the others`, a Multinomial a `probability mass
+    given each total`.
     """
     few = target.rows(slice(2))
     with torch.no_grad():
@@ -103,7 +104,8 @@ def measure(target: Target) -> str:
     supports = [getattr(s := sites[name]["fn"].support, "base_constraint", s) for name in few.structure.observed]
     columns = [flag for support in supports for flag in getattr(support, "discrete", [bool(support.is_discrete)])]
     if len(set(columns)) == 1:
-        return "probability mass" if columns[0] else "density"
+        given = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
+        return "probability mass" + " given each total" * given if columns[0] else "density"
     if len(supports) > 1:
         return "mixed"
     return f"mass of columns {', '.join(str(j) for j, flag in enumerate(columns) if flag)} and a density of the others"

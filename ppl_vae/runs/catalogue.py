@@ -127,7 +127,7 @@ def _arguments(text: str) -> dict[str, str]:
 
 
 def _summary(kind: Any) -> str:
-    """First sentence of a class's docstring, as plain text."""
+    """First sentence of a class's docstring, as plain text, up to its formula."""
     first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
     return re.split(r"(?<=\w\.) (?=[A-Z])", re.sub(r",? ?:math:`[^`]*`|\*", "", first))[0]
 

@@ -16,9 +16,9 @@ from ppl_vae.infer.objectives import check_objective
 from ppl_vae.programs.target import Target
 
 _LOOKS = {
-    "id": ("id", "counts the rows"),
-    "label": ("label", "looks like a label"),
-    "constant": ("leave_out", "constant in the training part"),
+    "id": ("id", "counts the rows; if so,"),
+    "label": ("label", "looks like a label; if so,"),
+    "constant": ("leave_out", "constant in the training part; to leave out,"),
 }
 TRIED = 100  # data that the program is run on
 
@@ -150,8 +150,8 @@ def column_hints(data: Data) -> list[str]:
         names = [name for name, like in data.suspects.items() if like == look]
         for group in [names] if key == "leave_out" and names else [[name] for name in names]:
             value = json.dumps([*left, *group] if key == "leave_out" else group[0])
-            hints.append(f"{', '.join(group)} {said}; if so, --set 'data.{key}={value}'")
+            hints.append(f"{', '.join(group)}: {said} --set 'data.{key}={value}'")
     kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
     if data.protocol["scaling"] == "standardize" and kept:
-        hints.append(f"{', '.join(kept)} stay as they are: standardize scales no counts and no shares")
+        hints.append(f"{', '.join(kept)}: as they are, since standardize scales no counts and no shares")
     return hints

@@ -50,8 +50,7 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
         elif like == "constant":
             keys["leave_out"] = [*keys.get("leave_out", []), column]
     data = load(name, **keys)
-    where = os.path.relpath(name, path.absolute().parent) if is_path(name) else name
-    where += "/" * (is_path(name) and Path(name).is_dir())  # a folder, not the name of a set
+    where = os.path.relpath(name, path.absolute().parent) + "/" * Path(name).is_dir() if is_path(name) else name
     if len(data.train["x"]) >= 500:
         keys.setdefault("validation_fraction", 0.1)
     text = _text({"name": where, **keys}, data)
@@ -110,6 +109,9 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
     if columns.shape is not None:
         if levels == 2:
             return "Bernoulli", {}, "Pixels are 0 or 1."
+        x = data.train["x"]
+        if levels is not None and bool(((x == x.min()) | (x == x.max())).all()):
+            return "Bernoulli", {"data": {"binarization": "threshold"}}, "Pixels are black or white."
         if levels is not None:
             said = f"{levels} intensities. Or black and white: data.binarization = dynamic and a Bernoulli."
             return "DiscretizedLogistic", {"data": {"scaling": "unit"}}, said

@@ -260,7 +260,7 @@ def _read_spec(path: Path, trust_code: bool) -> Spec:
                 f"{'changed' if copy.is_file() else 'missing'}. Fit again."
             )
     spec = load_spec(path / "spec.toml", own, trust_code=trust_code)
-    if _pinned(spec) != known.get("spec"):
+    if _pinned(read(path / "spec.toml")) != known.get("spec"):
         raise ValueError(
             f"Expected {path / 'spec.toml'} to say what was fitted; it was changed or cut since. Restore it, or fit "
             "again. If the data have moved, only data.name, data.root and data.download may change."
@@ -268,9 +268,8 @@ def _read_spec(path: Path, trust_code: bool) -> Spec:
     return spec
 
 
-def _pinned(spec: Spec) -> str:
-    """All of a spec that was fitted, as JSON; paths may change."""
-    tables = spec.to_dict()
+def _pinned(tables: dict[str, Any]) -> str:
+    """All of a complete spec that was fitted, as JSON; paths may change, and keys that came later are not missed."""
     for key in ("name", "root", "download"):
         tables["data"].pop(key, None)
     for _, table in programs(tables):
@@ -308,7 +307,8 @@ def _write_trained(
     home, program = spec.relocated(folder / "spec.toml", own), {"program": " ".join(digests)} if digests else {}
     (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
     tensors, constraints = learned
-    storage.write_tensors(tensors, partial / "model.safetensors", spec=_pinned(spec), **program, **constraints)
+    known = {"spec": _pinned(spec.to_dict()), **program, **constraints}
+    storage.write_tensors(tensors, partial / "model.safetensors", **known)
     storage.write_metrics(history, partial)
     return home
 

@@ -6,6 +6,7 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 """
 
 import os
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -298,7 +299,8 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             with fork_rng(0, device=CPU):
                 _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}"
+            remedy = _guides(spec) if "reparameterised posterior" in str(error) else ""
+            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}{remedy}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -390,17 +392,31 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
 def _remedy(spec: Spec, data: Data, error: str) -> str:
     """The `--set` that fits the data to the likelihood, or the families that take such data."""
     if "constant" in data.suspects.values() and "constant" in error:
-        return f" {next(hint for hint in column_hints(data) if 'constant' in hint)}."
+        hint = next(hint for hint in column_hints(data) if "constant" in hint)
+        return f" Try {hint[hint.index('--set') :]}."
     x = data.train["x"]
+    if "reparameterised posterior" in error:
+        return _guides(spec)
     if "in the support of" in error:
+        names, column = data.columns.names, re.search(r"at row \d+, column (\d+)", error)
+        where = f" Column {column[1]} is {names[int(column[1])]!r}." if names and column else ""
+        if spec.likelihood.family == "Mixed":
+            return f"{where} Give it another family in `kinds`."
         if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
             unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
             return f" Try --set data.binarization=dynamic{unscaled}."
         fitting = [kind.__name__ for kind in classes(families) if plays(kind, "likelihood") and _holds(kind, data)]
-        return f" Families that take such data: {', '.join(fitting)}."
+        return f"{where} Families that take such data: {', '.join(fitting)}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
     return ""
+
+
+def _guides(spec: Spec) -> str:
+    """Other posteriors on the support of the prior."""
+    able = [kind for kind in classes(families) if plays(kind, "posterior") and not needs(kind) & set(ROLES)]
+    same = [kind.__name__ for kind in able if families.same_support(example(kind).support, _support(spec.prior))]
+    return f" Use {', '.join(name for name in same if name != spec.posterior.family)}."
 
 
 def _holds(kind: Any, data: Data) -> bool:

@@ -26,7 +26,10 @@ from ppl_vae.programs import sites
 
 BLOCK = 4  # data that share a row, of the guides in blocks
 SLACK = 0.05  # nats per datum that are left to the optimiser, as one stated error of training has 0.01
-REFUSALS = "one row per datum|one row each|no plate|latent sites with a density|`index`|no batches|no validation"
+REFUSALS = (
+    "one row per datum|one row each|latent sites with a density|`index`|that this program was fitted to|no batches|"
+    "no validation"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Case:
         batch_size: of training.
         bound: the optimum, (n,) in nats.
         whole: whether the program takes all data or none.
-        never: whether it breaks the contract in any case.
+        joint: whether the guide draws all latent variables at once, so that the whole data set counts as one datum.
         parameters: the tensors to learn; all by default.
     """
 
@@ -50,7 +53,7 @@ class Case:
     batch_size: int
     bound: Tensor
     whole: bool
-    never: bool = False
+    joint: bool = False
     parameters: Any = None
 
 
@@ -101,7 +104,7 @@ def guides(n: int, d: int) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]
     }
 
 
-AUTOMATIC = {
+AUTOMATIC = {  # whether the guide draws all latent variables at once, so that the whole data set counts as one datum
     "AutoNormal": False,
     "AutoDelta": False,
     "AutoDiagonalNormal": True,
@@ -121,6 +124,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
             return low + (high - low) * float(torch.rand((), generator=generator))
 
         n, d = int(uniform(4, 41)), int(uniform(1, 4))
+        n = min(n, 8) if AUTOMATIC.get(kind) else n  # all latent variables together are few enough to train fast
         m, t, s = uniform(-2, 2), uniform(0.3, 2), uniform(0.3, 2)
         if kind in ("Table", "amortized VAE"):
             m, t = 0.0, 1.0
@@ -190,7 +194,8 @@ def _case(kind: str, x: Tensor, m: float, t: float, s: float, size: int) -> Case
             program.likelihood.network.weight.copy_(torch.eye(d))
             program.likelihood.network.bias.zero_()
         return Case(kind, program, x, size, bound, False, parameters=[*program.posterior.parameters()])
-    return Case(kind, program, x, size, bound, whole, AUTOMATIC.get(kind, False))
+    joint = AUTOMATIC.get(kind, False)
+    return Case(kind, program, x, size, bound, whole and not joint, joint)
 
 
 def score(case: Case, seed: int = 0) -> tuple[str, float]:
@@ -203,9 +208,9 @@ def score(case: Case, seed: int = 0) -> tuple[str, float]:
         standard error of the estimate and a fifth of `SLACK`.
     """
     pyro.clear_param_store()
-    epochs = 150 if case.batch_size < len(case.x) else 250
+    epochs = 150 if case.batch_size < len(case.x) and not case.joint else 400 if case.joint else 250
     options: Any = {"batch_size": case.batch_size, "parameters": case.parameters, "progress": False, "seed": seed}
-    options |= {"learning_rate": 0.2, "schedule": "one-cycle", "particles": 5}
+    options |= {"learning_rate": 0.1 if case.joint else 0.2, "schedule": "one-cycle", "particles": 5}
     worst = math.inf
     for times in (1, 4):
         try:
@@ -227,13 +232,13 @@ def _worst(case: Case, bound: float, seed: int) -> float:
     for number, rows in enumerate(orders):
         try:
             evidence = log_evidence(case.program, case.x[rows], 300, seed=seed)
-            assert len(codes(case.program, case.x[rows], 2)[0]) == len(case.x[rows])
+            assert len(codes(case.program, case.x[rows], 2)[0]) == (1 if case.joint else len(case.x[rows]))
         except ValueError as error:
             if number == 0 or not _named(error):
                 return math.inf
             continue
-        miss = abs(float((evidence.elbo - case.bound[rows]).mean()))
-        spread = float(evidence.elbo_mc_se.square().sum().sqrt()) / len(evidence.elbo)
+        miss = abs(float(evidence.elbo.sum() - case.bound[rows].sum())) / len(case.bound[rows])
+        spread = float(evidence.elbo_mc_se.square().sum().sqrt()) / len(case.bound[rows])
         worst = max(worst, miss / (spread + SLACK / 5))
     return worst
 
@@ -248,7 +253,7 @@ def rates(count: int, seed: int = 0) -> dict[str, float]:
     needless = [
         case
         for case, outcome, _ in tried
-        if outcome == "refused" and not case.never and (not case.whole or case.batch_size >= len(case.x))
+        if outcome == "refused" and (not case.whole or case.batch_size >= len(case.x))
     ]
     return {
         "cases": count,
@@ -263,7 +268,7 @@ def rates(count: int, seed: int = 0) -> dict[str, float]:
 def test_programs_of_others_are_trained_right_or_refused() -> None:
     counts = rates(24)
     assert counts["beyond_5"] == counts["beyond_50"] == counts["faults"] == counts["refused_needlessly"] == 0
-    assert 5 < counts["refused"] < 18
+    assert 3 < counts["refused"] < 18
 
 
 @pytest.mark.parametrize("kind", ["first rows", "module", "rows of the model"])

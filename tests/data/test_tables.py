@@ -368,6 +368,7 @@ def test_keys_without_effect_are_refused(tmp_path: Path) -> None:
         ("a,b\n1,x\n2,\n3,y\n4,x\n", {"label": "b"}, "a label in every row of .*; got none in line 3"),
         ("a,b\n1,x\n2,?\n3,NA\n4,x\n", {}, r"missing .* t.csv; got some in 'b' \(2\): 2 rows, the first in line 3"),
         ("a\n" + "x\n" * 30, {"label": "a"}, "at least one feature"),
+        ("a;b\n" + "-0,5;1\n" * 9, {}, "a decimal point in column 'a' of .*; got '-0,5'"),
     ],
 )
 def test_bad_text_is_refused(tmp_path: Path, text: str, options: dict[str, Any], match: str) -> None:

@@ -73,23 +73,6 @@ def test_autoguides_are_refused_for_batches_and_validation(name):
         fit(program, x[:10], epochs=1)
 
 
-@pytest.mark.parametrize(
-    "name", ["AutoDiagonalNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoIAFNormal"]
-)
-def test_autoguides_over_all_data_at_once_are_refused(name):
-    x = torch.randn(N, 1)
-    with pytest.raises(ValueError, match=f"inside the outermost plate 'data'.*'_{name}_latent' is in no plate"):
-        fit(Program(model, getattr(autoguide, name)(model)), x, epochs=1)
-
-
-@pytest.mark.parametrize("name", ["AutoNormalMessenger", "AutoHierarchicalNormalMessenger"])
-def test_a_guide_that_observes_the_data_is_refused(name):
-    """Their density would enter that of the guide, and the bound would be near nought whatever the data."""
-    x = torch.randn(N, 1)
-    with pytest.raises(ValueError, match=r"guide that observes nothing; it observes 'x'.*hide=\['x'\]"):
-        fit(Program(model, getattr(autoguide, name)(model)), x, epochs=1)
-
-
 def test_a_list_of_autoguides_trains_as_one():
     torch.manual_seed(0)
     x = 1.5 * torch.randn(N, 1)

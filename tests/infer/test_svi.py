@@ -30,6 +30,7 @@ from ppl_vae import (
 )
 from ppl_vae.data import minibatches, permutation
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
+from ppl_vae.infer.step import State
 from ppl_vae.networks import MLP, Linear, Table
 from ppl_vae.programs.param_store import scope
 
@@ -1203,3 +1204,18 @@ def test_mnist_base_rates():
     drawn = torch.bernoulli(test)
     error = float((rates.square() * test * (1 - test)).sum().sqrt()) / len(test)  # of the binarisation alone
     assert abs(-float(family.distribution(rates).log_prob(drawn).mean()) - expected) < 5 * error
+
+
+def test_a_state_without_buffers_goes_on():
+    """Older runs kept what is learned alone."""
+    parts = Conditional(Normal(3), Linear()), Conditional(Normal(2), Linear())
+    vae = VAE(Conditional(StandardNormal(2)), *parts).initialise(torch.randn(20, 3))
+    learned = list(vae.parameters())
+    optimizer = torch.optim.Adam(learned)
+    state = State(learned, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), module=vae)
+    saved, before = state.save(), state.values()
+    assert len(before) > len(learned)
+    saved["learned"] = saved["learned"][: len(learned)]
+    nn.init.zeros_(learned[0])
+    state.load(saved)
+    assert all(map(torch.equal, before, state.values()))

@@ -20,7 +20,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ppl_vae import VAE, Conditional, Program, fit, unique_name
+from ppl_vae import VAE, Conditional, Program, fit, log_weights, unique_name
 from ppl_vae._seeds import fork_rng
 from ppl_vae.families import Bernoulli, ExactNormal, Family, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
@@ -338,14 +338,12 @@ def _outside(x: Tensor, observe: bool = True) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (_no_plate, "site 'z' is in no plate"),
-        (_other_plate, r"outermost plate 'data' at dim -1; site 'z' is in \{'batch': -1\}"),
-        (_inner_data, r"site 'z' is in \{.*'data': -2.*\}"),
-        (_outside, "site 'shared' is in no plate.*nothing may be drawn outside"),
+        (_other_plate, r"plate 'data' at dim -1; all sites are in 'batch'.*data_plate='batch'"),
+        (_inner_data, r"data plate 'data' as the outermost one at dim -1; it is at dim -2"),
     ],
 )
 @pytest.mark.parametrize("function", [structure, lambda program, batch: fit(program, batch, epochs=1, device="cpu")])
-def test_programs_that_break_the_contract_are_refused(function: Any, model: Any, message: str) -> None:
+def test_programs_whose_data_plate_is_misplaced_are_refused(function: Any, model: Any, message: str) -> None:
     def scored(x: Tensor) -> None:
         model(x)
         pyro.param("p", torch.tensor(0.0))
@@ -355,11 +353,25 @@ def test_programs_that_break_the_contract_are_refused(function: Any, model: Any,
 
     with pytest.raises(ValueError, match=message):
         function(Program(scored, guide), {"x": torch.randn(2, 1)})
+    assert structure(Program(scored, guide, data_plate=None), {"x": torch.randn(2, 1)}).whole
 
 
-def test_a_guides_site_outside_the_plate_is_refused() -> None:
-    with pytest.raises(ValueError, match="site 'z' is in no plate"):
-        structure(Program(_outside, lambda x: _no_plate(x, observe=False)), {"x": torch.randn(2, 1)})
+def test_another_plate_holds_the_data_where_the_program_says_so() -> None:
+    def guide(x: Tensor) -> None:
+        _other_plate(x, observe=False)
+
+    x = torch.randn(5, 1)
+    weights = log_weights(Program(_other_plate, guide, data_plate="batch"), x, 3)
+    assert weights.shape == (3, 5)
+    whole = log_weights(Program(_other_plate, guide, data_plate=None), x, 3)
+    assert torch.allclose(weights.sum(1, keepdim=True), whole)
+
+
+@pytest.mark.parametrize(("model", "guide"), [(_no_plate, _no_plate), (_outside, _outside), (_outside, _no_plate)])
+def test_the_whole_counts_as_one_where_a_site_is_outside_the_data_plate(model: Any, guide: Any) -> None:
+    found = structure(Program(model, lambda x: guide(x, observe=False)), {"x": torch.randn(4, 1)})
+    assert found.whole
+    assert found.shapes["z"] == (4,)
 
 
 def test_latent_sites_must_match() -> None:

@@ -18,6 +18,7 @@ from ppl_vae.programs.sites import structure
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "models").glob("*.py"))
+WHOLE = ("eight_schools", "regression")  # whose latent variables are shared by all data
 OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 SIZES = {"features": 4, "latent": 3, "hidden": 6, "top": 2}  # sizes that a constructor may ask for
 
@@ -25,7 +26,7 @@ SIZES = {"features": 4, "latent": 3, "hidden": 6, "top": 2}  # sizes that a cons
 def settings():
     """Every file with every combination of its switches; a new file is in by itself."""
     cases = []
-    for path in FILES:
+    for path in (path for path in FILES if path.stem not in WHOLE):
         signature = inspect.signature(load_program(str(path)).__init__).parameters
         switches = [name for name, parameter in signature.items() if isinstance(parameter.default, bool)]
         assert len(switches) < 2, "more than one switch: list their combinations here"
@@ -144,6 +145,21 @@ def test_exact_guides_make_every_weight_the_evidence(path, chosen):
         assert truth.std() > 0.1
         history = fit(program, x, epochs=1, batch_size=7, learning_rate=1e-30)
         assert history.elbo[0] == pytest.approx(float(truth.mean()), rel=1e-10)
+
+
+@pytest.mark.parametrize(("name", "switch"), [("eight_schools", "centred"), ("regression", "logistic")])
+@pytest.mark.parametrize("on", [False, True])
+def test_programs_whose_latents_are_shared_by_all_data(name, switch, on):
+    program = load_program(str(ROOT / "models" / f"{name}.py"))(**{switch: on})
+    y = (rows()[:, 0] > 0).double()
+    x = {"y": y, "error": torch.ones(12)} if name == "eight_schools" else {"x": rows(), "y": y}
+    assert structure(program, x).whole
+    history = fit(program, x, epochs=60, learning_rate=0.05, particles=5, progress=False)
+    assert sum(history.elbo[-10:]) > sum(history.elbo[:10])
+    weights = log_weights(program, x, 7)
+    assert weights.shape == (7, 1)
+    assert weights.isfinite().all()
+    assert len(pyro.get_param_store()) == 0
 
 
 def test_two_level_evidence_is_a_normal():

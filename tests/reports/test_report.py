@@ -13,9 +13,22 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ppl_vae import PPCA, Program, Target, compare_posteriors, load_run, load_spec, log_evidence
-from ppl_vae.data import datasets, loading
-from ppl_vae.reports import figures, findings, measures
+from ppl_vae import (
+    PPCA,
+    VAE,
+    Conditional,
+    Program,
+    Target,
+    compare_posteriors,
+    families,
+    load_run,
+    load_spec,
+    log_evidence,
+)
+from ppl_vae.data import datasets, load, loading
+from ppl_vae.families import DiscretizedLogistic, Multinomial, NegativeBinomial, Normal, Poisson, StandardNormal
+from ppl_vae.networks import Linear
+from ppl_vae.reports import figures, findings, latent_plots, measures
 from ppl_vae.runs import run
 from ppl_vae.runs.run import evaluate_run, fit_spec
 
@@ -193,6 +206,39 @@ def test_pictures_of_any_program_are_those_of_the_same_vae(few, tmp_path, monkey
     assert not torch.equal(seen["x"], data.test["x"])
 
 
+@pytest.mark.parametrize("family", ["Gamma", "VonMisesFisher", "LogisticNormal", "Normal"])
+def test_no_picture_shows_latents_off_their_support(family, tmp_path):
+    kind = getattr(families, family)
+    posterior = Conditional(kind(2), Linear())
+    vae = VAE(Conditional(kind(2)), Conditional(Normal(64), Linear()), posterior)
+    data = load("digits")
+    data = dataclasses.replace(data, test={key: value[:20] for key, value in data.test.items()})
+    drawn = figures.draw_run(Target(vae, data.test["x"]), data, {"elbo": [0.0], "validation": []}, tmp_path)
+    assert ("traversals.png" in drawn) == (family == "Normal")
+    assert ("manifold.png" in drawn) == (family in ("Normal", "Gamma"))
+    if family != "Normal":
+        with pytest.raises(ValueError, match="Expected latents on the real line; got"):
+            latent_plots.traversals(vae)
+
+
+def test_samples_of_counts_have_the_size_factors_of_the_data(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "marginals", lambda x, drawn, columns: seen.extend([x, drawn]) or Figure())
+    rng = np.random.default_rng(0)
+    size = rng.uniform(500, 1500, 200)
+    counts = rng.poisson(2 * size[:, None], (200, 3))
+    rows = np.column_stack([counts, size])
+    np.savetxt(tmp_path / "counts.csv", rows, delimiter=",", header="a,b,c,size", comments="")
+    data = load(tmp_path / "counts.csv", size_factor="size")
+    vae = VAE(Conditional(StandardNormal(1)), Conditional(Poisson(3), Linear()), Conditional(Normal(1), Linear()))
+    vae.initialise(data.train)
+    torch.nn.init.zeros_(vae.likelihood.network.weight)
+    figures.draw_run(Target(vae, data.test), data, {"elbo": [0.0], "validation": []}, tmp_path / "figures")
+    x, drawn = seen
+    assert drawn.shape == data.test["x"].shape
+    assert drawn.mean() == pytest.approx(2 * float(data.test["size_factor"].mean()), rel=0.02)
+
+
 def test_one_sample_and_one_datum_give_null_and_no_nan(tmp_path):
     settings = {"data.name": str(table(tmp_path, 6)), "model.latent": 1, "data.test_fraction": 0.1}
     settings |= {"svi.epochs": 1, "evaluation.samples": 1}
@@ -324,6 +370,26 @@ def test_no_error_is_rounded_to_none(error, text):
 
 def test_bits_per_dimension():
     assert measures.bits_per_dim(-64 * math.log(2), 64) == pytest.approx(1.0)
+
+
+def linear_vae(likelihood):
+    parts = Conditional(likelihood, Linear()), Conditional(Normal(2), Linear())
+    return VAE(Conditional(StandardNormal(2)), *parts)
+
+
+def test_bits_per_dimension_of_a_mass_do_not_depend_on_the_scaling():
+    """A probability of stored values needs no volume: it is the same for k and for k / 16."""
+    data = load("digits", scaling="unit")
+    target = Target(linear_vae(DiscretizedLogistic(64, 17)), {"x": data.test["x"][:5]})
+    test = measures.evaluate(target, data, samples=3)[0]["test"]
+    assert data.protocol["log_volume"] > 0
+    assert test["bits_per_dim"] == pytest.approx(-test["log_evidence"]["mean"] / 64 / math.log(2))
+
+
+def test_a_mass_given_the_total_is_another_measure():
+    x = torch.ones(3, 4)
+    each = [measures.measure(Target(linear_vae(family(4)), x)) for family in (NegativeBinomial, Multinomial)]
+    assert each == ["probability mass", "probability mass given each total"]
 
 
 OWN = '''

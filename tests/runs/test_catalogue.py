@@ -1,6 +1,7 @@
 """Finding one's way: what can be named, how it is written, the schema, and a first spec for the data at hand."""
 
 import json
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ppl_vae import families, networks
 from ppl_vae.runs.catalogue import components, describe, detail, schema_text
@@ -55,6 +57,17 @@ def test_components_and_descriptions_agree():
     assert listed == {(role, name) for name in NAMES for role in describe(name)["roles"]}
     with pytest.raises(ValueError, match="Did you mean NegativeBinomial"):
         describe("NegativBinomial")
+
+
+def test_a_list_shows_whole_sentences():
+    """A formula is left out with all that leads to it."""
+    docs = {one.name: one.doc for one in components()}
+    assert docs["LogNormal"] == "Independent log-normals."
+    assert docs["NegativeBinomial"] == "Independent negative binomials."
+    assert docs["Flow"] == "A normal bent by a flow."
+    assert all(re.search(r"\w\.$", doc) and ":math:" not in doc for doc in docs.values())
+    assert describe("DiscretizedLogistic")["support"] == "0, 1/255, ..., 1"
+    assert describe("Mixed")["support"] == "what each column's family takes"
 
 
 def test_the_committed_schema_is_the_one_of_the_constructors():
@@ -111,6 +124,7 @@ def test_a_new_spec_of_a_table_takes_each_column_for_what_it_is(tmp_path):
         (lambda rng: rng.integers(0, 2, (80, 5)), "Bernoulli"),
         (lambda rng: rng.integers(0, 256, (80, 20, 20)).astype(np.uint8), "DiscretizedLogistic"),
         (lambda rng: rng.integers(0, 256, (80, 3, 20, 20)).astype(np.uint8), "DiscretizedLogistic"),
+        (lambda rng: (255 * rng.integers(0, 2, (80, 20, 20))).astype(np.uint8), "Bernoulli"),
         (lambda rng: rng.beta(0.5, 0.5, (400, 5)), "Beta"),
     ],
 )
@@ -121,6 +135,15 @@ def test_a_new_spec_of_an_array_fits_its_values(make, family, tmp_path):
     assert spec.likelihood.family == family
     data = spec.load_data()
     assert spec.check(data, spec.build(data))
+
+
+def test_a_new_spec_beside_a_folder_of_pictures_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("faces").mkdir()
+    for place, x in enumerate(np.random.default_rng(0).integers(0, 256, (30, 5, 4)).astype(np.uint8)):
+        Image.fromarray(x).save(f"faces/{place}.png")
+    write_spec(Path("faces.toml"), "faces/")
+    assert load_spec("faces.toml").load_data().features == 20
 
 
 def test_a_new_spec_replaces_no_file_and_leaves_none_behind(tmp_path):

@@ -354,6 +354,16 @@ def test_a_spec_cut_between_tables_is_refused(twin):
         load_run(twin)
 
 
+def test_a_run_that_is_older_than_a_key_of_its_spec_loads(twin):
+    file, text = twin / "model.safetensors", (twin / "spec.toml").read_text()
+    (twin / "spec.toml").write_text(text.replace("particles = 1\n", ""))
+    metadata = run.storage.read_metadata(file)
+    fitted = json.loads(metadata["spec"])
+    assert fitted["svi"].pop("particles") == 1
+    safetensors.torch.save_file(tensors(twin), file, {**metadata, "spec": json.dumps(fitted, sort_keys=True)})
+    assert load_run(twin).spec.svi.particles == 1
+
+
 @pytest.mark.parametrize(("number", "match"), [("2", "newer ppl_vae: upgrade"), (None, "not written by ppl_vae")])
 def test_other_formats_are_refused(number, match, twin):
     metadata = {} if number is None else {"format_version": number}

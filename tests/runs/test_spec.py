@@ -177,6 +177,10 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
             {"posterior": {"family": "MixtureNormal", "network": MLP}, "model.latent": 1},
             "posterior: Expected a reparameterised posterior on the support of the prior StandardNormal",
         ),
+        (
+            {"prior": {"family": "Gamma"}, "posterior": {"family": "Normal", "network": MLP}},
+            "of the prior Gamma, the positive numbers; got Normal(10,). Use Gamma, LogNormal.",
+        ),
     ],
 )
 def test_mistakes_name_file_path_value_and_what_is_allowed(overrides, expected):

@@ -81,15 +81,35 @@ def test_check_lists_columns_and_what_mends_them(table: Path) -> None:
 def test_a_scale_for_constant_columns_is_refused_by_name(table: Path) -> None:
     pd.read_csv(table).assign(flat=2.5).to_csv(table, index=False)
     constant = spec(table)
-    with pytest.raises(ValueError, match=r"constant .*flat, site .*--set 'data.leave_out=\[\"flat\", \"site\"\]'"):
+    with pytest.raises(ValueError, match=r"constant .*Try --set 'data.leave_out=\[\"flat\", \"site\"\]'"):
         constant.build(constant.load_data())
 
 
 def test_check_says_what_standardize_leaves_alone(table: Path) -> None:
     scaled = spec(table, {"scaling": "standardize", "leave_out": ["row", "flat", "site"], "label": "species"})
     assert scaled.check(scaled.load_data()).hints == [
-        "eggs stay as they are: standardize scales no counts and no shares"
+        "eggs: as they are, since standardize scales no counts and no shares"
     ]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "expected"),
+    [
+        (
+            {"kinds": {"mass*": "Poisson", "species": "Categorical", "*": "Normal"}},
+            r"support of Mixed, the whole numbers from 0, at .*column 2 .* 'mass \(g\)'. Give it another family in `k",
+        ),
+        ({"family": "Poisson"}, r"support of Poisson, .* Column 2 is 'mass \(g\)'. Families that take such data: Flow"),
+        ({"family": "Categorical"}, "Expected the levels of 6 features.*none in columns 0, 2, 3. For other columns"),
+        ({"family": "DiscretizedLogistic"}, "Expected one number of levels .* got columns without levels"),
+    ],
+)
+def test_a_likelihood_that_does_not_take_a_column_is_refused_by_its_name(
+    table: Path, likelihood: dict[str, Any], expected: str
+) -> None:
+    whole = spec(table, likelihood={**TABLES["likelihood"], **likelihood})
+    with pytest.raises(ValueError, match=expected):
+        whole.build(whole.load_data())
 
 
 def test_pictures_have_no_columns_to_list() -> None:

@@ -1,0 +1,67 @@
+"""Weights: draws from a program's guide in blocks, with their log importance weights."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from ppl_vae.evaluation.nested import Nested
+from ppl_vae.programs.target import BLOCK, Target
+
+_ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+
+
+class Draws(NamedTuple):
+    """Some draws of a block of data.
+
+    Args:
+        weights: log weights, (k, n) in nats.
+        likelihood: log likelihoods, (k, n).
+        bounds: what averages to the ELBO, (k, n).
+        moments: returns the latents and their squares, (k, n, z) each, by the guide and then by local weights.
+    """
+
+    weights: Tensor
+    likelihood: Tensor
+    bounds: Tensor
+    moments: Callable[[], tuple[Tensor, ...]]
+
+
+def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> Iterator[Iterator[Draws]]:
+    """Draws in blocks of data and, within these, of draws."""
+    for number, block in enumerate(target.blocks()):
+        yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
+
+
+def block_size(target: Target, inner: int = 1) -> int:
+    """How many draws go side by side; the first entry of the batch says how large a datum is."""
+    first = next(iter(target.batch.values()))
+    numbers = target.features * inner if target.structure.whole else BLOCK * max(first[0].numel(), 1)
+    return max(1, min(BLOCK, _ENTRIES // numbers))
+
+
+def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
+    if inner > 1:
+        for number, start in enumerate(range(0, samples, size)):
+            nested = Nested(target, min(size, samples - start), inner, *key, number)
+            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
+        return
+    for k, model, guide in trace_blocks(target, samples, size, *key):
+        likelihood = target.log_density(model, k, model.observation_nodes)
+        prior = target.log_density(model, k, model.stochastic_nodes)
+        weights = prior + likelihood - target.log_density(guide, k)
+        yield Draws(weights, likelihood, weights, partial(_moments, target, model))
+
+
+def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
+    z = target.flatten(model)
+    return z, z.square(), z, z.square()
+
+
+def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:
+    """Traces of model and guide with at most `size` particles each, and how many they have."""
+    for number, start in enumerate(range(0, samples, size)):
+        k = min(size, samples - start)
+        yield k, *target.traces(k, *key, number)

@@ -1,0 +1,54 @@
+"""Guides by name: Pyro's autoguides, made for a model."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pyro import poutine
+from pyro.infer import autoguide
+from torch import nn
+
+_NEEDS = {  # more than a model, so that a name is not enough
+    "AutoNormalizingFlow": "AutoNormalizingFlow(model, init_transform_fn)",
+    "AutoGuideList": "guide = AutoGuideList(model); guide.append(...)",
+    "AutoCallable": "AutoCallable(model, guide)",
+}
+
+
+def guide_names() -> list[str]:
+    """Pyro's autoguides that a name is enough for."""
+    others = ("AutoGuide", "AutoContinuous", "AutoMessenger", *_NEEDS)
+    names = [name for name in autoguide.__all__ if name.startswith("Auto") and name not in others]
+    return [name for name in names if inspect.isclass(getattr(autoguide, name))]
+
+
+def make_guide(guide: Any, model: Callable[..., Any]) -> Any:
+    """Make Pyro's autoguide of a name, or take a guide as it is.
+
+    Raises:
+        ValueError: If there is no autoguide of that name, or it needs more than the model.
+    """
+    if not isinstance(guide, str):
+        return Messenger(guide) if isinstance(guide, autoguide.AutoMessenger) else guide
+    if guide in _NEEDS:
+        raise ValueError(f"Expected a guide that needs only the model; {guide} needs more. Pass {_NEEDS[guide]}.")
+    if guide not in guide_names():
+        raise ValueError(f"Expected `guide` to be one of {', '.join(guide_names())}, or callable; got {guide!r}.")
+    return make_guide(getattr(autoguide, guide)(model), model)
+
+
+class Messenger(nn.Module):
+    """One of Pyro's guides that run the model, such as `AutoNormalMessenger`, without the data that it observes.
+
+    Args:
+        guide: the guide.
+    """
+
+    def __init__(self, guide: Any) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Draw the latent sites; what the model observes has no place in the guide's density."""
+        with poutine.block(hide_fn=lambda site: site["type"] == "sample" and site["is_observed"]):
+            self.guide(*args, **kwargs)
