@@ -33,15 +33,28 @@ def fold_in(*key: SupportsIndex | str) -> int:
 @contextmanager
 def fork_rng(*key: int | str, device: torch.device) -> Iterator[None]:
     """Seed the global generators with a key inside a `with` block, and restore their state after it."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    states = [generator.get_state() for generator in generators]
+    states = random_state(device)
     try:
-        for generator in generators:
+        for generator in _generators(device):
             generator.manual_seed(fold_in(*key))
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        set_random_state(states, device)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """The states of the global generators that draw on a device."""
+    return [generator.get_state() for generator in _generators(device)]
+
+
+def set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
+    """Go back to these states."""
+    for generator, state in zip(_generators(device), states, strict=True):
+        generator.set_state(state)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]

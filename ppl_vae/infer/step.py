@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import minibatches
+from ppl_vae.infer.gradients import Gradients
 from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch, batch_of
@@ -112,6 +113,7 @@ class Trainer:
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
+        capture: whether the steps are replayed from a graph where that can be.
     """
 
     program: Any
@@ -122,6 +124,11 @@ class Trainer:
     seed: int
     shuffle: bool = True
     parts: int = 0
+    capture: bool = True
+
+    def __post_init__(self) -> None:
+        options: Any = {"whole": self.parts > 0, "capture": self.capture}
+        self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
 
     def epoch(self, data: Target, number: int, *, check: bool) -> float:
         """Pass once over the data.
@@ -138,6 +145,7 @@ class Trainer:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
         """
         good = self.state.save()
+        self.gradients.look()
         losses: list[Tensor] = []
         try:
             with fork_rng(self.seed, "svi", number, device=data.device):
@@ -164,7 +172,7 @@ class Trainer:
         draws = fork_rng(self.seed, "validation", device=held_out.device)
         with mode(self.program), draws, pyro.validation_enabled(False):
             for block in held_out.blocks(self.batch_size):
-                total -= float(self._loss(block.batch)) * block.n
+                total -= float(self.gradients.loss(block.batch)) * block.n
         return total / held_out.n
 
     def _batches(self, data: Target, number: int) -> Iterable[Batch]:
@@ -188,24 +196,19 @@ class Trainer:
 
     def _step(self, batch: Batch) -> Tensor:
         """Take one step on the loss, minus the bound per datum; returns that loss."""
-        state, loss = self.state, self._loss(batch)
-        gradients = torch.autograd.grad(loss, state.learned, allow_unused=True)
+        state = self.state
+        loss, gradients = self.gradients(batch)
+        if self.clip:
+            norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
+            scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [None if one is None else one * scale for one in gradients]  # two may share their memory
         for tensor, gradient in zip(state.learned, gradients, strict=True):
             tensor.grad = gradient
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(state.learned, self.clip)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
         state.scheduler.step()
         state.history.steps += 1
-        return loss.detach()
-
-    def _loss(self, batch: Batch) -> Tensor:
-        def guide(**given: Tensor) -> Any:
-            return self.program.guide(**batch_of(self.program.guide, given))
-
-        loss: Tensor = self.objective.differentiable_loss(self.program.model, guide, **batch)
-        return loss if self.parts else loss / _size(batch)
+        return loss
 
 
 def _size(batch: Batch) -> int:

@@ -1,8 +1,8 @@
-"""`Captured`: replay a function of one tensor by its tensor operations alone, without the Python around them."""
+"""Functions replayed by their tensor operations alone, without the Python around them: `record` and `Captured`."""
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -50,19 +50,14 @@ class Captured:
     def _capture(self, u: Tensor) -> Function:
         try:
             with pyro.validation_enabled(False):  # it looks at values
-                graph = make_fx(lambda given: self.function(given))(u)
-                graph.graph.eliminate_dead_code()
-                targets: list[Any] = [node.target for node in graph.graph.nodes]
-                if any(torch.Tag.dynamic_output_shape in getattr(target, "tags", ()) for target in targets):
-                    raise ValueError("a shape depends on values")
-                if not any(getattr(getattr(target, "_schema", None), "is_mutable", False) for target in targets):
-                    _simplify(graph, u)
-                    _reuse(graph, u)
+                graph = record(self.function, [u])
+                if not any(_writes(node) for node in graph.graph.nodes):
+                    _reuse(graph, [u])
                     graph.graph.lint()
                 graph.recompile()
                 graph(u)  # fills the memory that the next replay reuses
                 other = 0.9 * u + 0.05
-                same = all(_close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
+                same = all(close(a, b) for a, b in zip(graph(other), self.function(other), strict=True))
             reason = "a second point gave something else"
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             same, reason = False, f"{type(error).__name__}: {error}"
@@ -72,25 +67,54 @@ class Captured:
         return self.function
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def record(function: Callable[..., Any], given: Sequence[Tensor], *, exact: bool = False) -> GraphModule:
+    """Record the tensor operations of a function, as a graph that takes the same tensors.
+
+    What depends on no argument is computed once; draws are made anew each time, in the same order. The operations
+    run a few times meanwhile.
+
+    Args:
+        function: of these tensors, which it may also reach by itself, as a module reaches its parameters.
+        given: the tensors.
+        exact: whether the graph gives the same numbers to the last bit, or may take operations that are faster.
+
+    Raises:
+        ValueError: If a shape depends on values, or a tensor that outlives the call is changed in place.
+    """
+    graph = make_fx(lambda *args: function(*args))(*given)
+    graph.graph.eliminate_dead_code(_acts)
+    with torch.no_grad():
+        _simplify(graph, given, exact)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to rounding, relative to the largest entry."""
     scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).amax()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
 
 
-def _values(module: GraphModule, u: Tensor) -> dict[Node, Any]:
-    """The value of each node at u."""
+def _values(module: GraphModule, given: Sequence[Tensor]) -> dict[Node, Any]:
+    """The value of each node at some arguments."""
     interpreter = Interpreter(module, garbage_collect_values=False)
-    interpreter.run(u)
+    interpreter.run(*given)
     return interpreter.env
 
 
-def _simplify(module: GraphModule, u: Tensor) -> None:
-    """Compute once what does not depend on the argument, and drop what changes nothing, such as times one."""
-    graph, value = module.graph, _values(module, u)
+def _simplify(module: GraphModule, given: Sequence[Tensor], exact: bool) -> None:
+    """Compute once what does not depend on the arguments, and drop what changes nothing, such as times one."""
+    graph, value = module.graph, _values(module, given)
+    changed = {_memory(value[one]) for node in graph.nodes for one in _writes(node)} - {None}
+    if any(_memory(value[node]) in changed for node in graph.nodes if node.op in ("placeholder", "get_attr")):
+        raise ValueError("a tensor that outlives the step is changed in place")
     known: dict[Node, bool] = {}  # whether a node is the same at any other argument
     for node in graph.nodes:
         fixed = node.target in _SHAPES or all(known[one] for one in node.all_input_nodes)
-        known[node] = fixed and node.op not in ("placeholder", "output")
+        known[node] = fixed and node.op != "placeholder" and not _acts(node) and _memory(value[node]) not in changed
+        if not known[node] and _has_shape_by_value(node, value):
+            raise ValueError("a shape depends on values")
     calls = [node for node in graph.nodes if node.op == "call_function" and isinstance(value[node], Tensor)]
     for number, node in enumerate(calls):
         if known[node] and not all(known[user] for user in node.users):
@@ -100,23 +124,55 @@ def _simplify(module: GraphModule, u: Tensor) -> None:
             value[stored], known[stored] = value[node], True
             node.replace_all_uses_with(stored)
     for node in calls:
-        if not known[node]:
+        if not known[node] and not any(_memory(value[one]) in changed for one in (node, *node.all_input_nodes)):
             with graph.inserting_before(node):
-                other = _cheaper(node) if value[node].device.type == "cpu" else node
+                other = _cheaper(node) if value[node].device.type == "cpu" and not exact else node
                 other = _simpler(node, value, known) if other is node else other
             if other is not node:
                 value[other], known[other] = value[node], False
                 node.replace_all_uses_with(other)
-    graph.eliminate_dead_code()
+    held = {_memory(value[node]) for node in graph.nodes if node.op in ("placeholder", "get_attr")} - {None}
+    end = graph.output_node()
+    for node in end.all_input_nodes:
+        if _memory(value[node]) in held:  # whoever is given it may change it
+            with graph.inserting_before(end):
+                end.replace_input_with(node, graph.call_function(aten.clone.default, (node,)))
+    graph.eliminate_dead_code(_acts)
 
 
-def _reuse(module: GraphModule, u: Tensor) -> None:
+def _acts(node: Node) -> bool:
+    """Whether a node does more than give a result: it draws, writes, or checks."""
+    schema = getattr(node.target, "_schema", None)
+    return node.is_impure() or (schema is not None and not schema.returns)
+
+
+def _writes(node: Node) -> list[Node]:
+    """The arguments of a node that it changes in place."""
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    given = {**node.kwargs, **dict(zip((one.name for one in arguments), node.args, strict=False))}
+    changed = [given.get(one.name) for one in arguments if one.alias_info is not None and one.alias_info.is_write]
+    return [one for one in changed if isinstance(one, Node)]
+
+
+def _memory(value: Any) -> int | None:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) and value.numel() else None
+
+
+def _has_shape_by_value(node: Node, value: dict[Node, Any]) -> bool:
+    if node.target is aten.index.Tensor:
+        return any(value[one].dtype in (torch.bool, torch.uint8) for one in node.args[1] if one is not None)  # type: ignore
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+
+
+def _reuse(module: GraphModule, given: Sequence[Tensor]) -> None:
     """Keep the memory of intermediate results from one replay to the next: allocating it is slow.
 
     An elementwise result overwrites an argument that is no longer needed; any other goes into a piece of its own, or
     into one that is no longer needed.
     """
-    tensors = {node: value for node, value in _values(module, u).items() if isinstance(value, Tensor) and value.numel()}
+    tensors = {
+        node: value for node, value in _values(module, given).items() if isinstance(value, Tensor) and value.numel()
+    }
     place = {node: number for number, node in enumerate(module.graph.nodes)}
     pieces: dict[int, list[Node]] = {}
     for node, tensor in tensors.items():

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import scipy.linalg
 import scipy.stats
 import torch
 from scipy.special import expit, gammaln, log_softmax, logsumexp, softmax
 from torch import Tensor
 
-from ppl_vae import Conditional, families
+from ppl_vae import VAE, Conditional, families
 from ppl_vae.data import Columns
-from ppl_vae.families import ExactNormal, Family
-from ppl_vae.networks import Linear
+from ppl_vae.families import ExactNormal, Family, same_support
+from ppl_vae.networks import MLP, Linear
 
 Array = npt.NDArray[np.float64]
 Nodes = tuple[Tensor, Tensor]
@@ -566,3 +567,39 @@ PARTNERS: dict[str, tuple[Callable[[int], Family], Callable[[int], Family]]] = {
     "sphere": (families.HypersphericalUniform, families.VonMisesFisher),
     "simplex": (families.LogisticNormal, families.LogisticNormal),
 }
+
+
+def partner_of(case: Case) -> Any:
+    """A prior and a posterior on the support of this family, if there are any."""
+    support = case.make(2).support
+    for prior, posterior in PARTNERS.values():
+        if same_support(prior(2).support, support):
+            return prior, posterior
+    return None
+
+
+def roles_of(case: Case) -> list[str]:
+    family = case.make(2)
+    if isinstance(family, ExactNormal):
+        return ["posterior"]
+    sized, partner = family.start().numel() > 0, partner_of(case) is not None
+    able = {"prior": partner, "likelihood": sized, "posterior": partner and sized and family.reparameterised}
+    return [role for role, can in able.items() if can]
+
+
+ROLES = [pytest.param(case, role, id=f"{name}-{role}") for name, case in CASES.items() for role in roles_of(case)]
+
+
+def vae_of(case: Case, role: str) -> VAE:
+    family: Any = case.build(2)
+    if isinstance(family, ExactNormal):
+        return VAE(*family.tied, Conditional(family))
+    if family.tied:
+        return VAE(Conditional(family), Conditional(families.Normal(5), MLP(hidden=[4])), *family.tied)
+    prior, posterior = partner_of(case) if role != "likelihood" else (families.StandardNormal, families.Normal)
+    parts = {
+        "prior": Conditional(family if role == "prior" else prior(2)),
+        "likelihood": Conditional(case.build() if role == "likelihood" else families.Normal(5), MLP(hidden=[4])),
+        "posterior": Conditional(family if role == "posterior" else posterior(2), MLP(hidden=[4])),
+    }
+    return VAE(**parts)

@@ -5,13 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families.cases import CASES, PARTNERS, Case
+from families.cases import CASES, ROLES, Case, roles_of, vae_of
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from ppl_vae import VAE, Conditional, families
-from ppl_vae.families import ExactNormal, Normal, StandardNormal, same_support
-from ppl_vae.networks import MLP
+from ppl_vae import families
 
 BATCHES: list[list[int]] = [[], [3], [2, 3]]
 
@@ -221,44 +219,8 @@ def test_state_dict_deepcopy_and_repr_keep_the_family(case: Case) -> None:
 # Roles ---------------------------------------------------------------------------------------------------------------
 
 
-def _partner(case: Case) -> Any:
-    """A prior and a posterior on the support of this family, if there are any."""
-    support = case.make(2).support
-    for prior, posterior in PARTNERS.values():
-        if same_support(prior(2).support, support):
-            return prior, posterior
-    return None
-
-
-def _roles(case: Case) -> list[str]:
-    family = case.make(2)
-    if isinstance(family, ExactNormal):
-        return ["posterior"]
-    sized, partner = family.start().numel() > 0, _partner(case) is not None
-    able = {"prior": partner, "likelihood": sized, "posterior": partner and sized and family.reparameterised}
-    return [role for role, can in able.items() if can]
-
-
-ROLES = [pytest.param(case, role, id=f"{name}-{role}") for name, case in CASES.items() for role in _roles(case)]
-
-
-def _vae(case: Case, role: str) -> VAE:
-    family: Any = case.build(2)
-    if isinstance(family, ExactNormal):
-        return VAE(*family.tied, Conditional(family))
-    if family.tied:
-        return VAE(Conditional(family), Conditional(Normal(5), MLP(hidden=[4])), *family.tied)
-    prior, posterior = _partner(case) if role != "likelihood" else (StandardNormal, Normal)
-    parts = {
-        "prior": Conditional(family if role == "prior" else prior(2)),
-        "likelihood": Conditional(case.build() if role == "likelihood" else Normal(5), MLP(hidden=[4])),
-        "posterior": Conditional(family if role == "posterior" else posterior(2), MLP(hidden=[4])),
-    }
-    return VAE(**parts)
-
-
 def test_roles_follow_from_support_and_reparameterisation() -> None:
-    roles = {name: _roles(case) for name, case in CASES.items()}
+    roles = {name: roles_of(case) for name, case in CASES.items()}
     assert roles["Bernoulli"] == ["likelihood"]
     assert roles["StandardNormal"] == ["prior"]
     assert roles["FullNormal"] == roles["MixtureNormal"] == ["prior", "likelihood", "posterior"]
@@ -267,7 +229,7 @@ def test_roles_follow_from_support_and_reparameterisation() -> None:
 @pytest.mark.parametrize(("elbo", "dtype"), [(Trace_ELBO, torch.float32), (TraceMeanField_ELBO, torch.float64)])
 @pytest.mark.parametrize(("case", "role"), ROLES)
 def test_gradient_reaches_every_parameter(case: Case, role: str, elbo: Any, dtype: torch.dtype) -> None:
-    vae = _vae(case, role).to(dtype)
+    vae = vae_of(case, role).to(dtype)
     likelihood = vae.likelihood.family
     x = (case.points(likelihood, 7) if role == "likelihood" else torch.randn(7, *likelihood.event_shape)).to(dtype)
     loss = elbo().differentiable_loss(vae.model, vae.guide, x)
