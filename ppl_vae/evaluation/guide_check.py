@@ -120,11 +120,12 @@ class GuideCheck:
         n, summary = len(evidence.elbo), evidence.summary()
         bound, value = summary["elbo"], summary["log_evidence"]
         unit = "of the data set" if self.whole else f"per datum, mean of {n}"
-        how = f"+- {value['mc_se']:.2g}" if value["kind"] == "estimate" else "at least, on average"
+        how = f"± {value['mc_se']:.2g}" if value["kind"] == "estimate" else "at least, on average"
+        spread = f"± {bound['mc_se']:.2g}" if math.isfinite(bound["mc_se"]) else "(its error is unknown)"
         lines = [
             f"Nats {unit}, from {evidence.samples} draws"
             + (f" with {evidence.inner} of the local latents each" if evidence.inner > 1 else ""),
-            f"  ELBO          {bound['mean']:.3f} +- {bound['mc_se']:.2g}",
+            f"  ELBO          {bound['mean']:.3f} {spread}",
             f"  log evidence  {value['mean']:.3f} {how} ({value['kind']})",
             f"  Pareto k-hat  {_k(self.pareto_k)}" + ("" if self.whole else " at the most"),
             f"  effective     {float(evidence.ess.min()):.0f} of {evidence.samples} draws"
@@ -172,7 +173,8 @@ class GuideCheck:
         if self.trusted == "none":
             return (
                 f"Trust none of these moments: k-hat is {k}, so the guide's draws miss mass of the posterior. Train "
-                'longer, take a richer guide or another parameterisation, or ask for reference="nuts".'
+                "longer, take a richer guide or another parameterisation"
+                + (', or ask for reference="nuts".' if self.reference is None else ".")
             )
         if self.evidence.kind == "estimate":
             return "Trust the log evidence and the reweighted moments; the guide itself differs from them as shown."

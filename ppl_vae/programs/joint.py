@@ -85,7 +85,7 @@ class Joint:
     def vector(self, trace: Trace) -> Tensor:
         """The vectors (k, n, z) of a trace that has particles."""
         nodes: Any = trace.nodes
-        return self._pack({name: nodes[name]["value"] for name in self.shapes})
+        return self._pack({name: nodes[name]["value"].to(self.dtype) for name in self.shapes})
 
     def place(self, z: Tensor) -> Tensor:
         """The vectors u, (k, n, z), at which the latent variables are z, (k, n, z)."""

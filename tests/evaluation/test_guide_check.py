@@ -190,3 +190,23 @@ def test_k_hat_ranks_the_parameterisations_of_eight_schools() -> None:
     assert shapes[True] > 0.7
     assert 0.3 < shapes[False] < 0.7
     assert np.diff(list(shapes.values()))[0] < -0.2
+
+
+def test_data_in_single_precision_go_through_every_verb() -> None:
+    """A model's plain numbers have torch's default type, and a reference runs in double precision."""
+    torch.set_default_dtype(torch.float32)
+    y, error = torch.tensor([28.0, 8.0, -3.0, 7.0]), torch.tensor([15.0, 10.0, 16.0, 11.0])
+
+    def model(y: Tensor, error: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("schools", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("effect", dist.Normal(mu, 3.0)), error), obs=y)
+
+    program = Program(model)
+    fit(program, {"y": y, "error": error}, epochs=200, batch_size=4, learning_rate=0.05, device="cpu", progress=False)
+    check = check_guide(program, {"y": y, "error": error}, reference="nuts")
+    precision = (1 / (9 + error.double() ** 2)).sum() + 1 / 25
+    mean = (y / (9 + error.double() ** 2)).sum() / precision
+    assert check.reference is not None
+    found = float(check.reference.loc[0, 0])
+    assert abs(found - float(mean)) < 5 * float(check.reference.diagnostics["mcse_mean"][0, 0])
