@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ import tomli_w
 from pydantic import ValidationError
 from torch.distributions import constraints
 
-from ppl_vae import families, networks
+from ppl_vae import families
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
-from ppl_vae.families.conditional import Conditional
-from ppl_vae.networks.encoding import Encoding
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import indexed
 from ppl_vae.programs.vae import VAE
+from ppl_vae.runs.assembly import assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
@@ -170,7 +168,7 @@ class Spec:
         """
         with fork_rng(self.svi.seed, "build", device=CPU):
             if self.model.program is None:
-                return _assemble(self, columns, self.model.latent, rows)
+                return assemble(self, columns, self.model.latent, rows)
             kind = load_program(self.model.program)
             sizes = filled(kind, features=columns.count, latent=self.model.latent, **described(columns))
             return kind(**sizes, **self.model.model_dump(exclude={"latent", "program"}))
@@ -241,17 +239,6 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
     return own
 
 
-def _on_table(part: Any) -> bool:
-    """Whether a part keeps one row per datum."""
-    family = getattr(getattr(part, "network", None), "family", None)
-    return family is not None and "rows" in needs(getattr(networks, family))
-
-
-def _on_columns(part: Any) -> bool:
-    """Whether a part has to know the columns of the data, by name or kind."""
-    return "columns" in needs(getattr(families, part.family))
-
-
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
     """What is wrong between the tables, and what has no effect."""
     data, model, likelihood, posterior = spec.data, spec.model, spec.likelihood, spec.posterior
@@ -281,7 +268,7 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             yield f"{role}: Expected a table with family {listed(sections()[role].tables)}, or model.program; got none."
     if model is not None and latent is None:
         yield "model.latent: Expected the number of latent variables; got none. Try --set model.latent=2."
-    if data is not None and _on_table(posterior) and data.validation_fraction:
+    if data is not None and on_table(posterior) and data.validation_fraction:
         yield (
             f"data.validation_fraction: Expected 0 for a posterior on a {posterior.network.family}, which knows its "
             f"training data alone; got {data.validation_fraction}. Leave it out, or use Linear or MLP."
@@ -294,13 +281,13 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 f"density of zeros and ones has no bound; got {show(data.binarization)}. Try --set "
                 "data.binarization=none, a Bernoulli, or a fixed scale."
             )
-    if latent is not None and None not in (spec.prior, likelihood, posterior) and not _on_columns(likelihood):
+    if latent is not None and None not in (spec.prior, likelihood, posterior) and not on_columns(likelihood):
         try:
             with fork_rng(0, device=CPU):
-                _assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
+                assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
             remedy = _guides(spec) if "reparameterised posterior" in str(error) else ""
-            yield f"{'prior' if _tied(spec.prior) else 'posterior'}: {error}{remedy}"
+            yield f"{'prior' if tied_to(spec.prior) else 'posterior'}: {error}{remedy}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -309,58 +296,9 @@ def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _tied(part: Any) -> set[str]:
-    """The other roles that a part is made of."""
-    return needs(getattr(families, part.family)) & set(ROLES)
-
-
 def _support(part: Any) -> Any:
     """Support of the family that a part names."""
     return example(getattr(families, part.family)).support
-
-
-def _assemble(spec: Spec, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
-    """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own."""
-    parts: dict[str, Any] = {}
-    if _tied(spec.prior) and _tied(spec.posterior):
-        raise ValueError(
-            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
-            f"{spec.posterior.family}."
-        )
-    known = described(columns)
-    for role in sorted(ROLES, key=lambda role: len(_tied(getattr(spec, role)))):
-        table = getattr(spec, role)
-        kind = getattr(families, table.family)
-        network: Any = getattr(table, "network", None)
-        event = columns.count if role == "likelihood" else latent
-        keys = table.model_dump(exclude={"family", "network", "encoding"})
-        family = kind(**filled(kind, event=event, **known, **parts), **keys)
-        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
-        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
-        if hasattr(network, "program"):
-            kind = load_network(network.program) if own else networks.Linear
-            size = sum(context) if encoding is None else encoding.size
-            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
-            network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
-        elif network is not None:
-            kind = getattr(networks, network.family)
-            network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
-        parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
-    return VAE(**parts)
-
-
-def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
-    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
-    given, words = getattr(table, "encoding", None), list(family.encodings)
-    names = columns.names or tuple(map(str, range(columns.count)))
-    for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
-        matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(f"Expected the names of columns in `encoding`; got {pattern!r}.{near(pattern, names)}")
-        for j in matched:
-            words[j] = word
-    amortized = getattr(table, "network", None) is not None and not _on_table(table)
-    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""From the tables of a spec to the three conditionals of a `VAE`."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ppl_vae import families, networks
+from ppl_vae.data.columns import Columns
+from ppl_vae.families.conditional import Conditional
+from ppl_vae.networks.encoding import Encoding
+from ppl_vae.programs.program import load_network
+from ppl_vae.programs.vae import VAE
+from ppl_vae.runs.schema import ROLES, described, filled, needs
+from ppl_vae.runs.spec_file import near
+
+
+def assemble(spec: Any, columns: Columns, latent: int, rows: int, *, own: bool = True) -> VAE:
+    """Build the three conditionals, those last that are tied to others; for a trial without networks of one's own.
+
+    Args:
+        spec: its tables.
+        columns: of the data.
+        latent: number of latent variables.
+        rows: number of training data.
+        own: whether networks of one's own are built, or a `Linear` in their place.
+    """
+    parts: dict[str, Any] = {}
+    if tied_to(spec.prior) and tied_to(spec.posterior):
+        raise ValueError(
+            f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
+            f"{spec.posterior.family}."
+        )
+    known = described(columns)
+    for role in sorted(ROLES, key=lambda role: len(tied_to(getattr(spec, role)))):
+        table = getattr(spec, role)
+        kind = getattr(families, table.family)
+        network: Any = getattr(table, "network", None)
+        event = columns.count if role == "likelihood" else latent
+        keys = table.model_dump(exclude={"family", "network", "encoding"})
+        family = kind(**filled(kind, event=event, **known, **parts), **keys)
+        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
+        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
+        if hasattr(network, "program"):
+            kind = load_network(network.program) if own else networks.Linear
+            size = sum(context) if encoding is None else encoding.size
+            sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
+            network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
+        elif network is not None:
+            kind = getattr(networks, network.family)
+            network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
+        parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
+    return VAE(**parts)
+
+
+def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
+    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
+    given, words = getattr(table, "encoding", None), list(family.encodings)
+    names = columns.names or tuple(map(str, range(columns.count)))
+    for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
+        matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"Expected the names of columns in `encoding`; got {pattern!r}.{near(pattern, names)}")
+        for j in matched:
+            words[j] = word
+    amortized = getattr(table, "network", None) is not None and not on_table(table)
+    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
+
+
+def on_table(part: Any) -> bool:
+    """Whether a part keeps one row per datum."""
+    family = getattr(getattr(part, "network", None), "family", None)
+    return family is not None and "rows" in needs(getattr(networks, family))
+
+
+def on_columns(part: Any) -> bool:
+    """Whether a part has to know the columns of the data, by name or kind."""
+    return "columns" in needs(getattr(families, part.family))
+
+
+def tied_to(part: Any) -> set[str]:
+    """The other roles that a part is made of."""
+    return needs(getattr(families, part.family)) & set(ROLES)
