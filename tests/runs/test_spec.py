@@ -32,8 +32,8 @@ def few(spec):
         root = Path(os.environ.get("PPL_VAE_DATA", "none"))
         if spec.data.name == "mnist" and not (root / "MNIST").is_dir():
             pytest.skip("MNIST is not at hand: set PPL_VAE_DATA")
-        if spec.data.name.endswith(".npz") and not Path(spec.data.name).is_file():
-            pytest.skip("the Frey faces are not at hand: set PPL_VAE_DATA")
+        if Path(spec.data.name).suffix and not Path(spec.data.name).is_file():
+            pytest.skip(f"{Path(spec.data.name).name} is not at hand: set PPL_VAE_DATA")
         data = spec.load_data()
         parts = {part: getattr(data, part) for part in ("train", "validation", "test")}
         small = {part: tensors and {k: v[:20] for k, v in tensors.items()} for part, tensors in parts.items()}
