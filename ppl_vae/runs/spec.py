@@ -298,7 +298,8 @@ def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _support(part: Any) -> Any:
     """Support of the family that a part names."""
-    return example(getattr(families, part.family)).support
+    kind = getattr(families, part.family)
+    return (kind if tied_to(part) else example(kind)).support
 
 
 @contextmanager

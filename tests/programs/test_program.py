@@ -538,12 +538,12 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "Bernoulli posterior": (
         lambda: _parts(posterior=Conditional(Bernoulli(2), Linear())),
         ValueError,
-        r"reparameterised posterior on the support of the prior StandardNormal; got Bernoulli\(2,\)",
+        r"reparameterised posterior on the support of the prior StandardNormal, the real numbers; got Bernoulli\(2,\)",
     ),
     "Bernoulli prior": (
         lambda: _parts(prior=Conditional(Bernoulli(2))),
         ValueError,
-        r"on the support of the prior Bernoulli; got Normal\(2,\)",
+        r"on the support of the prior Bernoulli, {0, 1}; got Normal\(2,\)",
     ),
     "mixture of one dimension": (
         lambda: _parts(prior=Conditional(StandardNormal(1)), posterior=Conditional(MixtureNormal(1), Linear())),
