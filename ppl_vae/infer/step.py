@@ -129,6 +129,7 @@ class Trainer:
     def __post_init__(self) -> None:
         options: Any = {"whole": self.parts > 0, "capture": self.capture}
         self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
+        self.former: Any = None  # gradients of the step before
 
     def epoch(self, data: Target, number: int, *, check: bool) -> float:
         """Pass once over the data.
@@ -198,6 +199,7 @@ class Trainer:
         """Take one step on the loss, minus the bound per datum; returns that loss."""
         state = self.state
         loss, gradients = self.gradients(batch)
+        self.former = gradients  # till the next are there: memory that is all given back must be fetched anew
         if self.clip:
             norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
