@@ -168,7 +168,7 @@ def _read_pandas(path: Path) -> Table:
 
 
 def choose(table: Table, roles: Roles) -> RawData:
-    """Give each column of a table its role.
+    """Assign each column of a table its role.
 
     Raises:
         ValueError: If a name is unknown or has two roles, no feature is left, or a column does not suit its role.
