@@ -263,16 +263,16 @@ def load(
         raw.name(j): suspect(raw.name(j), present(raw.x[:, j]), present(raw.x[rows["train"], j]))
         for j in range(len(kinds or ()))
     }
-    columns = _describe(raw, kinds, transform)
+    described = _describe(raw, kinds, transform)
     if incomplete:
-        columns = replace(columns, missing=tuple(raw.missing[rows["train"]].mean(0).tolist()))
+        described = replace(described, missing=tuple(raw.missing[rows["train"]].mean(0).tolist()))
     return Data(
         name=file,
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        columns=columns,
+        columns=described,
         row_numbers={part: kept[index] for part, index in rows.items()},
         ids={part: None if raw.ids is None else raw.ids[index] for part, index in rows.items()},
         classes=raw.classes,

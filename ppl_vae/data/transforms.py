@@ -68,8 +68,8 @@ def fit_transform(
 ) -> Transform:
     """Fit a transform to the training rows.
 
-    Missing cells count for nothing. Where kinds are known, "standardize" divides `positive` columns without a shift, and leaves all but these and
-    `real` ones alone. So does "unit" where there are words.
+    Missing cells count for nothing. Where kinds are known, "standardize" divides `positive` columns without a shift,
+    and leaves all but these and `real` ones alone. So does "unit" where there are words.
 
     Raises:
         ValueError: If an option does not suit the values.
@@ -93,12 +93,13 @@ def fit_transform(
     values = raw.x[train][:, scaled] if raw.categories and scaled.any() else raw.x[train]
     largest = raw.maximum or float(np.abs(present(values)).max()) or 1
     divisor = float(largest + noise) if binarization == "none" and (scaling == "unit" or raw.unit) else 1.0
-    loc, scale = np.zeros(()), np.asarray(divisor)
+    loc: npt.NDArray[np.float64] = np.zeros(())
+    scale: npt.NDArray[np.float64] = np.asarray(divisor)
     if scaling == "unit" and raw.categories:
         scale = np.where(scaled, divisor, 1.0)
     if scaling == "standardize":
         values = raw.x[train]
-        loc = np.nanmean(values, 0, dtype=np.float64) + noise / 2
+        loc = np.asarray(np.nanmean(values, 0, dtype=np.float64) + noise / 2)
         scale = np.sqrt(np.nanvar(values, 0, dtype=np.float64) + noise / 12)
         scale = np.where(np.nanmax(values, 0) == np.nanmin(values, 0), divisor, scale)
         if kinds is not None:

@@ -1,6 +1,7 @@
 r"""Imputation: draws of missing entries from :math:`p(x_{mis} \mid x_{obs})`."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -164,10 +165,10 @@ def _fill(target: Target, z: Tensor, key: tuple[int, ...]) -> Tensor:
     x, mask = target.batch["x"], target.batch["mask"]
     places, parts = _locate(target), []
     for number, some in enumerate(z.split(block_size(target))):
-        values = target.unflatten(some)
+        at = partial(poutine.condition, data=target.unflatten(some))
         filled = x.expand(len(some), *x.shape).flatten(1).clone()
         with target.running(*key, "impute", number):
-            trace = target.trace("model", len(some), lambda f, given=values: poutine.condition(f, data=given))
+            trace = target.trace("model", len(some), at)
             for name, place in places.items():
                 node: Any = trace.nodes[name]
                 shape = node["fn"].batch_shape + node["fn"].event_shape  # (k, *plates, n, *event)

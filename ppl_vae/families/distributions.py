@@ -155,14 +155,13 @@ def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> Ful
     apart = torch.diag_embed((~mask).to(loc.dtype) / (2 * math.pi))
     covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
     marginal = Marginal(loc.expand(mask.shape), scale_tril=torch.linalg.cholesky(covariance))
-    marginal.observed, marginal.whole = mask, FullCovariance(
-        loc.expand(mask.shape), scale_tril=scale_tril, validate_args=False
-    )
+    marginal.observed = mask
+    marginal.whole = FullCovariance(loc.expand(mask.shape), scale_tril=scale_tril, validate_args=False)
     return marginal
 
 
 def _condition(fn: Any, value: Tensor, seen: Tensor) -> Tensor:
-    r"""Draw a normal given its observed entries o: a free draw u, moved by :math:`\Sigma \Sigma_{oo}^{-1} (x_o - u_o)`."""
+    r"""Draw a normal given its entries o: a free draw u plus :math:`\Sigma_{\cdot o} \Sigma_{oo}^{-1} (x_o - u_o)`."""
     if not torch.equal(fn.observed.expand(seen.shape), seen):
         raise NotImplementedError
     free = fn.whole.sample()

@@ -94,9 +94,9 @@ def fit(
 
     Raises:
         TypeError: If a program comes without data, or a `Target` with data.
-        ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the objective, its guide keeps one row
-            per datum by place and `batch_size` is below n, or a loss turns NaN. The message then names step and site,
-            and the program keeps its last good state.
+        ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the
+            objective, its guide keeps one row per datum by place and `batch_size` is below n, or a loss turns NaN. The
+            message then names step and site, and the program keeps its last good state.
     """
     check_settings(**{key: value for key, value in locals().items() if key in (*SETTINGS, "validation")})
     chosen = pick_device(device)

@@ -89,9 +89,7 @@ class PPCA(_Model):
     path: Tensor | None = None
 
     @classmethod
-    def fit(
-        cls, x: Any, latent: int, mask: Any = None, *, tolerance: float = 1e-9, iterations: int = 10_000
-    ) -> Self:
+    def fit(cls, x: Any, latent: int, mask: Any = None, *, tolerance: float = 1e-9, iterations: int = 10_000) -> Self:
         r"""Fit by maximum likelihood, in closed form, or by EM if entries are missing.
 
         With eigenpairs :math:`\lambda_j, u_j` of the covariance (1/n), in falling order: :math:`\sigma^2` is the mean

@@ -59,8 +59,8 @@ def _check_takes_mask(program: Any, batch: Mapping[str, Tensor]) -> None:
         if "mask" not in taken and (role == "model" or ("x" in taken and not bool(batch["x"].isfinite().all()))):
             if "**" not in taken:
                 raise ValueError(
-                    f"Expected a {role} that takes `mask` (True is observed), since entries of `x` are missing; got one "
-                    f"that takes {', '.join(taken)}. Let the {role} take `mask`, or drop rows with missing entries."
+                    f"Expected a {role} that takes `mask` (True is observed), since entries of `x` are missing; got "
+                    f"one that takes {', '.join(taken)}. Let the {role} take `mask`, or drop rows with missing entries."
                 )
 
 

@@ -154,7 +154,7 @@ class Spec:
                 given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask") if key in data.train}
                 own = [given[key] for key in ("x", "mask") if key in given]
                 if len(own) > 1 and "mask" not in keywords(program.initialise):
-                    raise ValueError("Expected `initialise` to take `mask` (True is observed), since cells are missing.")
+                    raise ValueError("Expected `initialise` to take `mask`, True if observed, since cells are missing.")
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
                     program.initialise(*([given] if isinstance(program, VAE) else own))
         return program
