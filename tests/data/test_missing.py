@@ -93,7 +93,7 @@ def test_arrays_with_nan(binarization: str, tmp_path: Path) -> None:
         ({"real": np.nan}, {}, r"missing throughout: 'real'\. Leave them out \(leave_out = \[\"real\"\]\)"),
         ({"yes": None, "long": np.nan}, {}, "missing throughout: 'long', 'yes'"),
         ({"label": [None, *"p" * 59]}, {}, "Expected a label in every row .*; got none in line 2"),
-        ({}, {"size_factor": "total"}, "no missing cells for size_factor = \"total\""),
+        ({}, {"size_factor": "total"}, 'no missing cells for size_factor = "total"'),
         ({"word": [None, "once", *"b" * 58]}, {"seed": 2}, "got 'once' in other parts alone"),
         ({}, {"missing": "keep"}, "`missing` to be one of 'refuse', 'model', 'drop rows'; got 'keep'"),
     ],
