@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
+from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective
 from ppl_vae.infer.step import History, State, Trainer
@@ -94,9 +94,9 @@ def fit(
 
     Raises:
         TypeError: If a program comes without data, or a `Target` with data.
-        ValueError: If settings or data do not fit, the program does not allow the objective, its guide keeps one row
-            per datum by place and `batch_size` is below n, or a loss turns NaN. The message then names step and site,
-            and the program keeps its last good state.
+        ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the
+            objective, its guide keeps one row per datum by place and `batch_size` is below n, or a loss turns NaN. The
+            message then names step and site, and the program keeps its last good state.
     """
     check_settings(**{key: value for key, value in locals().items() if key in (*SETTINGS, "validation")})
     chosen = pick_device(device)
@@ -105,6 +105,7 @@ def fit(
         given = numbered(program, as_batch(given, aligned=False))
     target = Target.of(program, given)
     program = target.program
+    check_observed(target.batch)
     if isinstance(program, nn.Module):
         program.to(chosen)
     target.refresh(chosen)
