@@ -24,9 +24,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", help="the run directory; by default a new one under runs/")
     given = parser.parse_args(arguments)
 
-    overrides = {"svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what the loop below does
+    overrides = {"svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last", "svi.optimizer": "Adam"}
+    overrides |= {
+        "svi.beta": 1.0,
+        "svi.warm_up": 0,
+        "svi.free_bits": 0.0,
+        "svi.patience": 0,
+    }  # what the loop below does
     try:
         spec = load_spec(given.spec, {**overrides, **dict(map(parse_override, given.set))})
+        if spec.svi.elbo not in ELBOS:
+            raise ValueError(f"Expected svi.elbo to be one of Pyro's, {', '.join(ELBOS)}; got {spec.svi.elbo}.")
         folder = pick_folder(spec, given.out, force=None)
         data = spec.load_data()
         program = spec.build(data)
