@@ -68,9 +68,11 @@ class ImportanceWeighted:
         by_path = self.gradient != "plain" and torch.is_grad_enabled()
         factors: list[Tensor] = []
         if by_path:
-            guide = self.score(program, batch, guide, factors)
+            guide, scores = self.score(program, batch, guide, factors)
+        else:
+            scores = self._log_density(guide, batch)
         model = poutine.trace(poutine.replay(self.plate(program.model), trace=guide)).get_trace(**batch)
-        logs = self._log_density(model, batch) - self._log_density(guide, batch)
+        logs = self._log_density(model, batch) - scores
         surrogate = loss = -((power * logs).logsumexp(0) - math.log(count)).sum() / power
         if by_path:
             shares = (power * logs.detach()).softmax(0)
@@ -82,8 +84,8 @@ class ImportanceWeighted:
         """Trace the guide, with its draws side by side."""
         return poutine.trace(self.plate(program.guide)).get_trace(**batch_of(program.guide, batch))  # type: ignore[no-any-return]
 
-    def score(self, program: Any, batch: Batch, drawn: Trace, factors: list[Tensor]) -> Trace:
-        """Trace the guide again at copies of its draws, with what is learned held constant.
+    def score(self, program: Any, batch: Batch, drawn: Trace, factors: list[Tensor]) -> tuple[Trace, Tensor]:
+        """Trace the guide again at copies of its draws, and score it, with what is learned held constant.
 
         So the density of the guide has a gradient with respect to the draws alone, of the sites that they condition
         too, and parameters that model and guide share keep the gradient of their use in the model. Points (`Delta`) are
@@ -103,7 +105,8 @@ class ImportanceWeighted:
                 event = sites[name]["fn"].event_dim
                 copy.register_hook(lambda grad, event=event: grad * _beside(factors[0], grad, event))
         with constant(self.learned):
-            return self._at(copies, program, batch)
+            again = self._at(copies, program, batch)
+            return again, self._log_density(again, batch)  # here, since a distribution may be lazy
 
     def _at(self, values: dict[str, Tensor], program: Any, batch: Batch) -> Trace:
         again = Given(values)(self.plate(program.guide))
@@ -117,7 +120,7 @@ class ImportanceWeighted:
                 what is learned.
         """
         drawn, wrong = self.draw(program, batch), ""
-        given = {name: site["value"] for name, site in _spread(drawn).items()}
+        given = {name: site["value"].clone() for name, site in _spread(drawn).items()}
         try:
             with torch.enable_grad():
                 again = self._at(given, program, batch)

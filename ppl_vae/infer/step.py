@@ -44,10 +44,10 @@ class History:
     best_epoch: int | None = None
 
     def best(self, start: int = 0, otherwise: int | None = None) -> Any:
-        """The epoch, from `start` on, with the highest finite objective of the validation data."""
+        """The first epoch, from `start` on, with the highest finite objective of the validation data."""
         values = list(enumerate(self.validation_objective))[start:]
         finite = [(value, epoch) for epoch, value in values if math.isfinite(value)]
-        return max(finite)[1] if finite else otherwise
+        return max(finite, key=lambda pair: pair[0])[1] if finite else otherwise
 
 
 @dataclass
