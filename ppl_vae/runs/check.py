@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
-from ppl_vae.infer.objectives import check_objective
+from ppl_vae.infer.objectives import check_estimator, check_objective, make_objective
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 
@@ -101,7 +101,10 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     for part in parts:
         target = Target(program, part)
     sites = target.structure
-    check_objective(svi.elbo, sites)
+    check_objective(svi.elbo, sites, gradient=svi.gradient, free_bits=svi.free_bits)
+    learned: list[Tensor] = [*program.parameters()] if isinstance(program, nn.Module) else []
+    keys = {"gradient": svi.gradient, "free_bits": svi.free_bits, "per": svi.free_bits_per}
+    check_estimator(target, make_objective(svi.elbo, sites, learned, svi.particles, **keys))
     if sites.rows is not None:
         raise ValueError(
             "Expected a guide that takes any part of the data, as a run evaluates them; this one keeps one row per "
@@ -135,7 +138,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         missing=_missing(program, data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
-        kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
+        kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,
         steps=svi.epochs * math.ceil(target.n / svi.batch_size),

@@ -177,6 +177,7 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
     with storage.reserved(folder), storage.replacing(folder) as partial:
         home = _write_trained(partial, folder, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
+        train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         run = Run(folder, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
