@@ -70,7 +70,8 @@ def fit(
         program: any program, or a `Target`; what it learns is changed in place.
         x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch if its
             protocol says so; none beside a `Target`.
-        elbo: `Trace_ELBO` (by sampling) or `TraceMeanField_ELBO` (KL terms in closed form where Pyro knows one).
+        elbo: `Trace_ELBO` (by sampling), `TraceMeanField_ELBO` (KL terms in closed form where Pyro knows one), or
+            `TraceEnum_ELBO` (sites marked `infer={"enumerate": ...}` summed out).
         epochs: passes over the data.
         batch_size: data per step.
         learning_rate: of the optimiser; for `one-cycle` its maximum.
@@ -131,6 +132,7 @@ def fit(
         num_particles=particles,
         vectorize_particles=particles > 1 and not sites.sequential,
         max_plate_nesting=sites.nesting,
+        strict_enumeration_warning=False,
     )
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*_parameters(target)] if parameters is None else [*parameters]

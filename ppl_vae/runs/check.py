@@ -35,6 +35,7 @@ class Check:
         hints: what looks wrong with a column, and the `--set` that mends it.
         latents: event shape of each latent site, in the model's order.
         observed: event shape of each observed site.
+        enumerated: shape of each latent site that is summed out.
         kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
         parameters: number of parameters of each part.
         epochs: passes over the data.
@@ -49,6 +50,7 @@ class Check:
     hints: list[str]
     latents: dict[str, tuple[int, ...]]
     observed: dict[str, tuple[int, ...]]
+    enumerated: dict[str, tuple[int, ...]]
     kl: dict[str, str]
     parameters: dict[str, int]
     epochs: int
@@ -61,6 +63,7 @@ class Check:
 
     def __str__(self) -> str:
         sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
+        sites += [f"{name} {('n', *shape)} enumerated" for name, shape in self.enumerated.items()]
         sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         groups: dict[str, list[str]] = {}
@@ -128,7 +131,8 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         hints=column_hints(data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
-        kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
+        enumerated={name: sites.shapes[name] for name in sites.enumerated},
+        kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,
         steps=svi.epochs * math.ceil(target.n / svi.batch_size),
