@@ -39,8 +39,9 @@ def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> It
 def block_size(target: Target, inner: int = 1) -> int:
     """How many draws go side by side; the first entry of the batch says how large a datum is."""
     first = next(iter(target.batch.values()))
-    numbers = target.features * inner if target.structure.whole else BLOCK * max(first[0].numel(), 1)
-    return max(1, min(BLOCK, _ENTRIES // (numbers * target.width)))
+    whole, width = target.structure.whole, target.width
+    numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
+    return max(1, min(BLOCK, _ENTRIES // numbers))
 
 
 def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:

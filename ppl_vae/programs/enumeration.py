@@ -37,6 +37,8 @@ from ppl_vae.programs.traces import Batch, Given, batch_of, plain_sites, unscale
 
 Tree = OrderedDict[frozenset[str], list[Any]]  # packed log factors by the plates around them
 
+_NEVER = -1e250  # log probability of what has none, so that gradients stay finite
+
 
 def is_enumerated(node: Any) -> bool:
     """Whether a site is marked to be enumerated in parallel, all its values and not samples of them."""
@@ -105,19 +107,6 @@ def all_values(
     return poutine.trace(poutine.replay(model, trace=guide)).get_trace(**batch), guide
 
 
-def count_values(trace: Trace) -> int:
-    """How many values of enumerated sites the log probabilities of a site have side by side at the most."""
-    nodes: Any = trace.nodes
-    return max(
-        (
-            math.prod(size for i, size in enumerate(shape) if i < len(shape) + min(frames(nodes[name]).values()))
-            for name in plain_sites(trace)
-            if (shape := unscaled(nodes[name]).shape)
-        ),
-        default=1,
-    )
-
-
 def drawn_values(
     function: Callable[..., Any], batch: Batch, given: Mapping[str, Tensor], names: Collection[str], first: int
 ) -> dict[str, Tensor]:
@@ -162,7 +151,8 @@ def _factors(trace: Trace, names: Iterable[str], sign: int = 1) -> Tree:
         node: Any = trace.nodes[name]
         value = node["fn"].log_prob(node["value"]) if "_enumerate_dim" in node["infer"] else unscaled(node)
         plates = frozenset(trace.plate_to_symbol[plate] for plate in frames(node))
-        tree.setdefault(plates, []).append(packed.pack(sign * value.double(), node["infer"]["_dim_to_symbol"]))
+        value = sign * value.double().clamp_min(_NEVER)
+        tree.setdefault(plates, []).append(packed.pack(value, node["infer"]["_dim_to_symbol"]))
     return tree
 
 
@@ -172,6 +162,38 @@ def _joined(*trees: Tree) -> Tree:
         for plates, terms in tree.items():
             both.setdefault(plates, []).extend(terms)
     return both
+
+
+class _Ring(LogRing):
+    """Sums out one dim after the other, each over the sum of all factors that have it.
+
+    Pyro's own ring shifts each factor by its maximum, so that all products underflow where factors of more than 745
+    nats disagree.
+    """
+
+    def sumproduct(self, terms: Any, dims: Any) -> Any:
+        terms, left = list(terms), set(dims)
+        while left:
+            reach = {dim: _union(term for term in terms if dim in term._pyro_dims) for dim in left}
+            dim = min(sorted(left), key=lambda one: math.prod(reach[one].values()))
+            joined = _added([term for term in terms if dim in term._pyro_dims])
+            reduced: Any = joined.logsumexp(joined._pyro_dims.index(dim))
+            reduced._pyro_dims = joined._pyro_dims.replace(dim, "")
+            terms = [*(term for term in terms if dim not in term._pyro_dims), reduced]
+            left.remove(dim)
+        return _added(terms)
+
+
+def _union(terms: Iterable[Any]) -> dict[str, int]:
+    """Sizes of the dims of packed terms by their symbols."""
+    return {symbol: size for term in terms for symbol, size in zip(term._pyro_dims, term.shape, strict=True)}
+
+
+def _added(terms: list[Any]) -> Any:
+    parts = packed.broadcast_all(*terms)
+    total: Any = sum(parts[1:], parts[0])
+    total._pyro_dims = parts[0]._pyro_dims
+    return total
 
 
 class _Sum:
@@ -194,14 +216,9 @@ class _Sum:
 
     def over(self, tree: Tree, plates: Iterable[str] = (), but: Collection[str] = ()) -> Any:
         """Sum out the enumerated dims, keeping particles, data and other dims asked for."""
-        sizes = {
-            symbol: size
-            for terms in tree.values()
-            for term in terms
-            for symbol, size in zip(term._pyro_dims, term.shape, strict=True)
-        }
+        sizes = _union(term for terms in tree.values() for term in terms)
         target = frozenset((self.kept | {*plates}) & {*sizes})
-        ring = LogRing(dim_to_size=sizes)
+        ring = _Ring(dim_to_size=sizes)
         return contract_to_tensor(tree, self.enumerated(tree), target, {*but} & {*sizes}, ring=ring)
 
     def rows(self, tree: Tree, samples: int) -> Tensor:
@@ -211,6 +228,7 @@ class _Sum:
     def unpacked(self, value: Any, samples: int) -> Tensor:
         """A packed tensor of particles and data as (samples, n)."""
         value = packed.unpack(value, self.dims)
+        value = torch.where(value < _NEVER / 2, -math.inf, value)
         last = value.shape[-1] if self.n > 1 and value.dim() else 1
         return value.reshape(-1, last).expand(samples, self.n)  # type: ignore[no-any-return]
 
@@ -260,10 +278,7 @@ class Weights:
     def _expected(self, *costs: Tree) -> list[Tensor]:
         """Expectations of sums of costs over the guide's enumerated sites, as slopes of a log partition function."""
         inside = self.sum.enumerated(self.choice) | self.sum.enumerated(_factors(self.guide, plain_sites(self.guide)))
-        sizes: dict[str, int] = {}
-        for terms in self.factors.values():
-            for term in terms:
-                sizes.update(zip(term._pyro_dims, term.shape, strict=True))
+        sizes = _union(term for terms in self.factors.values() for term in terms)
         kept = [symbol for symbol in sorted(self.sum.kept) if symbol in sizes]
         with torch.enable_grad():
             slopes, tree = [], self.choice
@@ -272,7 +287,7 @@ class Weights:
                 slope._pyro_dims = "".join(kept)
                 slopes.append(slope)
                 outer = self.sum.enumerated(cost) - inside  # of sites that the model alone enumerates
-                cost = contract_tensor_tree(cost, outer) if cost else cost
+                cost = contract_tensor_tree(cost, outer, ring=_Ring()) if cost else cost
                 tree = _joined(tree, OrderedDict((p, [_times(t, slope) for t in terms]) for p, terms in cost.items()))
             total = self.sum.over(tree).sum()
             gradients = torch.autograd.grad(total, slopes, allow_unused=True)
@@ -314,10 +329,7 @@ class Weights:
 
 
 def _times(term: Any, slope: Any) -> Any:
-    """A cost times a slope; a cost of minus infinity is cut, so that it counts as nothing where its choice has none."""
-    cut = term.clamp_min(-1e300)
-    cut._pyro_dims = term._pyro_dims
-    cut, factor = packed.broadcast_all(cut, slope)
-    product = cut * factor
-    product._pyro_dims = cut._pyro_dims
+    term, slope = packed.broadcast_all(term, slope)
+    product = term * slope
+    product._pyro_dims = term._pyro_dims
     return product

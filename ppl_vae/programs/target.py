@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
-from ppl_vae.programs.enumeration import all_values, count_values, drawn_values, log_density, summed_trace
+from ppl_vae.programs.enumeration import all_values, drawn_values, log_density, summed_trace
 from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import device_and_dtype, mode, own_params, scope, to_double
 from ppl_vae.programs.plates import is_point
@@ -26,8 +26,10 @@ from ppl_vae.programs.traces import (
     batch_of,
     check_batch,
     drawn_sites,
+    plain_sites,
     trace_in_turn,
     trace_pair,
+    unscaled,
 )
 
 BLOCK = 100  # data in a block
@@ -121,14 +123,15 @@ class Target:
 
     @property
     def width(self) -> int:
-        """How many values of the enumerated sites lie side by side at the most; 1 without such sites."""
+        """How many numbers a datum's log probabilities of a site hold at the most, by enumeration; 1 without it."""
         if not self.structure.enumerated:
             return 1
 
         def count() -> int:
             with torch.no_grad():
                 pair = self.rows(slice(0, 1)).all_values(1, 0)
-            return max(count_values(trace) for trace in pair)
+                sites = [site for trace in pair for site in (trace.nodes[name] for name in plain_sites(trace))]
+                return max(unscaled(site).numel() for site in sites)
 
         return self.cached("width", count)
 
@@ -185,12 +188,21 @@ class Target:
         nodes: Any = trace.nodes
         return {name: nodes[name]["value"] for name in self.structure.latents}
 
-    def draw_enumerated(self, samples: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Draw the enumerated sites given the data and values of the latent sites, from the current random state."""
-        names = self.structure.enumerated
+    def predict(self, guide: Trace, samples: int) -> Trace:
+        """Trace the model with the latent variables of a trace of the guide, and all that is observed drawn anew.
+
+        Enumerated sites are drawn from their posterior given these and the data.
+        """
+        names, values = self.structure.enumerated, self.values(guide)
+        if not names:
+            replay = self.replaying(guide)
+            return self.trace("model", samples, lambda function: poutine.uncondition(replay(function)))
         with torch.no_grad(), mode(self.program):
-            model = self._beside("model", samples)
-            return drawn_values(model, self.batch, values, names, -2 - self.structure.nesting) if names else {}
+            first = -2 - self.structure.nesting
+            values |= drawn_values(self._beside("model", samples), self.batch, values, names, first)
+            given = Given(values)
+            anew = self._beside("model", samples, lambda function: poutine.uncondition(given(function)))
+            return poutine.trace(anew).get_trace(**self.batch)  # type: ignore[no-any-return]
 
     def replay(self, seed: int) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, without particles or gradients."""
