@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -65,9 +66,10 @@ class Elbo:
 
     Pyro's own estimator runs on traces whose latent sites are scaled by beta in model and guide, as by
     `poutine.scale`; observed sites and factors never are. The ELBO is that of the same traces without the scale.
+    `TraceEnum_ELBO` takes neither beta nor free bits.
 
     Args:
-        elbo: one of Pyro's, with `_differentiable_loss_particle`.
+        elbo: one of Pyro's.
         beta: weight of the KL terms; None for 1.
         free_bits: nats that a group may use at no cost, :math:`\lambda`; 0 is off.
         per: what a group is: each `latent`, or a `site` with all of its latents.
@@ -82,6 +84,9 @@ class Elbo:
 
     def __call__(self, program: Any, batch: Batch) -> Terms:
         """The bound of a batch."""
+        if isinstance(self.elbo, TraceEnum_ELBO):
+            total = self.elbo.differentiable_loss(program.model, guide_of(program), **batch)
+            return Terms(torch_item(total), total, torch_item(total))
         loss: Any = 0.0
         surrogate: Any = 0.0
         bound: Any = 0.0

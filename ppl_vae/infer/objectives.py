@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
@@ -16,10 +16,11 @@ from ppl_vae.programs.sites import Structure
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of
 
-Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "ImportanceWeighted", "Renyi"]
+Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "ImportanceWeighted", "Renyi"]
 OBJECTIVES: dict[str, Any] = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
     "ImportanceWeighted": ImportanceWeighted,
     "Renyi": ImportanceWeighted,
 }
@@ -43,7 +44,12 @@ def make_objective(
     if elbo in WEIGHTED:
         return kind(structure, learned, particles, alpha or 0.0, gradient)
     vectorize = particles > 1 and not structure.sequential
-    bound = kind(num_particles=particles, vectorize_particles=vectorize, max_plate_nesting=structure.nesting)
+    bound = kind(
+        num_particles=particles,
+        vectorize_particles=vectorize,
+        max_plate_nesting=structure.nesting,
+        strict_enumeration_warning=False,
+    )
     return Elbo(bound, beta, free_bits, per or "latent")
 
 
@@ -52,11 +58,24 @@ def check_objective(elbo: str, structure: Structure, *, gradient: str = "plain",
 
     Raises:
         ValueError: Under `TraceMeanField_ELBO`, if model and guide visit them in different orders. Under all objectives
-            but `Trace_ELBO`, if a draw of the guide has no gradient. Under `ImportanceWeighted` and `Renyi`, if a site
-            is a point, or the program takes parts of its data or cannot run several draws side by side.
+            but `Trace_ELBO` and `TraceEnum_ELBO`, if a draw of the guide has no gradient. Under `TraceEnum_ELBO`, if
+            there is nothing to enumerate; under any other, if the model enumerates. Under `ImportanceWeighted` and
+            `Renyi`, if a site is a point, or the program takes parts of its data or cannot run several draws side by
+            side.
     """
+    alone = [name for name in structure.enumerated if name not in structure.enumerated_by_guide]
+    if alone and elbo != "TraceEnum_ELBO":
+        raise ValueError(
+            f"Expected elbo = 'TraceEnum_ELBO' for a model that enumerates '{alone[0]}', which the guide lacks; got "
+            f"{elbo!r}, which would draw it from the prior."
+        )
+    if elbo == "TraceEnum_ELBO" and not structure.enumerated and not structure.not_reparameterised:
+        raise ValueError(
+            "Expected discrete latent sites to enumerate for TraceEnum_ELBO; got none. Use Trace_ELBO, or mark a site "
+            "infer={'enumerate': 'parallel'}."
+        )
     name = f'gradient = "{gradient}"' if gradient != "plain" else elbo
-    if elbo != "Trace_ELBO" and structure.not_reparameterised:
+    if elbo not in ("Trace_ELBO", "TraceEnum_ELBO") and structure.not_reparameterised:
         raise ValueError(
             f"Expected reparameterised sites in the guide for {name}; got "
             f"'{structure.not_reparameterised[0]}', whose draws have no gradient. Use Trace_ELBO."
