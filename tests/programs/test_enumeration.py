@@ -331,7 +331,7 @@ def test_missing_classes_are_summed_out_under_config_enumerate():
 def test_what_cannot_be_enumerated_is_refused_by_name():
     x = data()
 
-    def model(x, infer=PARALLEL, law=dist.Categorical(WEIGHTS)):
+    def model(x, infer, law):
         with pyro.plate("data", len(x)):
             pyro.sample("y", law, infer=infer)
             pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x)
