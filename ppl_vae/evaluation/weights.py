@@ -50,7 +50,7 @@ def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner:
             nested = Nested(target, min(size, samples - start), inner, *key, number)
             yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
-    if target.structure.enumerated:
+    if target.structure.enumerated and not target.structure.sequential:
         yield from _weigh_sums(target, samples, size, key)
         return
     for k, model, guide in trace_blocks(target, samples, size, *key):
@@ -68,7 +68,10 @@ def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -
         own = k if structure.latents else 1
         weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
         moments = partial(_summed_moments, target, weights, k)
-        yield Draws(*(each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)), moments)
+        log_weights, likelihood, bounds = (
+            each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
+        )
+        yield Draws(log_weights, likelihood, bounds, moments)
 
 
 def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:

@@ -133,19 +133,23 @@ class _OneOf(Messenger):
             message["value"] = message["value"][self.number]
 
 
-def trace_in_turn(function: Callable[..., Any], batch: Batch, samples: int, latents: Iterable[str]) -> Trace:
+def trace_in_turn(trace: Callable[[Callable[..., Any]], Trace], function: Any, samples: int, latents: Any) -> Trace:
     """Trace a model or guide that cannot have particles once for each, and stack the traces along a first dim.
 
-    Values that handlers give to the latent sites are stacked likewise.
+    Args:
+        trace: makes one trace of a function.
+        function: the model or guide. Values that handlers give to its latent sites are stacked likewise.
+        samples: the number of particles.
+        latents: names of the latent sites.
     """
-    traces = [poutine.trace(_OneOf(number, latents)(function)).get_trace(**batch) for number in range(samples)]
-    stacked = traces[0].copy()
-    stack: Any = stacked.nodes
+    traces = [trace(_OneOf(number, latents)(function)) for number in range(samples)]
+    stacked: Any = traces[0].copy()
+    stacked.alone, stack = traces, stacked.nodes
     for name in plain_sites(stacked):
         nodes: Any = [trace.nodes[name] for trace in traces]
         scores = torch.stack([unscaled(node) for node in nodes])
         stack[name] = {**nodes[0], "value": torch.stack([node["value"] for node in nodes]), "unscaled": scores}
-    return stacked
+    return stacked  # type: ignore[no-any-return]
 
 
 def unscaled(site: Any) -> Tensor:
