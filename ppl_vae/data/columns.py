@@ -25,6 +25,7 @@ class Columns:
             `category` or `ordered`. None if nothing is known, as of images.
         levels: How many values each can take, 0 if that is not finite; codes run from 0 to `levels - 1`.
         categories: The words of the columns that held text, by name, in the order of their codes.
+        missing: The share of each column that is missing in the training part; None if no entry of the data is.
     """
 
     count: int
@@ -33,6 +34,7 @@ class Columns:
     kinds: tuple[Kind, ...] | None = None
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
+    missing: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

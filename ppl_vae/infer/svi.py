@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
+from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.elbo import Beta, Per
 from ppl_vae.infer.importance_weighted import Gradient
@@ -139,9 +139,9 @@ def fit(
 
     Raises:
         TypeError: If a program comes without data, or a `Target` with data.
-        ValueError: If settings or data do not fit, the program does not allow the objective, its guide keeps one row
-            per datum by place and `batch_size` is below n, or a loss turns NaN. The message then names step and site,
-            and the program keeps its last good state.
+        ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the
+            objective, its guide keeps one row per datum by place and `batch_size` is below n, or a loss turns NaN. The
+            message then names step and site, and the program keeps its last good state.
     """
     settings = {key: value for key, value in locals().items() if key in (*SETTINGS, "validation")}
     check_settings(**settings)
@@ -151,6 +151,7 @@ def fit(
         given = numbered(program, as_batch(given, aligned=False))
     target = Target.of(program, given)
     program = target.program
+    check_observed(target.batch)
     if isinstance(program, nn.Module):
         program.to(chosen)
     target.refresh(chosen)

@@ -211,9 +211,12 @@ class Target:
 
     def score(self, role: Role, z: Tensor) -> Tensor:
         """Log density of the model or the guide, (k, n) in nats, at latent vectors (k, n, z)."""
-        dtype = self.dtype or torch.get_default_dtype()
-        discrete, values = self.layout.discrete, self.layout.unpack(z)
-        return self.score_sites(role, {name: value.to(discrete.get(name, dtype)) for name, value in values.items()})
+        return self.score_sites(role, self.unflatten(z))
+
+    def unflatten(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of the latent sites, with k particles, from latent vectors (k, n, z)."""
+        dtype, discrete = self.dtype or torch.get_default_dtype(), self.layout.discrete
+        return {name: value.to(discrete.get(name, dtype)) for name, value in self.layout.unpack(z).items()}
 
     def score_sites(self, role: Role, values: dict[str, Tensor]) -> Tensor:
         """Log density of the model or the guide, (k, n) in nats, at values of the latent sites with k particles."""

@@ -11,9 +11,11 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import check_estimator, check_objective, make_objective
 from ppl_vae.programs.target import Target
+from ppl_vae.programs.vae import VAE
 
 _LOOKS = {
     "id": ("id", "counts the rows; if so,"),
@@ -33,6 +35,7 @@ class Check:
         features: columns of `x`.
         columns: kind and role of each column of a table, such as `count feature`.
         hints: what looks wrong with a column, and the `--set` that mends it.
+        missing: the columns with missing entries, and what becomes of these; empty if there are none.
         latents: event shape of each latent site, in the model's order.
         observed: event shape of each observed site.
         kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
@@ -47,6 +50,7 @@ class Check:
     features: int
     columns: dict[str, str]
     hints: list[str]
+    missing: str
     latents: dict[str, tuple[int, ...]]
     observed: dict[str, tuple[int, ...]]
     kl: dict[str, str]
@@ -72,6 +76,7 @@ class Check:
                 f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features",
                 *([f"columns     {'; '.join(listed)}"] if listed else []),
                 *(f"look        {hint}" for hint in self.hints),
+                *([f"missing     {self.missing}"] if self.missing else []),
                 f"sites       {'; '.join(sites)}".replace("'n'", "n").replace("(n,)", "(n)"),
                 f"parameters  {counts or 'none'}; {sum(self.parameters.values()):,} in all",
                 f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
@@ -92,6 +97,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     Raises:
         ValueError: If data, program and objective do not fit.
     """
+    check_observed(data.train, data.row_numbers["train"])
     for part in parts:
         target = Target(program, part)
     sites = target.structure
@@ -129,6 +135,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         features=data.features,
         columns=_columns(data),
         hints=column_hints(data),
+        missing=_missing(program, data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
         kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
@@ -143,6 +150,23 @@ def _columns(data: Data) -> dict[str, str]:
     """Kind and role of each column of a table."""
     kinds, names = data.columns.kinds or (), data.columns.names or [f"column {j + 1}" for j in range(data.features)]
     return {name: f"{kind} feature" for name, kind in zip(names, kinds, strict=False)} | data.roles
+
+
+def _missing(program: Any, data: Data) -> str:
+    """The columns with missing entries in the training part, and what likelihood and guide make of these."""
+    shares = data.columns.missing
+    if shares is None:
+        return ""
+    names = data.columns.names or [f"column {j + 1}" for j in range(data.features)]
+    some = [f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True) if share]
+    listed = ", ".join(some[:20]) + ", ..." * (len(some) > 20)
+    encoding = getattr(getattr(program, "posterior", None), "encoding", None)
+    seen = "as 0, their columns' mean once standardised"
+    if not isinstance(program, VAE):
+        seen = "as the program says"
+    elif encoding is not None and len(encoding.hidden):
+        seen += ", and by an indicator of 1 for missing"
+    return f"{listed or 'none in the training part'}; not in the likelihood; the guide sees them {seen}"
 
 
 def column_hints(data: Data) -> list[str]:
