@@ -33,8 +33,7 @@ def step_of(x: Tensor, sizes: Any, particles: int, capture: bool, options: dict[
     """Give a function that takes one step of an objective on a batch."""
     program = pair(*sizes)
     target, learned = Target(program, x), list(program.parameters())
-    keys = {key: value for key, value in options.items() if key != "elbo"}
-    objective = make_objective(options["elbo"], target.structure, learned, particles, **keys)
+    objective = make_objective(target, learned, particles=particles, **options)
     gradients = Gradients(program, objective, learned, capture=capture)
     optimizer = make_optimizer("Adam", learned, 1e-3)
 

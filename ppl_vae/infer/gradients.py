@@ -45,7 +45,7 @@ class Gradients:
         self, program: Any, objective: Any, learned: list[Tensor], *, whole: bool = False, capture: bool = True
     ) -> None:
         self.program, self.objective, self.learned = program, objective, learned
-        self.whole, self.capture = whole, capture
+        self.whole, self.capture = whole, capture and objective.capturable
         self.seen: Counter[Any] = Counter()
         self.graphs: dict[Any, Callable[..., list[Any]]] = {}
         self.settings: dict[str, Any] = {}

@@ -13,9 +13,10 @@ through the draws has the factor :math:`v_k (\alpha + (1 - \alpha) v_k)` and the
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
@@ -31,6 +32,7 @@ from ppl_vae.programs.traces import Batch, Given, batch_of, drawn_sites, log_den
 Gradient = Literal["plain", "stl", "dreg"]
 
 
+@dataclass
 class ImportanceWeighted:
     """Minus the importance-weighted or Renyi bound of a batch, whose mean over data is that of each datum's bound.
 
@@ -47,19 +49,16 @@ class ImportanceWeighted:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al. 2019), equation 8.
     """
 
-    beta = None
+    structure: Structure
+    learned: list[Tensor]
+    particles: int
+    alpha: float = 0.0
+    gradient: Gradient = "plain"
+    beta: ClassVar = None
+    capturable: ClassVar = True
 
-    def __init__(
-        self,
-        structure: Structure,
-        learned: Iterable[Tensor],
-        particles: int,
-        alpha: float = 0.0,
-        gradient: Gradient = "plain",
-    ) -> None:
-        self.structure, self.learned = structure, [*learned]
-        self.particles, self.alpha, self.gradient = particles, alpha, gradient
-        self.plate = pyro.plate("particles", particles, dim=-1 - structure.nesting)
+    def __post_init__(self) -> None:
+        self.plate = pyro.plate("particles", self.particles, dim=-1 - self.structure.nesting)
 
     def __call__(self, program: Any, batch: Batch) -> Terms:
         """The bound of a batch."""

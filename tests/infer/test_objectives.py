@@ -79,7 +79,7 @@ def tempered(x, q, beta, scale):
 def gradients_of(program, x, rounds, *, beta=1.0, elbo="Trace_ELBO", particles=1, seed=0):
     """Gradients of the objective by draws that are apart, by name, with minus objective and ELBO of the last."""
     target, learned = Target(program, x), [*program.parameters()]
-    objective = make_objective(elbo, target.structure, learned, particles, beta=Beta(beta))
+    objective = make_objective(target, learned, elbo=elbo, particles=particles, beta=Beta(beta))
     with scope(program, training=True), fork_rng(seed, device=target.device):
         calls = gradients.Gradients(program, objective, learned, capture=False)
         found = [calls(target.batch) for _ in range(rounds)]
@@ -357,12 +357,18 @@ def test_each_is_captured_and_resumed_to_the_last_bit(options, monkeypatch, capl
 
 
 REFUSED = [
-    ({"elbo": "Renyi"}, '`alpha` for elbo = "Renyi", such as 0.5; got none'),
+    ({"elbo": "Renyi"}, '`alpha`, such as 0.5, with elbo = "Renyi" and no other; got None with Renyi'),
     ({"elbo": "Renyi", "alpha": 1.0}, "`alpha` to be a number other than 1, which is Trace_ELBO; got 1.0"),
-    ({"alpha": 0.5}, '`alpha` with elbo = "Renyi" alone; got 0.5 with Trace_ELBO'),
-    ({"gradient": "dreg"}, "`gradient` = \"plain\" with elbo = 'Trace_ELBO'; got 'dreg'. Use elbo = \"Importance"),
+    ({"alpha": 0.5}, 'with elbo = "Renyi" and no other; got 0.5 with Trace_ELBO'),
+    (
+        {"gradient": "dreg"},
+        "`gradient` = plain with elbo = 'Trace_ELBO'; got dreg. Use ImportanceWeighted or Renyi",
+    ),
     ({"gradient": "doubly"}, "`gradient` to be one of 'plain', 'stl', 'dreg'; got 'doubly'"),
-    ({"elbo": "ImportanceWeighted", "beta": 0.5}, "`beta` = 1.0 with elbo = 'ImportanceWeighted'; got 0.5. Use Trace_"),
+    (
+        {"elbo": "ImportanceWeighted", "beta": 0.5},
+        "`beta` = 1.0 with elbo = 'ImportanceWeighted'; got 0.5. Use Trace_",
+    ),
     (
         {"elbo": "Renyi", "alpha": 0.0, "free_bits": 0.5},
         "`free_bits` = 0.0 with elbo = 'Renyi'; got 0.5. Use TraceMean",
@@ -382,7 +388,7 @@ REFUSED = [
     ({"weight_decay": -1.0}, "`weight_decay` from 0 to below inf; got -1.0"),
     ({"optimizer": torch.optim.Adam, "weight_decay": 0.1}, "no `weight_decay` beside a function as `optimizer`"),
     ({"restarts": 2}, "`restarts` with schedule = 'cosine-restarts'; got it with 'constant'"),
-    ({"patience": 2}, "validation data with patience = 2; got none. Pass `validation` or patience = 0"),
+    ({"patience": 2}, "validation data with patience; got none. Pass `validation` or patience = 0"),
 ]
 
 
