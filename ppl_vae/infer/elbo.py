@@ -66,6 +66,7 @@ class Elbo:
 
     Pyro's own estimator runs on traces whose latent sites are scaled by beta in model and guide, as by
     `poutine.scale`; observed sites and factors never are. The ELBO is that of the same traces without the scale.
+    `TraceEnum_ELBO` takes neither beta nor free bits.
 
     Args:
         elbo: one of Pyro's; for beta and free bits with `_differentiable_loss_particle`.

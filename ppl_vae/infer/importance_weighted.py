@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae.infer.elbo import Terms
+from ppl_vae.programs.plates import is_point
 from ppl_vae.programs.sites import Structure
 from ppl_vae.programs.traces import Batch, Given, batch_of, drawn_sites, log_density
 
@@ -145,7 +145,7 @@ class ImportanceWeighted:
 
 def _spread(drawn: Trace) -> dict[str, Any]:
     """The latent sites of a trace that are no points."""
-    return {name: site for name, site in drawn_sites(drawn).items() if not isinstance(site["fn"], Delta)}
+    return {name: site for name, site in drawn_sites(drawn).items() if not is_point(site["fn"])}
 
 
 def _beside(factor: Tensor, value: Tensor, event: int) -> Tensor:

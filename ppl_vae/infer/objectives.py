@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
@@ -14,10 +14,11 @@ from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.sites import Structure
 from ppl_vae.programs.target import Target
 
-Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "ImportanceWeighted", "Renyi"]
+Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "ImportanceWeighted", "Renyi"]
 OBJECTIVES: dict[str, Any] = {
     "Trace_ELBO": Trace_ELBO,
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
     "ImportanceWeighted": ImportanceWeighted,
     "Renyi": ImportanceWeighted,
 }
@@ -77,9 +78,22 @@ def check_objective(elbo: str, structure: Structure, *, gradient: str = "plain",
 
     Raises:
         ValueError: Under `TraceMeanField_ELBO`, if model and guide visit them in different orders. Under all objectives
-            but `Trace_ELBO`, if a draw of the guide has no gradient. Under `ImportanceWeighted` and `Renyi`, if a site
-            is a point, or the program takes parts of its data or cannot run several draws side by side.
+            but `Trace_ELBO` and `TraceEnum_ELBO`, if a draw of the guide has no gradient. Under `TraceEnum_ELBO`, if
+            there is nothing to enumerate; under any other, if the model enumerates. Under `ImportanceWeighted` and
+            `Renyi`, if a site is a point, or the program takes parts of its data or cannot run several draws side by
+            side.
     """
+    alone = [name for name in structure.enumerated if name not in structure.enumerated_by_guide]
+    if alone and elbo != "TraceEnum_ELBO":
+        raise ValueError(
+            f"Expected elbo = 'TraceEnum_ELBO' for a model that enumerates '{alone[0]}', which the guide lacks; got "
+            f"{elbo!r}, which would draw it from the prior."
+        )
+    if elbo == "TraceEnum_ELBO" and not structure.enumerated and not structure.not_reparameterised:
+        raise ValueError(
+            "Expected discrete latent sites to enumerate for TraceEnum_ELBO; got none. Use Trace_ELBO, or mark a site "
+            "infer={'enumerate': 'parallel'}."
+        )
     name = f'gradient = "{gradient}"' if gradient != "plain" else elbo
     if elbo not in ("Trace_ELBO", "TraceEnum_ELBO") and structure.not_reparameterised:
         raise ValueError(

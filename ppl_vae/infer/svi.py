@@ -91,6 +91,7 @@ def fit(
         x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch if its
             protocol says so; none beside a `Target`.
         elbo: `Trace_ELBO` (by sampling), `TraceMeanField_ELBO` (KL terms in closed form where Pyro knows one),
+            `TraceEnum_ELBO` (sites marked `infer={"enumerate": ...}` summed out),
             `ImportanceWeighted` (the bound of `particles` weights, per datum) or `Renyi` (likewise, with `alpha`).
         alpha: of Renyi's bound: near 1 the ELBO, at 0 `ImportanceWeighted`. A lower bound of log p(x) that is tighter
             than the ELBO for 0 <= alpha < 1 only: below 0 it may lie above log p(x), above 1 it is looser.

@@ -118,7 +118,7 @@ class Given(Messenger):
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self.values:
-            message["value"], message["done"] = self.values[message["name"]], True
+            message["value"] = self.values[message["name"]]
 
 
 class _OneOf(Messenger):

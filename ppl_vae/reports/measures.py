@@ -172,7 +172,8 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     else:
         gap, kl, error = float(comparison.gap.mean()), float(comparison.kl.mean()), mean_error(comparison.error)
         kind = "sampled" if error else "closed-form"
-    exact = {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl}
+    method = "closed-form" if target.structure.latents else "enumeration"
+    exact = {"method": method, "log_evidence": value, "gap": gap, "posterior_kl": kl}
     return {**exact, "gap_method": kind, "gap_mc_se": error}
 
 

@@ -39,6 +39,7 @@ class Check:
         missing: the columns with missing entries, and what becomes of these; empty if there are none.
         latents: event shape of each latent site, in the model's order.
         observed: event shape of each observed site.
+        enumerated: shape of each latent site that is summed out.
         kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
         parameters: number of parameters of each part.
         epochs: passes over the data.
@@ -54,6 +55,7 @@ class Check:
     missing: str
     latents: dict[str, tuple[int, ...]]
     observed: dict[str, tuple[int, ...]]
+    enumerated: dict[str, tuple[int, ...]]
     kl: dict[str, str]
     parameters: dict[str, int]
     epochs: int
@@ -66,6 +68,7 @@ class Check:
 
     def __str__(self) -> str:
         sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
+        sites += [f"{name} {('n', *shape)} enumerated" for name, shape in self.enumerated.items()]
         sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         groups: dict[str, list[str]] = {}
@@ -137,6 +140,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         missing=_missing(program, data),
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
+        enumerated={name: sites.shapes[name] for name in sites.enumerated},
         kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,
