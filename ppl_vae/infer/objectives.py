@@ -133,7 +133,7 @@ def check_objective_settings(given: dict[str, Any]) -> None:
         raise ValueError(f"Expected `beta` to be a positive number; got {beta!r}.")
     if not 0 <= given.get("free_bits", 0.0) < math.inf:
         raise ValueError(f"Expected `free_bits` to be 0 (off) or nats above 0; got {given['free_bits']!r}.")
-    if elbo is None:
+    if elbo is None or "alpha" not in given:
         return
     if (alpha is None) == (elbo == "Renyi"):
         raise ValueError(f'Expected `alpha`, such as 0.5, with elbo = "Renyi" and no other; got {alpha} with {elbo}.')
