@@ -31,6 +31,14 @@ def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
+def test_the_code_for_missing_data_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    path = README.parent / "docs" / "missing.md"
+    (code,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    exec(compile(code.replace("epochs=300", "epochs=2").replace("=1000", "=50"), str(path), "exec"), {})
+    assert "alcohol" in capsys.readouterr().out
+
+
 def test_the_commands_stand_in_the_makefile() -> None:
     targets = set(re.findall(r"^(\w+):", (README.parent / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make (demo|test|lint|bench|clean)\b", README.read_text()))
