@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae._seeds import fork_rng
+from ppl_vae.evaluation.comparison import constant
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.pareto import shape_error
 from ppl_vae.evaluation.weights import Draws
@@ -53,12 +54,14 @@ class SiteCheck:
     @property
     def loc_error(self) -> Tensor:
         """The guide's mean less the reference's, or without one the reweighted, in their standard deviations."""
-        return (self.loc - self._best(0)) / self._best(1)
+        error = (self.loc - self._best(0)) / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 0.0, error)
 
     @property
     def scale_ratio(self) -> Tensor:
         """The guide's standard deviation divided by the reference's, or without one by the reweighted."""
-        return self.scale / self._best(1)
+        ratio = self.scale / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 1.0, ratio)
 
     def _best(self, which: int) -> Tensor:
         reweighted = (self.reweighted_loc, self.reweighted_scale)[which]

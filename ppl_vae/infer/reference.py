@@ -117,7 +117,7 @@ def reference_posterior(
         method = strongest(target)
         settings = {name: value for name, value in settings.items() if name in _settings(method)}
     try:
-        return _METHODS[method](target, joint.shapes, seed=seed, **settings)
+        return _METHODS[method](target, joint, seed=seed, **settings)
     except ValueError as error:
         if method == "closed-form":
             raise ValueError(f"{error} This program allows {others}.") from error
@@ -135,12 +135,12 @@ def strongest(program: Any, x: Any = None) -> Literal["closed-form", "quadrature
     return "closed-form"
 
 
-def _closed_form(target: Target, shapes: Shapes, seed: int) -> Reference:
+def _closed_form(target: Target, first: Joint, seed: int) -> Reference:
     exact = gaussians(target, role="model")
-    return Reference(exact.log_normaliser, exact.error, exact.loc, exact.covariance, "closed-form", None, shapes)
+    return Reference(exact.log_normaliser, exact.error, exact.loc, exact.covariance, "closed-form", None, first.shapes)
 
 
-def _ais(target: Target, shapes: Shapes, seed: int, **settings: Any) -> Reference:
+def _ais(target: Target, first: Joint, seed: int, **settings: Any) -> Reference:
     annealing = annealed_importance(target, seed=seed, **settings)
     chains, n = annealing.shares.shape
     generator = torch.Generator().manual_seed(seed)
@@ -150,15 +150,15 @@ def _ais(target: Target, shapes: Shapes, seed: int, **settings: Any) -> Referenc
     draws, loc_and_covariance = annealing.latents.gather(0, chosen), annealing.moments()
     diagnostics = {name: getattr(annealing, name) for name in ("acceptance", "ess", "settled")}
     converged, value, error = bool(annealing.settled.all()), annealing.log_evidence, annealing.error
-    return Reference(value, error, *loc_and_covariance, "ais", draws, shapes, converged, diagnostics)
+    return Reference(value, error, *loc_and_covariance, "ais", draws, first.shapes, converged, diagnostics)
 
 
 def _quadrature(
-    target: Target, shapes: Shapes, seed: int, *, points: int = 2**20, tolerance: float = 1e-8, entries: int = 2**23
+    target: Target, first: Joint, seed: int, *, points: int = 2**20, tolerance: float = 1e-8, entries: int = 2**23
 ) -> Reference:
     """Sum over a lattice around the posterior, enlarged until it holds the mass and refined until the sum stands."""
     check_int("entries", entries)
-    size = sum(math.prod(shape) for shape in shapes.values())
+    size = first.size
     if check_int("points", points) < 6**size:
         raise ValueError(f"Expected `points` to be at least {6**size}, 6 along each of {size} axes; got {points}.")
     if not tolerance > 0:
@@ -171,11 +171,11 @@ def _quadrature(
             parts.append(integrate(joint, points, tolerance, entries))
     log_evidence, error, loc, covariance, moments, settled = (torch.cat(part) for part in zip(*parts, strict=True))
     diagnostics, converged = {"settled": settled, "moment_error": moments}, bool(settled.all())
-    return Reference(log_evidence, error, loc, covariance, "quadrature", None, shapes, converged, diagnostics)
+    return Reference(log_evidence, error, loc, covariance, "quadrature", None, first.shapes, converged, diagnostics)
 
 
 def _nuts(
-    target: Target, shapes: Shapes, seed: int, *, draws: int = 500, warmup: int = 500, chains: int = 8
+    target: Target, first: Joint, seed: int, *, draws: int = 500, warmup: int = 500, chains: int = 8
 ) -> Reference:
     """Sample the latent variables by NUTS, in double precision."""
     draws, warmup, chains = check_int("draws", draws, 4), check_int("warmup", warmup), check_int("chains", chains)
@@ -188,7 +188,7 @@ def _nuts(
     settled = (diagnostics["r_hat"] < 1.01) & (diagnostics["ess"] > 400) & (diagnostics["divergences"] == 0)
     settled &= ~diagnostics["contradicted"]
     diagnostics["settled"] = settled
-    return Reference(unknown, unknown, loc, covariance, "nuts", z, shapes, bool(settled.all()), diagnostics)
+    return Reference(unknown, unknown, loc, covariance, "nuts", z, first.shapes, bool(settled.all()), diagnostics)
 
 
 _METHODS: dict[str, Callable[..., Reference]]
