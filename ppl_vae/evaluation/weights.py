@@ -12,6 +12,7 @@ from ppl_vae.programs.enumeration import Weights
 from ppl_vae.programs.target import BLOCK, Target
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -41,7 +42,7 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(BLOCK, _ENTRIES // numbers))
+    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
 
 
 def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
