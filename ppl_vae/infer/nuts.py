@@ -66,7 +66,12 @@ class _Sampler:
         self.mean, self.count = torch.zeros_like(self.step), 0
 
     def adapt(self, rate: Tensor) -> None:
-        """Take the acceptance rate of a transition, (n,), into the step size."""
+        """Take the acceptance rates of a transition, (k, n), into the step size.
+
+        Before the scale is known each chain has a step of its own, so that one that starts in a wild place leaves it;
+        from then on all chains of a datum share one, (n,).
+        """
+        rate = rate if self.deepest == _EARLY else rate.mean(0)
         self.count += 1
         self.mean = self.mean + (_RATE - rate - self.mean) / (self.count + 10)
         step = self.centre - 20 * math.sqrt(self.count) * self.mean
@@ -88,7 +93,7 @@ class _Sampler:
         return new._replace(momentum=momentum)
 
     def __call__(self, here: _Point) -> tuple[_Point, Tensor, Tensor]:
-        """Move all chains once; also the acceptance rate of each datum (n,) and which chains diverged (k, n)."""
+        """Move all chains once; also the acceptance rates and which chains diverged, (k, n) each."""
         here = here._replace(momentum=torch.randn_like(here.u))
         left = right = here
         start, total = here.energy, here.momentum
@@ -126,7 +131,7 @@ class _Sampler:
             weight = torch.where(growing, torch.logaddexp(weight, inner), weight)
             total = total + part * growing.unsqueeze(-1)
             live = growing & ~_turns(left.momentum, right.momentum, total)
-        return here, (rate / leaves).mean(0), diverged
+        return here, rate / leaves, diverged
 
 
 def _turns(first: Tensor, last: Tensor, total: Tensor) -> Tensor:

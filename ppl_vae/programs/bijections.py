@@ -21,10 +21,10 @@ class LowerCholesky(Transform):
     bijective = True
 
     def _call(self, x: Tensor) -> Tensor:
-        place = torch.arange(_rows(x.shape[-1]), device=x.device)
+        place, diagonal = _diagonal(x)
         row, column = place.unsqueeze(-1), place
         below = torch.where(row > column, x[..., row * (row + 1) // 2 + column.minimum(row)], 0.0)
-        return below + x[..., place * (place + 3) // 2].exp().diag_embed()
+        return below + diagonal.exp().diag_embed()
 
     def _inverse(self, y: Tensor) -> Tensor:
         row, column = torch.tril_indices(*y.shape[-2:], device=y.device)
@@ -41,7 +41,7 @@ class LowerCholesky(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of the logarithms of the diagonal."""
-        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return _diagonal(x)[1].sum(-1)
 
 
 class _Factor(CholeskyTransform):
@@ -59,7 +59,9 @@ class _Factor(CholeskyTransform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """As Pyro has it; infinite where the inverse has no volume."""
-        return super().log_abs_det_jacobian(x, y).masked_fill(_singular(y @ y.mT)[..., 0, 0], torch.inf)
+        lost = _singular(y @ y.mT)
+        one = torch.eye(y.shape[-1]).to(y)
+        return super().log_abs_det_jacobian(x, torch.where(lost, one, y)).masked_fill(lost[..., 0, 0], torch.inf)
 
 
 class _CorrelationFactor(_Factor, CorrMatrixCholeskyTransform):
@@ -78,6 +80,12 @@ def _singular(matrix: Tensor) -> Tensor:
 def _rows(entries: int) -> int:
     """Rows of a triangular matrix of so many entries."""
     return round((2 * entries + 0.25) ** 0.5 - 0.5)
+
+
+def _diagonal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows of a triangular matrix, and its entries on the diagonal, of its vector of all entries."""
+    place = torch.arange(_rows(x.shape[-1]), device=x.device)
+    return place, x[..., place * (place + 3) // 2]
 
 
 def bijection(name: str, support: Any) -> Transform:
@@ -102,8 +110,12 @@ def bijection(name: str, support: Any) -> Transform:
         return ComposeTransform([CorrCholeskyTransform(), _CorrelationFactor().inv])
     if isinstance(inner, constraints.interval):  # of subclasses too
         inner = constraints.interval(inner.lower_bound, inner.upper_bound)
+    square = torch.Size([9, 9])
     try:
-        return biject_to(inner)
+        transform = biject_to(inner)
+        if any(part.inverse_shape(square) != square for part in getattr(transform, "transforms", ())):
+            raise NotImplementedError  # torch joins only parts that have as many coordinates as entries
+        return transform
     except NotImplementedError as error:
         raise ValueError(
             f"Expected latent sites with unconstrained coordinates, such as numbers, intervals, simplices or Cholesky "
