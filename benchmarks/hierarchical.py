@@ -3,9 +3,9 @@
 python benchmarks/hierarchical.py [--rounds 7] [--draws 1000] [--out benchmarks/results/hierarchical.json]
 
 10,000 rows in 200 groups, y = a_g + b x + noise, with global slope, mean and scale and a level for each group. `joint`
-takes one draw of all latents for each weight, `nested` 20 of the levels for each draw of the globals. The bare densities
-are those of as many draws from the same guide, in blocks as large; all else, Pyro included, is overhead. Both are timed
-in turns, in processor time.
+takes one draw of all latents for each weight, `nested` 20 of the levels for each draw of the globals. The bare
+densities are those of as many draws from the same guide, in blocks as large; all else, Pyro included, is overhead. Both
+are timed in turns, in processor time.
 """
 
 import argparse
@@ -95,7 +95,8 @@ def compare(target: Target, draws: int, inner: int, rounds: int) -> dict[str, An
     ours(), by_hand()
     pairs = [(clocked("log_evidence", ours), clocked("log_evidence_by_hand", by_hand)) for _ in range(rounds)]
     ratios = sorted(one / other for one, other in pairs)
-    times = {name: statistics.median(each) for name, each in zip(("seconds", "bare_seconds"), zip(*pairs), strict=True)}
+    names = "seconds", "bare_seconds"
+    times = {name: statistics.median(each) for name, each in zip(names, zip(*pairs, strict=True), strict=True)}
     shape = {"draws": draws, "inner": inner, "block": block}
     return shape | values | times | {"ratio": statistics.median(ratios), "least_and_largest": [ratios[0], ratios[-1]]}
 

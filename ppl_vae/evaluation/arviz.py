@@ -194,10 +194,7 @@ def _join(parts: list[Groups], dimension: str) -> Groups:
 
 def _data_sites(target: Target, trace: Any) -> list[str]:
     """Names of the observed sites that stand for data."""
-    nodes = ((name, trace.nodes[name]) for name in target.structure.observed)
-    return [
-        name for name, node in nodes if not isinstance(node["fn"], Unit) and not node["infer"].get("_deterministic")
-    ]
+    return [name for name in target.structure.observed if not isinstance(trace.nodes[name]["fn"], Unit)]
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.weights import trace_blocks
+from ppl_vae.evaluation.weights import constant, trace_blocks
 from ppl_vae.programs.closed_form import Gaussian, gaussians
 from ppl_vae.programs.target import Target
 
@@ -99,11 +99,6 @@ def compare_posteriors(
         scale_ratio=(torch.where(fixed, 0.0, (scale_q / scale_p).log()).sum(-1) / (~fixed).sum(-1)).exp(),
         error=error,
     )
-
-
-def constant(loc: Tensor, *scales: Tensor) -> Tensor:
-    """Which entries have no spread but rounding, as the diagonal of a correlation matrix."""
-    return torch.stack(scales).amax(0) <= 1e-13 * loc.abs()
 
 
 def _exact(target: Target) -> Gaussian:

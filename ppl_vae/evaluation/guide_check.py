@@ -11,10 +11,9 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_vae._seeds import fork_rng
-from ppl_vae.evaluation.comparison import constant
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.pareto import shape_error
-from ppl_vae.evaluation.weights import Draws
+from ppl_vae.evaluation.weights import Draws, constant
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.programs.param_store import own_params
 from ppl_vae.programs.plates import frames

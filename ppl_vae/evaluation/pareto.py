@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 _TINY = torch.finfo(torch.float64).tiny
 _LOG_TINY = math.log(_TINY)
 

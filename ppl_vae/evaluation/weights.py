@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -82,6 +83,11 @@ def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, .
 def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
     z = target.flatten(model)
     return z, z.square(), z, z.square()
+
+
+def constant(loc: Tensor, *scales: Tensor) -> Tensor:
+    """Which entries have no spread but rounding, as the diagonal of a correlation matrix."""
+    return torch.stack(scales).amax(0) <= 1e-13 * loc.abs()
 
 
 def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:

@@ -65,8 +65,8 @@ class Joint:
             self._events[name] = len(event)
             batched = value.shape[: value.dim() - len(event)]
             self.shapes[name] = (*(batched[dim] for dim in plates), *event)
-            shape, change = transform.inverse_shape(value.shape), transform.domain.event_dim - transform.codomain.event_dim
-            raw.append((name, value.new_empty(shape), len(event) + change))
+            change = transform.domain.event_dim - transform.codomain.event_dim
+            raw.append((name, value.new_empty(transform.inverse_shape(value.shape)), len(event) + change))
         self._check_bounds(model)
         target.flatten(guide)
         self.layout, self.coordinates = target.layout, Layout(raw, self.n)

@@ -79,9 +79,11 @@ def aligned(batch: Mapping[str, Tensor]) -> bool:
 
 
 def plain_sites(trace: Trace, names: Iterable[str] | None = None) -> list[str]:
-    """The sites of a trace, all by default, without those by which Pyro subsamples a plate."""
+    """The sites of a trace, all by default, without deterministic ones and those by which Pyro subsamples a plate."""
     names = [*trace.stochastic_nodes, *trace.observation_nodes] if names is None else names
-    return [name for name in names if type(trace.nodes[name]["fn"]).__name__ != "_Subsample"]
+    nodes: Any = trace.nodes
+    found = [name for name in names if type(nodes[name]["fn"]).__name__ != "_Subsample"]
+    return [name for name in found if not nodes[name]["infer"].get("_deterministic")]
 
 
 def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting: int) -> tuple[Trace, Trace]:

@@ -57,8 +57,8 @@ def test_where_it_differs_from_arviz_it_says_so() -> None:
     wild = 3000 * np.random.default_rng(0).normal(size=1000)
     assert theirs(wild) == np.inf
     assert ours(wild) > 10
-    ties = np.log(np.random.default_rng(1).poisson(5, size=1000) + 1.0)
-    assert abs(ours(ties)) < 0.5 < abs(theirs(ties))
+    ties = -np.abs(np.random.default_rng(1).poisson(20, size=1000) - 20.0)
+    assert theirs(ties) < -2 < ours(ties) < 0.5
     assert np.isnan(ours(np.zeros(1000)))
     apart = np.random.default_rng(2).normal(size=1000)
     assert ours(apart) != pytest.approx(theirs(1.1 * apart), abs=1e-3)  # the comparison can fail

@@ -35,7 +35,11 @@ CASES: dict[str, tuple[Any, int, Callable[[Tensor], Tensor]]] = {  # support, co
     "positive_definite": (constraints.positive_definite, 6, below(0)),
     "corr_cholesky": (constraints.corr_cholesky, 3, below(-1)),
     "corr_matrix": (constraints.corr_matrix, 3, below(-1)),
-    "stack": (constraints.stack([constraints.real, constraints.positive, constraints.unit_interval], -1), 3, lambda y: y),
+    "stack": (
+        constraints.stack([constraints.real, constraints.positive, constraints.unit_interval], -1),
+        3,
+        lambda y: y,
+    ),
     "cat": (constraints.cat([constraints.unit_interval, constraints.positive], -1, [2, 1]), 3, lambda y: y),
 }
 
