@@ -283,7 +283,8 @@ def _nesting(pair: tuple[Trace, Trace]) -> int:
 
 def _kl_term(q: Any, p: Any) -> str:
     try:
-        kl_divergence(q["fn"], p["fn"])
+        with torch.enable_grad():  # by which torch has that of exponential families, such as Wishart's
+            kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return "sampled"
     return "analytic"
