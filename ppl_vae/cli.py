@@ -28,6 +28,7 @@ DISK = (
 )
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
+What = Literal["encode", "reconstruct", "score", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
 SpecPath = Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")]
 Set = Annotated[
@@ -90,6 +91,31 @@ def evaluate(
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
             raise typer.Exit(1)
+
+
+@app.command()
+def apply(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    what: Annotated[What, typer.Argument(help="encode, reconstruct, score, sample, or weights against a skew.")],
+    data: Annotated[Path | None, typer.Argument(help="A table or an array; by default the held-out rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new .csv, .tsv, .parquet or .npz; else printed as CSV.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Rows of `sample`.")] = 1000,
+    samples: Annotated[int | None, typer.Option(help="Importance samples per row of `score`.")] = None,
+    outlier: Annotated[str | None, typer.Option(help="The label of outliers, for the AUROC of `score`.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a fitted model to rows: their codes, reconstruction or score, in the data's own units; or sample rows."""
+    with plainly() as screen:
+        from ppl_vae.runs.apply import carry_out
+        from ppl_vae.runs.run import load_run
+
+        if as_json and out is None:
+            raise ValueError("Expected --out beside --json, which prints one object; got none.")
+        loaded = load_run(run, trust_code=trust_code)
+        found = carry_out(loaded, what, data, out=out, screen=screen, n=n, samples=samples, outlier=outlier)
+        if as_json or out is not None:
+            show(screen, found, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in found.items()))
 
 
 @app.command()
