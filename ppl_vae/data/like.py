@@ -112,7 +112,7 @@ class Reader:
     def _tables(self, source: Any, size: int) -> Iterator[Table] | None:
         """A table in pieces, or None for arrays."""
         if hasattr(source, "iloc"):
-            return (frame_table(source.iloc[i : i + size], "the table") for i in range(0, max(len(source), 1), size))
+            return (frame_table(source.iloc[i : i + size], "the table") for i in range(0, len(source), size))
         if not isinstance(source, str | Path):
             return None
         path = Path(source)

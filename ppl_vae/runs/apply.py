@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.like import Piece, Reader
+from ppl_vae.data.like import PIECE, Piece, Reader
 from ppl_vae.data.transforms import Transform
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.latents import codes
@@ -44,6 +44,7 @@ class Applied:
         held_out: log p(x) of held-out data, against which scores are judged, (m,); or None.
         samples: importance samples per row of a score, by default.
         seed: of all draws.
+        piece: rows that are read at a time, a multiple of 100, so that scores are those of all rows at once.
     """
 
     program: Any
@@ -51,6 +52,7 @@ class Applied:
     held_out: Tensor | None = None
     samples: int = 1000
     seed: int = 0
+    piece: int = PIECE
 
     @classmethod
     def of(cls, run: Any) -> "Applied":
@@ -92,7 +94,7 @@ class Applied:
                 "with a network in place of a Table."
             )
         number = 0
-        for piece in self.reader.pieces(source):
+        for piece in self.reader.pieces(source, self.piece):
             try:
                 target = Target(self.program, piece.batch)
             except ValueError as error:
