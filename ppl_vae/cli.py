@@ -130,6 +130,32 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")
 
 
 @app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A spec.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE,VALUE", help="The values of a key; each VALUE is TOML. Repeatable."),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file with a list of values for each key.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder, new or of the same sweep; runs/sweep-NAME.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs side by side; by default one for every two cores.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Train a run for each combination of settings, side by side, and compare them over data and seeds."""
+    with plainly() as screen:
+        read(spec)
+        from ppl_vae.runs.sweep import parse_grid, run_sweep, told
+
+        values = parse_grid(set_ or [], grid)
+        folder = out or Path("runs") / f"sweep-{spec.stem}"
+        found = run_sweep(spec, values, folder, workers=workers, trust_code=trust_code, say=say)
+        show(screen, found, as_json, lambda: told(found))
+        if found["failed"]:
+            raise typer.Exit(1)
+
+
+@app.command()
 def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: Json = False) -> None:
     """Check whether a spec makes sense and describe what it builds, without training."""
     with plainly() as screen:
