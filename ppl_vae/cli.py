@@ -138,7 +138,7 @@ def sweep(
     ] = None,
     grid: Annotated[Path | None, typer.Option(help="A TOML file with a list of values for each key.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder, new or of the same sweep; runs/sweep-NAME.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Runs side by side; by default one for every two cores.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs side by side; by default one a core.")] = None,
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:

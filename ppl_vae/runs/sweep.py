@@ -98,7 +98,7 @@ def run_sweep(
         spec: the path of a spec.
         grid: the values of each key, by dotted key.
         out: the folder, new or that of the same sweep.
-        workers: runs side by side; by default one for every two cores.
+        workers: runs side by side; by default one a core.
         trust_code: whether programs that a run brings may run.
         say: takes messages for the user.
 
@@ -109,7 +109,7 @@ def run_sweep(
         ValueError: If a setting will not do, or the folder holds something else. Nothing is trained then.
     """
     cores = os.cpu_count() or 1
-    workers = max(1, cores // 2) if workers is None else check_int("workers", workers)
+    workers = cores if workers is None else check_int("workers", workers)
     members = [_member(out, dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
     errors: dict[str, dict[str, Any]] = {}
     for member in members:
@@ -197,11 +197,11 @@ def _record(out: Path, spec: Path, grid: Grid, found: Mapping[str, Any]) -> None
 
 
 def summarise(members: Sequence[Member]) -> dict[str, Any]:
-    """Compare the finished members of a sweep, setting by setting, over data and seeds.
+    r"""Compare the finished members of a sweep, setting by setting, over data and seeds.
 
     The seeds of a setting are averaged, datum by datum. A difference to the best setting has the standard error over
     data of the paired differences, and that over seeds by Welch,
-    :math:`\\sqrt{s_1^2 / n_1 + s_2^2 / n_2}`, with the variances :math:`s^2` of the means of single runs.
+    :math:`\sqrt{s_1^2 / n_1 + s_2^2 / n_2}`, with the variances :math:`s^2` of the means of single runs.
 
     Returns:
         `settings`: for each its values without the seed, the number of `seeds`, `log_evidence` and `elbo` with `se`
@@ -271,17 +271,7 @@ def named(settings: Mapping[str, Any]) -> str:
 
 def told(found: Mapping[str, Any]) -> str:
     """The table of a sweep in Markdown."""
-    head = (
-        "setting",
-        "log p(x), nats per datum",
-        "± data",
-        "± seeds",
-        "seeds",
-        "difference",
-        "ELBO",
-        "PPCA",
-        "seconds",
-    )
+    head = ("setting", "log p(x), nats per datum", "± data", "± seeds", "seeds", "difference", "ELBO", "PPCA", "s")
     rows = []
     for number, row in enumerate(found["settings"]):
         value, apart = row["log_evidence"], row["difference"]

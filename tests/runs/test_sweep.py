@@ -117,31 +117,27 @@ def test_the_best_by_test_data_is_not_chosen(tmp_path):
     assert "unknown" in told(found)
 
 
-def test_a_sweep_trains_each_member_and_goes_on(spec, tmp_path):
-    grid = {"model.latent": [1, 40], "svi.seed": [0]}
-    found = run_sweep(spec, {**grid, "model.latent": [1, 2]}, tmp_path / "out", workers=2)
-    assert [row["values"] for row in found["settings"]] == [{"model.latent": 1}, {"model.latent": 2}]
-    assert not found["failed"]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"sweep.json", "sweep.md", "sweep.png", "model.latent=1,svi.seed=0", "model.latent=2,svi.seed=0"} == names
-    before = (tmp_path / "out" / "model.latent=1,svi.seed=0" / "report.json").stat().st_mtime_ns
-    again = run_sweep(spec, {**grid, "model.latent": [1, 2]}, tmp_path / "out", workers=1)
-    assert again["settings"] == found["settings"]
-    assert (tmp_path / "out" / "model.latent=1,svi.seed=0" / "report.json").stat().st_mtime_ns == before
-
-
-def test_a_member_that_fails_ends_no_other(spec, tmp_path, monkeypatch):
-    plain = sweep._command
+def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on(spec, tmp_path, monkeypatch):
+    plain, grid, out = sweep._command, {"model.latent": [1, 2], "svi.seed": [0]}, tmp_path / "out"
 
     def broken(spec, member, trust):
-        if member.settings["svi.seed"] == 1:
+        if member.settings["model.latent"] == 2:
             return ["python3", "-c", "import sys; sys.exit('no luck')"]
         return plain(spec, member, trust)
 
     monkeypatch.setattr(sweep, "_command", broken)
-    found = run_sweep(spec, {"svi.seed": [0, 1]}, tmp_path / "out", workers=1)
-    assert found["failed"] == {"svi.seed=1": "no luck"}
-    assert found["settings"][0]["seeds"] == 1
+    found = run_sweep(spec, grid, out, workers=1)
+    assert found["failed"] == {"model.latent=2,svi.seed=0": "no luck"}
+    assert [row["values"] for row in found["settings"]] == [{"model.latent": 1}]
+    first = out / "model.latent=1,svi.seed=0"
+    before = (first / "report.json").stat().st_mtime_ns
+    monkeypatch.setattr(sweep, "_command", plain)
+    again = run_sweep(spec, grid, out)
+    assert [row["values"] for row in again["settings"]] == [{"model.latent": 1}, {"model.latent": 2}]
+    assert not again["failed"]
+    assert (first / "report.json").stat().st_mtime_ns == before
+    names = {path.name for path in out.iterdir()}
+    assert names == {"sweep.json", "sweep.md", "sweep.png", first.name, "model.latent=2,svi.seed=0"}
 
 
 def test_wrong_settings_and_folders_are_refused_before_anything_is_trained(spec, tmp_path):
