@@ -32,9 +32,9 @@ class Draws(NamedTuple):
     moments: Callable[[], tuple[Tensor, ...]]
 
 
-def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> Iterator[Iterator[Draws]]:
-    """Draws in blocks of data and, within these, of draws."""
-    for number, block in enumerate(target.blocks()):
+def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1, first: int = 0) -> Iterator[Iterator[Draws]]:
+    """Draws in blocks of data, numbered from `first`, and, within these, of draws."""
+    for number, block in enumerate(target.blocks(), first):
         yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
 
 
