@@ -79,6 +79,10 @@ class Run:
         """
         return self._table("score", self._source(data), samples)
 
+    def impute(self, data: Any = None, samples: int | None = None) -> "DataFrame":
+        """The rows with their missing cells filled, and how far to trust them; arguments as of `score`."""
+        return self._table("impute", self._source(data), samples)
+
     def sample(self, n: int) -> "DataFrame":
         """New rows from the model, in the data's own units."""
         return self._table("sample", n)
