@@ -158,7 +158,7 @@ def _missed(
 
 
 def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: float, part: int = 1) -> Tensor:
-    """Points (k, n, z): the mean, two points next to it, then points along random lines, evenly spread but for chance.
+    """Points (k, n, z) along random lines, evenly spread but for chance; a whole set after the mean and two next to it.
 
     The lines are orthogonal where the posterior is white, and their unit is of length sqrt(z), so that it is one
     standard deviation long as seen along any axis. Each datum has points of its own, so that together they leave no
@@ -173,7 +173,7 @@ def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: floa
     lengths = (reach * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
     rings = (white.unsqueeze(-1) * lengths.unsqueeze(1)).flatten(2)  # (n, z, k)
     near = _NEAR * white[..., :1] * torch.tensor([1.0, -1.0]).to(white)
-    white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1)
+    white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1) if part == 1 else rings
     return loc + torch.linalg.solve_triangular(factor.mT, white, upper=True).permute(2, 0, 1)
 
 
