@@ -190,7 +190,7 @@ class Spec:
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
             hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
-            found.hints.append(f"{hint}; use Mixed, with kinds = \"infer\", or leave_out")
+            found.hints.append(f'{hint}; use Mixed, with kinds = "infer", or leave_out')
         return found
 
 
@@ -337,8 +337,9 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     if "reparameterised posterior" in error:
         return _guides(spec)
     if "in the support of" in error:
-        names, column = data.columns.names, re.search(r"at row \d+, column (\d+)", error)
-        where = f" Column {column[1]} is {names[int(column[1])]!r}." if names and column else ""
+        names, place = data.columns.names, re.search(r"got (\S+) at row (\d+)(?:, column (\d+))?", error)
+        where = f" Column {place[3]} is {names[int(place[3])]!r}." if names and place and place[3] else ""
+        where = f"{_source_row(data, *place.groups('0'))}{where}" if place else where
         if spec.likelihood.family == "Mixed":
             return f"{where} Give it another family in `kinds`."
         if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
@@ -348,6 +349,18 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
         return f"{where} Families that take such data: {', '.join(fitting)}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
+    return ""
+
+
+def _source_row(data: Data, value: str, row: str, column: str) -> str:
+    """The row of the source that holds a value which a part of the data has at this place."""
+    i, j = int(row), int(column)
+    for part, rows in data.row_numbers.items():
+        x = getattr(data, part)["x"]
+        if i < len(x) and f"{x[i, j].item():g}" == value:
+            given = data.ids[part]
+            known = f", id {given[i]}," if given is not None else ""
+            return f" Row {i} of the {part} part is row {rows[i]}{known} of {data.name} (counted from 0)."
     return ""
 
 
