@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from ppl_vae.families.distributions import elementwise
 from ppl_vae.families.family import Family, positive, unconstrained
@@ -45,6 +45,7 @@ class Levels(Family):
     """
 
     reparameterised = False
+    normalised = False  # whether the logits of the levels are the logarithms of their probabilities
     encoding = "one-hot"
     valid: Tensor
 
@@ -69,7 +70,11 @@ class Levels(Family):
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         dims = len(self.event_shape)
-        return elementwise(_Levels(logits=self.logits(parameters).movedim(-1 - dims, -1)), dims, mask, self.support)
+        logits = self.logits(parameters).movedim(-1 - dims, -1)
+        levels = _Levels(logits=logits)
+        if self.normalised:
+            levels.logits = logits
+        return elementwise(levels, dims, mask, self.support)
 
     def frequencies(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Share of each level, shape (most levels, *event), a half added to each count."""
@@ -110,6 +115,8 @@ class OrderedCategorical(Levels):
         levels: How many levels each feature has, or one number for all.
     """
 
+    normalised = True
+
     def __init__(self, event: int | tuple[int, ...], levels: int | tuple[int, ...]) -> None:
         super().__init__(event, levels)
         self.raw_cutpoints = nn.Parameter(torch.empty(sum(self.levels) - self.event_shape.numel()))
@@ -125,10 +132,10 @@ class OrderedCategorical(Levels):
     def logits(self, parameters: Tensor) -> Tensor:
         raw = _scatter(self.raw_cutpoints, self.valid[1:], math.inf)
         gaps, end = positive(raw[1:]), torch.full_like(raw[:1], math.inf)
-        edges = torch.cat([-end, torch.cat([raw[:1], gaps]).cumsum(0), end])
-        place = parameters.unflatten(-1, (1, *self.event_shape))
+        above = torch.cat([raw[:1], gaps]).cumsum(0) - parameters.unflatten(-1, (1, *self.event_shape))
+        below, dims = logsigmoid(above), (0, 0) * len(self.event_shape)
         inner = torch.log(-torch.expm1(-torch.cat([end, gaps, end])))  # as in a logistic in bins: nothing cancels
-        return logsigmoid(edges[1:] - place) + logsigmoid(place - edges[:-1]) + inner
+        return pad(below, (*dims, 0, 1)) + pad(below - above, (*dims, 1, 0)) + inner
 
     @torch.no_grad()
     def _cut(self, frequencies: Tensor) -> None:
@@ -141,5 +148,7 @@ def _scatter(values: Tensor, where: Tensor, fill: float) -> Tensor:
     """Values (*batch, p) at the p places of `where` that are true, in their order."""
     if not values.shape[-1]:
         return values.new_full((*values.shape[:-1], *where.shape), fill)
+    if values.shape[-1] == where.numel():
+        return values.unflatten(-1, where.shape)
     place = (where.flatten().cumsum(0) - 1).clamp_min(0).reshape(where.shape)
     return torch.where(where, values[..., place], fill)

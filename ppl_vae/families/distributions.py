@@ -71,6 +71,19 @@ class Entry(TorchDistribution):
         return like.new_empty(self._extended_shape(sample_shape)).uniform_().clamp(info.tiny, 1 - info.eps / 2)
 
 
+def thin(value: Tensor) -> Tensor:
+    """An expanded tensor with one entry where it repeats itself, so that what is made of it is computed once."""
+    return value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]
+
+
+class SameFamily(dist.MixtureSameFamily):
+    """Pyro's mixture, whose weights are not normalised a second time."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        each = self.component_distribution.log_prob(self._pad(value))
+        return (each + self.mixture_distribution.logits).logsumexp(-1)
+
+
 class Mixture(dist.MixtureOfDiagNormals):
     """Pyro's mixture of diagonal normals, with moments, and with draws of any shape under any batch."""
 

@@ -130,10 +130,11 @@ class Identity(Network):
 
 
 class Amortized(Network):
-    """A network with a standardised input, (context - shift) / scale. A subclass writes the layers."""
+    """A network with a standardised input, (context - shift) / scale. A subclass writes layers that end in a bias."""
 
     shift: Tensor
     scale: Tensor
+    bias: Tensor
 
     def build(self, context: int, start: Tensor) -> None:
         self.register_buffer("shift", torch.zeros(context))
@@ -143,6 +144,10 @@ class Amortized(Network):
     def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
         standard = (context - self.shift) / self.scale
         return self.apply_layers(standard if observed is None else torch.where(observed, standard, 0.0))
+
+    @torch.no_grad()
+    def restart(self, start: Tensor) -> None:
+        self.bias.copy_(start)
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
         """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""

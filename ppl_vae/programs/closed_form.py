@@ -15,15 +15,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from pyro.distributions import (
-    MixtureOfDiagNormals,
-    MixtureOfDiagNormalsSharedCovariance,
-    MixtureSameFamily,
-    MultivariateNormal,
-)
+from pyro.distributions import MultivariateNormal
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_vae.families.supports import describe_support, of_entries
 from ppl_vae.programs.target import BLOCK, Role, Target
 
 _PROBES = 4  # points near the first at which the quadratic is checked
@@ -287,25 +283,15 @@ class _Probe:
 def _mixed(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    if isinstance(distribution, MixtureSameFamily):
-        return bool(distribution.mixture_distribution.logits.shape[-1] > 1)
-    if isinstance(distribution, MixtureOfDiagNormals | MixtureOfDiagNormalsSharedCovariance):
-        return bool(distribution.categorical.logits.shape[-1] > 1)
-    return False
+    weights = getattr(distribution, "mixture_distribution", getattr(distribution, "categorical", None))
+    return weights is not None and bool(weights.logits.shape[-1] > 1)
 
 
 def _short_of_real(distribution: Any) -> str | None:
     """Name the support of a distribution that has not the whole real line; one that does not know it is passed."""
     try:
-        inner = distribution.support
+        support = distribution.support
     except NotImplementedError:
         return None
-    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
-        inner = inner.base_constraint
-    if inner.is_discrete:
-        return "discrete values"
-    if isinstance(inner, type(constraints.real)):
-        return None
-    if inner in (constraints.positive, constraints.nonnegative):
-        return "the positive numbers"
-    return "an interval" if isinstance(inner, constraints.interval) else f"{inner}"
+    real = isinstance(of_entries(support), type(constraints.real))
+    return None if real else describe_support(support)

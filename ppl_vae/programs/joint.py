@@ -9,6 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
+from ppl_vae.families.supports import of_entries
 from ppl_vae.programs.plates import frames
 from ppl_vae.programs.target import Role, Target
 
@@ -117,9 +118,7 @@ class Joint:
 
 def _support(name: str, support: Any) -> Any:
     """Elementwise constraint of a latent site's support, or a refusal that names the site."""
-    inner = support
-    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
-        inner = inner.base_constraint
+    inner = of_entries(support)
     if inner.is_discrete:
         raise ValueError(
             f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete. What takes any "
