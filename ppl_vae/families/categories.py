@@ -45,7 +45,6 @@ class Levels(Family):
     """
 
     reparameterised = False
-    normalised = False  # whether the logits of the levels are the logarithms of their probabilities
     encoding = "one-hot"
     valid: Tensor
 
@@ -66,14 +65,13 @@ class Levels(Family):
 
     @abstractmethod
     def logits(self, parameters: Tensor) -> Tensor:
-        """Logits, shape (*batch, most levels, *event), and -inf for levels that a feature lacks."""
+        """Log probabilities, shape (*batch, most levels, *event), and -inf for levels that a feature lacks."""
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         dims = len(self.event_shape)
         logits = self.logits(parameters).movedim(-1 - dims, -1)
         levels = _Levels(logits=logits)
-        if self.normalised:
-            levels.logits = logits
+        levels.logits = logits  # as they are, which are normalised
         return elementwise(levels, dims, mask, self.support)
 
     def frequencies(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -101,7 +99,7 @@ class Categorical(Levels):
         return self.frequencies(x, mask).log()[self.valid]
 
     def logits(self, parameters: Tensor) -> Tensor:
-        return _scatter(parameters, self.valid, -math.inf)
+        return _scatter(parameters, self.valid, -math.inf).log_softmax(-1 - len(self.event_shape))
 
 
 class OrderedCategorical(Levels):
@@ -114,8 +112,6 @@ class OrderedCategorical(Levels):
         event: The shape of an event; an int is short for a 1-tuple.
         levels: How many levels each feature has, or one number for all.
     """
-
-    normalised = True
 
     def __init__(self, event: int | tuple[int, ...], levels: int | tuple[int, ...]) -> None:
         super().__init__(event, levels)

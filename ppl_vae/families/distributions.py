@@ -80,8 +80,7 @@ class SameFamily(dist.MixtureSameFamily):
     """Pyro's mixture, whose weights are not normalised a second time."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        each = self.component_distribution.log_prob(self._pad(value))
-        return (each + self.mixture_distribution.logits).logsumexp(-1)
+        return (self.component_distribution.log_prob(self._pad(value)) + self.mixture_distribution.logits).logsumexp(-1)
 
 
 class Mixture(dist.MixtureOfDiagNormals):
@@ -103,21 +102,21 @@ class Mixture(dist.MixtureOfDiagNormals):
 
 
 class FullCovariance(dist.MultivariateNormal):
-    """A multivariate normal with an analytic KL to independent normals."""
+    """A normal, or the marginal of its observed entries: hidden ones are filled, and add a density of one."""
 
+    observed: Tensor | None = None
 
-class Marginal(FullCovariance):
-    """The marginal of the observed entries; hidden ones are filled, and add a density of one."""
-
-    observed: Tensor
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Marginal":
-        new = super().expand(batch_shape, self._get_checked_instance(Marginal, _instance))
-        new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        return new
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "FullCovariance":
+        new = super().expand(batch_shape, self._get_checked_instance(FullCovariance, _instance))
+        return _observing(new, self.observed)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(torch.where(self.observed, value, self.loc))
+        return super().log_prob(value if self.observed is None else torch.where(self.observed, value, self.loc))
+
+
+def _observing(normal: Any, observed: Tensor | None) -> Any:
+    normal.observed = None if observed is None else observed.expand(normal.batch_shape + normal.event_shape)
+    return normal
 
 
 def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> FullCovariance:
@@ -128,21 +127,18 @@ def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> Ful
     both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     apart = torch.diag_embed((~mask).to(loc.dtype) / (2 * math.pi))
     covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
-    marginal = Marginal(loc.expand(mask.shape), scale_tril=torch.linalg.cholesky(covariance))
-    marginal.observed = mask
-    return marginal
+    factor = torch.linalg.cholesky(covariance)
+    return _observing(FullCovariance(loc.expand(mask.shape), scale_tril=factor), mask)  # type: ignore[no-any-return]
 
 
 class LowRank(dist.LowRankMultivariateNormal):
-    """A normal with a low-rank covariance, or the marginal of its observed entries, as `Marginal` has it."""
+    """A normal with a low-rank covariance, or the marginal of its observed entries, as in `FullCovariance`."""
 
     observed: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRank":
         new = super().expand(batch_shape, self._get_checked_instance(LowRank, _instance))
-        if self.observed is not None:
-            new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        return new
+        return _observing(new, self.observed)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value if self.observed is None else torch.where(self.observed, value, self.loc))
@@ -154,9 +150,8 @@ def low_rank(loc: Tensor, factor: Tensor, diagonal: Tensor, mask: Tensor | None)
         return LowRank(loc, factor, diagonal)
     mask = mask.expand(torch.broadcast_shapes(loc.shape, mask.shape))
     diagonal = torch.where(mask, diagonal, 1 / (2 * math.pi))
-    marginal = LowRank(loc.expand(mask.shape), torch.where(mask.unsqueeze(-1), factor, 0.0), diagonal)
-    marginal.observed = mask
-    return marginal
+    seen = torch.where(mask.unsqueeze(-1), factor, 0.0)
+    return _observing(LowRank(loc.expand(mask.shape), seen, diagonal), mask)  # type: ignore[no-any-return]
 
 
 @register_kl(FullCovariance, dist.Independent)

@@ -293,5 +293,4 @@ def _short_of_real(distribution: Any) -> str | None:
         support = distribution.support
     except NotImplementedError:
         return None
-    real = isinstance(of_entries(support), type(constraints.real))
-    return None if real else describe_support(support)
+    return None if isinstance(of_entries(support), type(constraints.real)) else describe_support(support)

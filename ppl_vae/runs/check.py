@@ -21,8 +21,6 @@ _LOOKS = {
     "constant": ("leave_out", "constant in the training part; to leave out,"),
 }
 TRIED = 100  # data that the program is run on
-_ROUNDED = 1e-3  # standard deviations, from which on a rounding is worth a word
-_CODES = 5  # the largest whole number that may be a code
 
 
 @dataclass(frozen=True)
@@ -159,11 +157,11 @@ def column_hints(data: Data) -> list[str]:
     x, words = data.train["x"].double(), data.columns.categories or {}
     names = list(columns)[: data.features] or [f"column {j + 1}" for j in range(data.features)]
     steps, spread = torch.finfo(data.train["x"].dtype).eps * x.abs().amax(0), x.std(0, correction=0)
-    for j in (steps > _ROUNDED * spread).nonzero().flatten().tolist():
+    for j in (steps > 1e-3 * spread).nonzero().flatten().tolist():
         if names[j] not in data.suspects and (spread[j] > 0 or columns):
             said = f"rounded to steps of {steps[j]:.2g}; subtract a constant, or --set 'data.scaling=standardize'"
             hints.append(f"{names[j]}: varies little for its size, {said}")
-    codes = [names[j] for j in ((x.amin(0) == 1) & (x.amax(0) <= _CODES)).nonzero().flatten().tolist()]
+    codes = [names[j] for j in ((x.amin(0) == 1) & (x.amax(0) <= 5)).nonzero().flatten().tolist()]
     if codes := [name for name in codes if name in kept and name not in words]:
         value = json.dumps([*(name for name in words if words[name][0].isdecimal()), *codes])
         hints.append(f"{', '.join(codes)}: counts from 1 up; if they are codes, --set 'data.categories={value}'")

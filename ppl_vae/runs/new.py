@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ppl_vae.runs.check import column_hints
 from ppl_vae.runs.spec import load_spec
 
 _LISTED = 40  # columns whose families are written out
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?")
 _USELESS = re.compile(r"Expected (?:numbers or words in|each word of) column '(.+?)' (?:of|in) ")
 SCHEMA = "spec.schema.json"
 
@@ -44,10 +44,8 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     while data is None:
         try:
             for column, is_date in _distinct_words(name, keys):
-                if is_date or "id" in keys:
-                    keys["leave_out"] = [*keys.get("leave_out", []), column]
-                else:
-                    keys["id"] = column
+                role = "leave_out" if is_date or "id" in keys else "id"
+                keys[role] = column if role == "id" else [*keys.get(role, []), column]
             data = load(name, **keys)
         except ValueError as error:
             if useless := _USELESS.match(str(error)):  # dates, or words that hardly come twice
@@ -80,15 +78,8 @@ def _distinct_words(name: str, keys: Mapping[str, Any]) -> list[tuple[str, bool]
     """Columns of dates, and of words of which no two are the same: they tell rows apart, and say nothing of others."""
     roles = Roles(*(keys.get(field.name) for field in fields(Roles)))
     raw = read_dataset(name, keys.get("root"), keys.get("array"), keys.get("download", False), roles)
-    dates = {column: all(map(_is_date, words)) for column, words in raw.categories.items()}
+    dates = {column: all(map(_DATE.fullmatch, words)) for column, words in raw.categories.items()}
     return [(name, is_date) for name, is_date in dates.items() if is_date or len(raw.categories[name]) == len(raw.x)]
-
-
-def _is_date(word: str) -> bool:
-    try:
-        return bool(datetime.fromisoformat(word))
-    except ValueError:
-        return False
 
 
 def _text(keys: dict[str, Any], data: Data) -> str:

@@ -336,10 +336,9 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     x = data.train["x"]
     if "reparameterised posterior" in error:
         return _guides(spec)
-    if "in the support of" in error:
-        names, place = data.columns.names, re.search(r"got (\S+) at row (\d+)(?:, column (\d+))?", error)
-        where = f" Column {place[3]} is {names[int(place[3])]!r}." if names and place and place[3] else ""
-        where = f"{_source_row(data, *place.groups('0'))}{where}" if place else where
+    if place := re.search(r"in the support of .* got (\S+) at row (\d+)(?:, column (\d+))?", error):
+        names, where = data.columns.names, _source_row(data, place[1], int(place[2]), int(place[3] or 0))
+        where += f" Column {place[3]} is {names[int(place[3])]!r}." if names and place[3] else ""
         if spec.likelihood.family == "Mixed":
             return f"{where} Give it another family in `kinds`."
         if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
@@ -352,15 +351,12 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     return ""
 
 
-def _source_row(data: Data, value: str, row: str, column: str) -> str:
+def _source_row(data: Data, value: str, row: int, column: int) -> str:
     """The row of the source that holds a value which a part of the data has at this place."""
-    i, j = int(row), int(column)
     for part, rows in data.row_numbers.items():
         x = getattr(data, part)["x"]
-        if i < len(x) and f"{x[i, j].item():g}" == value:
-            given = data.ids[part]
-            known = f", id {given[i]}," if given is not None else ""
-            return f" Row {i} of the {part} part is row {rows[i]}{known} of {data.name} (counted from 0)."
+        if row < len(x) and f"{x[row, column].item():g}" == value:
+            return f" Row {row} of the {part} part is row {rows[row]} of {data.name} (counted from 0)."
     return ""
 
 
