@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,37 +108,57 @@ def read_table(path: Path, separator: str | None) -> Table:
     """
     if path.suffix.lower() in BINARY:
         return _read_pandas(path)
+    return next(stream_text(path, separator, None))
+
+
+def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator[Table]:
+    """Read a table from text, at most `size` rows at a time.
+
+    Raises:
+        ValueError: If it is no text in UTF-8, has no rows, or a row is longer or shorter than the first.
+    """
     if separator is not None and len(separator) != 1:
         raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
+    usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            text = file.read()
-        usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
-        reader = _reader(text, separator or _find_separator(text, usual))
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+            beginning = "".join(itertools.islice(file, 200))
+            file.seek(0)
+            reader = _reader(file, separator or _find_separator(beginning, usual))
+            rows: Iterator[Any] = ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)
+            first = next(rows, None)
+            header = first[1] if first and None in map(_number, first[1]) else None
+            if first and not header:
+                rows = itertools.chain([first], rows)
+            piece = list(itertools.islice(rows, size))
+            if not first or not piece:
+                raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
+            while piece:
+                yield _text_table(path, header, len(first[1]), piece)
+                piece = list(itertools.islice(rows, size))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"Expected separated text in UTF-8; got {path}: {error}") from error
-    header = rows.pop(0)[1] if rows and None in map(_number, rows[0][1]) else None
-    if not rows:
-        raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-    width = len(header or rows[0][1])
+
+
+def _text_table(path: Path, header: list[str] | None, width: int, rows: list[tuple[int, list[str]]]) -> Table:
     for line, row in rows:
         if len(row) != width:
             raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
-    columns = list(zip(*(row for _, row in rows), strict=True))
+    columns = zip(*(row for _, row in rows), strict=True)
     cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
     named = _named(header or [""] * width, cells, path)
     return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
 
 
-def _reader(text: str, separator: str) -> Any:
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator == " ")
+def _reader(lines: Iterable[str], separator: str) -> Any:
+    return csv.reader(lines, delimiter=separator, skipinitialspace=separator == " ")
 
 
 def _find_separator(text: str, usual: str) -> str:
     """Separator that gives each of the first lines equally many cells, at least two; else the first one."""
     for separator in usual:
-        widths = {len(row) for row in itertools.islice(filter(None, _reader(text, separator)), 20)}
+        rows = filter(None, _reader(io.StringIO(text, newline=""), separator))
+        widths = {len(row) for row in itertools.islice(rows, 20)}
         if len(widths) == 1 and widths != {1}:
             return separator
     return usual[0]
@@ -155,7 +175,14 @@ def _read_pandas(path: Path) -> Table:
         raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
     if not frame.size:
         raise ValueError(f"Expected a table with rows in {path}; got {len(frame)} rows, {frame.shape[1]} columns.")
-    cells, levels, types = _named(frame.columns, [column for _, column in frame.items()], path), {}, pandas.api.types
+    return frame_table(frame, str(path))
+
+
+def frame_table(frame: Any, source: str) -> Table:
+    """A pandas table, with its source for messages."""
+    pandas: Any = importlib.import_module("pandas")
+    types = pandas.api.types
+    cells, levels = _named(frame.columns, [column for _, column in frame.items()], source), {}
     for name, column in cells.items():
         if isinstance(column.dtype, pandas.CategoricalDtype):
             levels[name] = [str(word) for word in column.cat.categories] if column.cat.ordered else []
@@ -164,7 +191,7 @@ def _read_pandas(path: Path) -> Table:
         else:
             gaps = types.is_numeric_dtype(column) and column.isna().any()
             cells[name] = column.to_numpy(np.float64, na_value=np.nan) if gaps else column.to_numpy()
-    return Table(str(path), cells, levels=levels)
+    return Table(source, cells, levels=levels)
 
 
 def choose(table: Table, roles: Roles) -> RawData:
@@ -228,7 +255,7 @@ def choose(table: Table, roles: Roles) -> RawData:
 
 
 def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.NDArray[np.int64]]:
-    """Refuse missing cells, or drop the rows that have some.
+    """Refuse missing cells, drop the rows that have some, or leave them to the model.
 
     Returns:
         The data of the rows that stay, and the numbers of these rows.
@@ -236,22 +263,41 @@ def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.N
     Raises:
         ValueError: With the columns and rows that have missing cells, if they are to be refused; or if all rows have.
     """
-    gone = raw.missing.any(1) if raw.is_table else np.zeros(len(raw.x), bool)
+    gone = raw.missing.any(1)
     kept = np.flatnonzero(~gone)
-    if not gone.any():
-        return raw, kept
+    if missing == "model" or not gone.any():
+        return raw, np.arange(len(raw.x))
     if missing == "refuse" or not len(kept):
         each = raw.missing.sum(0)
         counts = {raw.name(int(j)): int(each[j]) for j in np.flatnonzero(each)}
-        listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
-        remedy = "" if not len(kept) else 'Drop these rows (missing = "drop rows"), or leave '
+        listed = ", ".join(f"{name!r} ({count})" for name, count in list(counts.items())[:20])
+        listed += ", ..." * (len(counts) > 20)
+        remedies = ['model them (missing = "model")']
+        remedies += ['drop these rows (missing = "drop rows")'] if len(kept) else []
+        remedies += [f"leave the columns out (leave_out = {json.dumps(list(counts))})"] if raw.is_table else []
         raise ValueError(
             f"Expected no missing cells in {file}; got some in {listed}: {rows_text(raw.lines, np.flatnonzero(gone))}. "
-            f"{remedy or 'Leave '}the columns out: leave_out = {json.dumps(list(counts))}."
+            f"To go on, {', or '.join(remedies)}."
         )
     rows: dict[str, Any] = {key: getattr(raw, key) for key in ("x", "y", "ids", "size_factor", "lines")}
     rows = {key: value if value is None else value[kept] for key, value in rows.items()}
     return replace(raw, **rows), kept
+
+
+def check_columns(raw: RawData, train: npt.NDArray[np.int64]) -> None:
+    """Refuse columns that are missing throughout the training part.
+
+    Raises:
+        ValueError: With their names.
+    """
+    empty = [raw.name(int(j)) for j in np.flatnonzero(raw.missing[train].all(0))]
+    if empty:
+        shown = ", ".join(map(repr, empty[:8])) + ", ..." * (len(empty) > 8)
+        remedy = f"Leave them out (leave_out = {json.dumps(empty)})" if raw.is_table else "Leave them out"
+        raise ValueError(
+            f"Expected each column to be observed somewhere in the training part; got columns that are missing "
+            f"throughout: {shown}. {remedy}."
+        )
 
 
 def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
@@ -262,7 +308,7 @@ def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
     """
     for name, words in raw.categories.items():
         codes = raw.x[:, (raw.names or ()).index(name)]
-        other = np.flatnonzero(~np.isin(codes, codes[train]))
+        other = np.flatnonzero(~np.isin(codes, codes[train]) & ~np.isnan(codes))
         if len(other):
             strange = sorted({words[int(code)] for code in codes[other]})
             known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
@@ -273,12 +319,18 @@ def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
             )
 
 
-def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Total of each row (n,) over the mean total of the training rows.
+def totals(raw: RawData, train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], float]:
+    """Total of each row (n,) over the mean total of the training rows, and that mean.
 
     Raises:
         ValueError: If a column holds no counts, or a row none but zeros.
     """
+    if raw.missing.any():
+        where = rows_text(raw.lines, np.flatnonzero(raw.missing.any(1)))
+        raise ValueError(
+            f'Expected no missing cells for size_factor = "total", which adds up each row; got some in {where}. Name a '
+            'column of factors, or drop these rows (missing = "drop rows").'
+        )
     counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
     if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
         raise ValueError(
@@ -289,7 +341,8 @@ def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64
     if not each.all():
         empty = rows_text(raw.lines, np.flatnonzero(each == 0))
         raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
-    return np.asarray(each / each[train].mean())
+    mean = float(each[train].mean())
+    return each / mean, mean
 
 
 def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
@@ -301,7 +354,7 @@ def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float6
     return values, words
 
 
-def _named(names: Iterable[object], cells: list[Any], path: Path) -> dict[str, Any]:
+def _named(names: Iterable[object], cells: list[Any], path: Path | str) -> dict[str, Any]:
     """Columns by their names, or by their number from 1 where they have none."""
     known = [str(name) or f"column {j}" for j, name in enumerate(names, 1)]
     name, count = Counter(known).most_common(1)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae._seeds import fork_rng
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.pareto import shape_error
-from ppl_vae.evaluation.weights import Draws
+from ppl_vae.evaluation.weights import Draws, constant
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.programs.param_store import own_params
 from ppl_vae.programs.plates import frames
@@ -53,12 +53,14 @@ class SiteCheck:
     @property
     def loc_error(self) -> Tensor:
         """The guide's mean less the reference's, or without one the reweighted, in their standard deviations."""
-        return (self.loc - self._best(0)) / self._best(1)
+        error = (self.loc - self._best(0)) / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 0.0, error)
 
     @property
     def scale_ratio(self) -> Tensor:
         """The guide's standard deviation divided by the reference's, or without one by the reweighted."""
-        return self.scale / self._best(1)
+        ratio = self.scale / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 1.0, ratio)
 
     def _best(self, which: int) -> Tensor:
         reweighted = (self.reweighted_loc, self.reweighted_scale)[which]
@@ -103,7 +105,7 @@ class GuideCheck:
     def _near(self) -> bool:
         """Whether the guide's means and standard deviations are those of the reference or the weights."""
         sites = self.sites.values()
-        apart = max(float(site.loc_error.abs().max()) for site in sites)
+        apart = max((float(site.loc_error.abs().max()) for site in sites), default=0.0)
         return apart < _NEAR and all(float(site.scale_ratio.log().abs().max()) < _NEAR for site in sites)
 
     def doubtful(self, most: int = 5) -> dict[str, float]:
@@ -229,6 +231,10 @@ def check_guide(
         warnings.warn(notes[0], stacklevel=2)
     if target.structure.sequential:
         notes.append("This program runs one draw at a time, since it does not allow dims left of its plates.")
+    if target.structure.enumerated:
+        summed = f"{', '.join(target.structure.enumerated)} summed out"
+        exact = "so that the log evidence is exact and the guide has nothing to approximate"
+        notes.append(f"Discrete sites: {summed}" + ("." if target.structure.latents else f", {exact}."))
     moments: list[_Moments] = []
 
     def look(number: int, draws: Draws) -> None:
@@ -305,7 +311,7 @@ def _local(target: Target) -> Tensor:
         torch.full((math.prod(target.structure.shapes[name]),), target.structure.local in frames(nodes[name]))
         for name in target.structure.latents
     ]
-    return torch.cat(parts).to(target.device)
+    return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).to(target.device)
 
 
 def _disagrees(reference: Reference, loc: Tensor, bound: Tensor, error: Tensor) -> bool:
