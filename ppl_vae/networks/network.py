@@ -134,7 +134,6 @@ class Amortized(Network):
 
     shift: Tensor
     scale: Tensor
-    bias: Tensor
 
     def build(self, context: int, start: Tensor) -> None:
         self.register_buffer("shift", torch.zeros(context))
@@ -147,7 +146,7 @@ class Amortized(Network):
 
     @torch.no_grad()
     def restart(self, start: Tensor) -> None:
-        self.bias.copy_(start)
+        self.bias.copy_(start)  # type: ignore[operator]
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
         """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""
