@@ -130,7 +130,7 @@ class Identity(Network):
 
 
 class Amortized(Network):
-    """A network with a standardised input, (context - shift) / scale. A subclass writes the layers."""
+    """A network with a standardised input, (context - shift) / scale. A subclass writes layers that end in a bias."""
 
     shift: Tensor
     scale: Tensor
@@ -143,6 +143,10 @@ class Amortized(Network):
     def forward(self, context: Tensor, observed: Tensor | None = None) -> Tensor:
         standard = (context - self.shift) / self.scale
         return self.apply_layers(standard if observed is None else torch.where(observed, standard, 0.0))
+
+    @torch.no_grad()
+    def restart(self, start: Tensor) -> None:
+        self.bias.copy_(start)  # type: ignore[operator]
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
         """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""

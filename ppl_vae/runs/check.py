@@ -184,4 +184,16 @@ def column_hints(data: Data) -> list[str]:
     kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
     if data.protocol["scaling"] == "standardize" and kept:
         hints.append(f"{', '.join(kept)}: as they are, since standardize scales no counts and no shares")
+    x, words = data.train["x"].double(), data.columns.categories or {}
+    x = torch.where(x.isnan(), x.nanmean(0), x)
+    names = list(columns)[: data.features] or [f"column {j + 1}" for j in range(data.features)]
+    steps, spread = torch.finfo(data.train["x"].dtype).eps * x.abs().amax(0), x.std(0, correction=0)
+    for j in (steps > 1e-3 * spread).nonzero().flatten().tolist():
+        if names[j] not in data.suspects and (spread[j] > 0 or columns):
+            said = f"rounded to steps of {steps[j]:.2g}; subtract a constant, or --set 'data.scaling=standardize'"
+            hints.append(f"{names[j]}: varies little for its size, {said}")
+    codes = [names[j] for j in ((x.amin(0) == 1) & (x.amax(0) <= 5)).nonzero().flatten().tolist()]
+    if codes := [name for name in codes if name in kept and name not in words]:
+        value = json.dumps([*(name for name in words if words[name][0].isdecimal()), *codes])
+        hints.append(f"{', '.join(codes)}: counts from 1 up; if they are codes, --set 'data.categories={value}'")
     return hints

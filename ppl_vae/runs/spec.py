@@ -339,9 +339,9 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     x = data.train["x"]
     if "reparameterised posterior" in error:
         return _guides(spec)
-    if "in the support of" in error:
-        names, column = data.columns.names, re.search(r"at row \d+, column (\d+)", error)
-        where = f" Column {column[1]} is {names[int(column[1])]!r}." if names and column else ""
+    if place := re.search(r"in the support of .* got (\S+) at row (\d+)(?:, column (\d+))?", error):
+        names, where = data.columns.names, _source_row(data, place[1], int(place[2]), int(place[3] or 0))
+        where += f" Column {place[3]} is {names[int(place[3])]!r}." if names and place[3] else ""
         if spec.likelihood.family == "Mixed":
             return f"{where} Give it another family in `kinds`."
         if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
@@ -351,6 +351,15 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
         return f"{where} Families that take such data: {', '.join(fitting)}."
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
+    return ""
+
+
+def _source_row(data: Data, value: str, row: int, column: int) -> str:
+    """The row of the source that holds a value which a part of the data has at this place."""
+    for part, rows in data.row_numbers.items():
+        x = getattr(data, part)["x"]
+        if row < len(x) and f"{x[row, column].item():g}" == value:
+            return f" Row {row} of the {part} part is row {rows[row]} of {data.name} (counted from 0)."
     return ""
 
 
