@@ -1,6 +1,6 @@
 """Columns: what a model of `x` has to know about it beside its number of features."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -33,6 +33,15 @@ class Columns:
     kinds: tuple[Kind, ...] | None = None
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
+
+    def only(self, kept: list[int]) -> "Columns":
+        """Some of the columns, which are no picture."""
+        few = {
+            key: each if each is None else tuple(each[j] for j in kept)
+            for key, each in (("names", self.names), ("kinds", self.kinds), ("levels", self.levels))
+        }
+        words = {name: each for name, each in (self.categories or {}).items() if name in (few["names"] or ())}
+        return replace(self, count=len(kept), shape=None, categories=words or None, **few)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
