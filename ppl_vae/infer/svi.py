@@ -123,7 +123,7 @@ def fit(
         )
     if sites.whole and validation is not None:
         raise ValueError("Expected no validation data: the whole data set counts as one datum of this program.")
-    parts = _parts(target, batch_size) if sites.whole else 0
+    parts = parts_of(target, batch_size) if sites.whole else 0
     if sites.rows is not None or indexed(program):
         remember(program, target.batch)
     held_out = None if validation is None else other(validation, check=True)
@@ -217,7 +217,7 @@ def _parameters(target: Target) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in [*own, *registered] if tensor.requires_grad}.values())
 
 
-def _parts(target: Target, batch_size: int) -> int:
+def parts_of(target: Target, batch_size: int) -> int:
     """Steps of an epoch where the whole counts as one datum: as many as it takes for parts of the batch size."""
     if "subsample_size" not in keywords(target.program.model):
         return 1

@@ -20,7 +20,7 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         history: the bound of each epoch.
     """
     test, train, exact = report["test"], report["train"], report["exact"]
-    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report)]
+    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report), *_doubt_guide(report)]
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
         return [*findings, f"**Some figures are not finite**: {reason}"]
@@ -65,7 +65,13 @@ def figure(value: float | None, error: float | None = None, *, digits: int = 3) 
 
 
 def _doubt_data(data: Mapping[str, Any]) -> Iterator[str]:
-    if data["part"] == "train":
+    if data.get("whole"):
+        yield (
+            "**All figures are of the training data.** Some latent variables are shared by all data, so the whole data "
+            f"set counts as one datum. Nothing here tells how the model does on new data, {data['n_test'] or 'none'} "
+            "of which were held out."
+        )
+    elif data["part"] == "train":
         yield (
             "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
             "nothing here tells how the model does on new data. A network such as `Linear` or `MLP` would."
@@ -85,6 +91,13 @@ def _doubt_diagnostics(report: Mapping[str, Any]) -> Iterator[str]:
             "**The guide is miscalibrated**: on data simulated from the model, its draws differ from the true latents "
             f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {_off_data_too(report)}"
         )
+
+
+def _doubt_guide(report: Mapping[str, Any]) -> Iterator[str]:
+    """What to trust of a guide whose data are one datum, and its most doubtful sites."""
+    if check := report.get("check"):
+        off = ", ".join(f"{name} ({figure(apart, digits=2)})" for name, apart in check["doubtful"].items())
+        yield f"**{check['text'][-1]}** Furthest off in mean or spread, in standard deviations: {off}."
 
 
 def _off_data_too(report: Mapping[str, Any]) -> str:
@@ -228,13 +241,21 @@ def _gap(block: Mapping[str, Any]) -> str:
     names = ("total", "error"), *((name, f"{name}_error") for name in ("approximation", "amortization"))
     total, family, network = (figure(block[name], block[error]) for name, error in names)
     least = "" if block["kind"] == "estimate" else "at least "
+    if block["family"] is None:
+        return (
+            f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. The family of "
+            "this guide is not known, so it is not split."
+        )
+    second = "because one network serves all data" if block["amortized"] else "because of training, not its best member"
     advice = "A larger encoder or longer training would gain more than a richer family."
     if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
         advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
+    elif not block["amortized"]:
+        advice = "Longer training would gain more than a richer family."
     if (block["total"] or 0.0) < 0.1:
         advice = "There is little to gain."
     return (
         f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}: {least}{family} "
-        f"because of the guide's family, {network} because one network serves all data. ± is the Monte Carlo error. "
+        f"because of the guide's family ({block['family']}), {network} {second}. ± is the Monte Carlo error. "
         f"{advice}"
     )

@@ -14,6 +14,8 @@ from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
 from ppl_vae.reports.measures import MOST_DATA
 
+_ROWS = 40  # of the table of moments, at the most
+
 
 def markdown(
     report: Mapping[str, Any],
@@ -41,6 +43,7 @@ def markdown(
     return template.render(
         report=report,
         title=title,
+        **_moments(report.get("check")),
         model=_model(target.program, report["spec"]),
         sites=_sites(target),
         falling=sorted(range(len(rates)), key=lambda latent: -rates[latent]),
@@ -64,6 +67,27 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
         formulas[role] = re.sub(":math:`([^`]*)`", r"$\1$", " ".join(sentence.split()))
     z, x = program.prior.family.event_shape.numel(), program.likelihood.family.event_shape.numel()
     return {"latents": z, "features": x, "formulas": formulas}
+
+
+def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The methods that give moments, and a row for each entry of the latent sites, at most `_ROWS`."""
+    if check is None:
+        return {}
+    rows, methods = [], []
+    for name, site in check["sites"].items():
+        methods = [label for label in site if isinstance(site[label], dict)]
+        columns = [[_flat(site[label][key]) for key in ("mean", "error", "sd")] for label in methods]
+        off, wide = _flat(site["mean_error"]), _flat(site["scale_ratio"])
+        for entry in range(len(off)):
+            cells = [f"{figure(m[entry], e[entry])} ({figure(s[entry])})" for m, e, s in columns]
+            label = f"{name}[{entry}]" if len(off) > 1 else name
+            rows.append([label, *cells, figure(off[entry], digits=2), figure(wide[entry], digits=2)])
+    left = [[f"{len(rows) - _ROWS} more", *[""] * (len(methods) + 2)]] if len(rows) > _ROWS else []
+    return {"methods": methods, "moments": rows[:_ROWS] + left}
+
+
+def _flat(values: Any) -> list[Any]:
+    return [each for value in values for each in _flat(value)] if isinstance(values, list) else [values]
 
 
 def _sites(target: Target) -> str:
