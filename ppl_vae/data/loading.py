@@ -110,8 +110,8 @@ class Data:
         `x` is left out if no column is left for it. Names that no column has, or that the batch has already, are
         ignored.
         """
-        own = self.columns.names or ()
-        taken = [name for name in own if name in set(names) - self.train.keys()]
+        own, asked = self.columns.names or (), set(names) - self.train.keys()
+        taken = [name for name in own if name in asked]
         kept = [j for j, name in enumerate(own) if name not in taken]
         if not taken:
             return self

@@ -97,6 +97,10 @@ class GuideCheck:
         return float(known.max()) if len(known) else math.nan
 
     @property
+    def _k_error(self) -> float:
+        return float(shape_error(torch.tensor(self.pareto_k), self.evidence.samples))
+
+    @property
     def trusted(self) -> str:
         """Which moments to use: `"guide"`, `"reweighted"`, `"reference"`, or `"none"`."""
         if self.reference is not None and self.reference.converged:
@@ -145,16 +149,20 @@ class GuideCheck:
             + (f" with {evidence.inner} of the local latents each" if evidence.inner > 1 else ""),
             f"  ELBO          {bound['mean']:.3f} {spread}",
             f"  log evidence  {value['mean']:.3f} {how} ({value['kind']})",
-            f"  Pareto k-hat  {_k(self.pareto_k)}" + ("" if self.whole else " at the most"),
+            f"  Pareto k-hat  {_k(self.pareto_k)}" + (f" ± {self._k_error:.2f}" if self.whole else " at the most"),
             f"  effective     {float(evidence.ess.min()):.0f} of {evidence.samples} draws"
             + ("" if self.whole else " at the least"),
         ]
         if not self.whole and (worst := evidence.worst())["n"]:
             lines.append(f"  doubtful data {worst['n']}, the worst in rows {', '.join(map(str, worst['rows'][:5]))}")
         lines += [line for name, site in self.sites.items() for line in self._site(name, site)]
-        if self.reference is not None:
-            lines.append(self._checked(self.reference))
-        return "\n".join([*lines, *self.notes, self._verdict()])
+        return "\n".join([*lines, *self.words])
+
+    @property
+    def words(self) -> list[str]:
+        """Whether the reference passed its checks, what else to know, and last what to trust."""
+        checked = [] if self.reference is None else [self._checked(self.reference)]
+        return [*checked, *self.notes, self._verdict()]
 
     def _site(self, name: str, site: SiteCheck) -> list[str]:
         """Lines of a site: its moments, or if it has many, by how much they are off."""

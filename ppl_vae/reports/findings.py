@@ -11,6 +11,11 @@ REMEDIES = (
     "with more `--temperatures` if it does not settle)."
 )
 
+REMEDIES_WHOLE = (
+    "More samples (`ppl-vae evaluate RUN --samples K`), longer training, a richer guide or another parameterisation "
+    "of the model tighten it. A reference does not rely on the guide (`ppl-vae evaluate RUN --reference nuts`)."
+)
+
 
 def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
     """List what the numbers give reason to doubt, and what would help.
@@ -24,7 +29,7 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
         return [*findings, f"**Some figures are not finite**: {reason}"]
-    findings += [*_doubt_evidence(test), *_doubt_latents(test), *_doubt_training(train, test["elbo"], history)]
+    findings += [*_doubt_evidence(test, report["data"].get("whole", False)), *_doubt_latents(test), *_doubt_training(train, test["elbo"], history)]
     if exact and exact["gap"] > 0.1:
         findings.append(
             f"**The guide misses the exact posterior** by {exact['gap']:.2f} nats on average. A richer family, such as "
@@ -97,7 +102,7 @@ def _doubt_guide(report: Mapping[str, Any]) -> Iterator[str]:
     """What to trust of a guide whose data are one datum, and its most doubtful sites."""
     if check := report.get("check"):
         off = ", ".join(f"{name} ({figure(apart, digits=2)})" for name, apart in check["doubtful"].items())
-        yield f"**{check['text'][-1]}** Furthest off in mean or spread, in standard deviations: {off}."
+        yield f"**{check['words'][-1]}** Furthest off in mean or spread, in standard deviations: {off}."
 
 
 def _off_data_too(report: Mapping[str, Any]) -> str:
@@ -122,7 +127,7 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
     )
 
 
-def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
+def _doubt_evidence(test: Mapping[str, Any], whole: bool) -> Iterator[str]:
     value, shape, worst = test["log_evidence"], test["pareto_k"], test["worst"]
     named = ""
     if worst["n"]:
@@ -141,7 +146,7 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
                 "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
                 "variance is finite."
             )
-        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"
+        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES_WHOLE if whole else REMEDIES}"
     elif named:
         yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):

@@ -107,6 +107,7 @@ def _check_block(checked: GuideCheck) -> dict[str, Any]:
         "inner": checked.evidence.inner,
         "sites": sites,
         "text": str(checked).splitlines(),
+        "words": checked.words,
     }
 
 

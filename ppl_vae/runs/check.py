@@ -133,7 +133,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         counts[name.partition(".")[0]] += value.numel()
     for node in (node for trace in (model, guide) for node in trace.nodes.values() if node["type"] == "param"):
         if "$$$" not in node["name"]:
-            counts["pyro.param"] += node["value"].unconstrained().numel()
+            counts["pyro.param"] += node["value"].numel()
     gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
     spare = len(next(iter(data.test.values()))) if sites.whole else 0
     return Check(
