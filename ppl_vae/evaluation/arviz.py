@@ -19,14 +19,15 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.pareto import pareto_k
+from ppl_vae._seeds import fork_rng
+from ppl_vae.evaluation.pareto import pareto_k, pareto_smoothed
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import unscaled
 
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
 _DIMENSIONS = {  # that the variables of a group begin with
-    **dict.fromkeys(("posterior", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")),
+    **dict.fromkeys(("posterior", "reweighted", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")),
     **dict.fromkeys(("prior", "prior_predictive"), ("chain", "draw")),
     **dict.fromkeys(("observed_data", "constant_data"), ("obs",)),
 }
@@ -43,9 +44,11 @@ def to_datatree(
     | group | variables | dimensions |
     |---|---|---|
     | `posterior` | each latent site, by q(z\|x) | chain, draw, obs, ... |
+    | `reweighted` | the same draws, resampled by their smoothed importance weights | chain, draw, obs, ... |
     | `posterior_predictive` | each observed site, drawn anew | chain, draw, obs, ... |
     | `log_likelihood` | each observed site, nats, summed over its entries | chain, draw, obs |
     | `sample_stats` | `log_weight`, nats | chain, draw, obs |
+    | | `resampled`, the draws that make up `reweighted` | chain, draw, obs |
     | | `elbo`, nats, and `pareto_k` of those weights | obs |
     | `prior`, `prior_predictive` | the same by p(z) p(x\|z), with the first datum's covariates | chain, draw, ... |
     | `observed_data` | each observed site; NaN where masked | obs, ... |
@@ -53,6 +56,10 @@ def to_datatree(
 
     Where the whole data set counts as one datum there is no dimension `obs`: sites have dimensions of their own, and
     `log_likelihood` has an entry for each observation, so that `arviz.loo` runs.
+
+    Resampling by weights whose tail is smoothed (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and
+    Gabry 2024) turns the guide's draws into draws of the posterior as far as they reach: trust `reweighted` where
+    `pareto_k` is below 0.7. To compare models by such draws, take these entries of `log_likelihood` too.
 
     There is one chain, of independent draws. R-hat is not defined for them: without `kind="stats"`, `arviz.summary`
     warns and gives NaN. Nor does `arviz.loo` compare models where each datum has latent variables of its
@@ -86,7 +93,12 @@ def to_datatree(
         )
     groups = _join([_block(block, draws, (seed, i * BLOCK)) for i, block in enumerate(target.blocks())], "obs")
     weights = torch.from_numpy(groups["sample_stats"]["log_weight"][0])
-    groups["sample_stats"] |= {"elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+    with fork_rng(seed, "resample", device=torch.device("cpu")):
+        shares = pareto_smoothed(weights).softmax(0).nan_to_num(1.0)
+        chosen = torch.multinomial(shares.T, draws, replacement=True).T.numpy()  # (k, n)
+    groups["reweighted"] = {name: _pick(array, chosen) for name, array in groups["posterior"].items()}
+    own = {"resampled": chosen[None], "elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+    groups["sample_stats"] |= own
     first = target.rows(slice(0, 1))
     with first.running(seed, "prior"):
         drawn = first.trace("model", draws, poutine.uncondition)
@@ -135,6 +147,13 @@ def _draw(target: Target, k: int) -> tuple[Groups, Any]:
         "sample_stats": {"log_weight": target.log_weights(model, guide, k).cpu()[None].numpy()},
     }
     return groups, model
+
+
+def _pick(array: Array, chosen: Array) -> Array:
+    """The chosen draws (k, n) of each datum of (1, k, n, ...), or where the whole is one datum, of (1, k, ...)."""
+    if chosen.shape[1] == 1:
+        return array[:, chosen[:, 0]]
+    return np.take_along_axis(array, chosen.reshape(1, *chosen.shape, *(1,) * (array.ndim - 3)), 1)
 
 
 def _join(parts: list[Groups], dimension: str) -> Groups:

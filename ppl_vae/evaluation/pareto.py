@@ -38,10 +38,31 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     References:
         Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 3 and appendix C.
     """
-    samples = len(log_weights) if samples is None else samples
+    return _fit(log_weights, len(log_weights) if samples is None else samples, tolerance)[0]
+
+
+def pareto_smoothed(log_weights: Tensor) -> Tensor:
+    """Log weights (k, n) whose largest are replaced by the quantiles of their generalised Pareto tail, in their order.
+
+    They are as they were below 25 samples, or if the tail is constant.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 2.
+    """
+    samples, length = len(log_weights), tail_length(len(log_weights))
+    shape, scale = _fit(log_weights, samples, 1e-9)
+    top = log_weights.double().topk(length + 1, 0)
+    levels = (torch.arange(length, 0, -1, device=shape.device).double().unsqueeze(-1) - 0.5) / length
+    excess = scale * torch.expm1(-shape * torch.log1p(-levels)) / shape
+    tail = ((top.values[-1] - top.values[0]).exp() + excess).log().clamp_max(0.0) + top.values[0]
+    return torch.where(shape.isnan(), log_weights.double(), log_weights.double().scatter(0, top.indices[:-1], tail))
+
+
+def _fit(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Shape and scale of the tail of each datum, (n,), the scale relative to the largest weight."""
     n = log_weights.shape[1]
     if samples < 25:
-        return log_weights.new_full((n,), math.nan)
+        return log_weights.new_full((n,), math.nan), log_weights.new_full((n,), math.nan)
     length = tail_length(samples)
     top = log_weights.topk(length + 1, 0).values
     top = (top - top[0]).double()
@@ -57,7 +78,7 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     profile = length * (torch.log(-theta / shape) - shape - 1)
     best = (torch.softmax(profile, -1) * theta).sum(-1, keepdim=True)
     k = torch.log1p(-best * excess).mean(-1)
-    return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10))
+    return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10)), -k / best.squeeze(-1)
 
 
 def _spread(top: Tensor, tolerance: Tensor | float) -> Tensor:

@@ -133,7 +133,7 @@ def fit(
         max_plate_nesting=sites.nesting,
     )
     with scope(program), fork_rng(seed, "parameters", device=chosen):
-        learned = [*_parameters(target)] if parameters is None else [*parameters]
+        learned = [*parameters_of(target)] if parameters is None else [*parameters]
     if not learned:
         raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program, training=True):
@@ -205,7 +205,7 @@ def check_settings(**given: Any) -> None:
         raise ValueError('Expected validation data with keep = "best"; got none. Pass `validation` or keep = "last".')
 
 
-def _parameters(target: Target) -> list[Tensor]:
+def parameters_of(target: Target) -> list[Tensor]:
     """What takes gradients: the module's own parameters and what the traces register with Pyro, now set up."""
     program, registered = target.program, []
     all_of_it = target.structure.rows is not None or target.structure.whole

@@ -156,6 +156,8 @@ def diagnose(
     report["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
     if diagnostics.gap:
         known = more.get("known")
+        if target.structure.whole:
+            known, kind = evidence if known is None else known, kind or evidence.kind
         if known is None:
             with contextlib.suppress(ValueError):
                 known, kind = exact_log_evidence(rows), "estimate"
