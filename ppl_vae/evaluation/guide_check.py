@@ -375,7 +375,8 @@ def _untrained(target: Target, seed: int) -> bool:
 
         def names() -> set[str]:
             own = {name for name, _ in twin.named_parameters()} if isinstance(twin, torch.nn.Module) else set()
-            return own | {*own_params(twin)["params"], *pyro.get_param_store().keys()}
+            stored = {*own_params(twin)["params"], *pyro.get_param_store().keys()}
+            return own | {name for name in stored if "$$$" not in name}  # those of modules are there from the start
 
         before = names()
         with fork_rng(seed, device=target.device):
