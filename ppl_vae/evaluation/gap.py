@@ -139,6 +139,7 @@ def inference_gap(
     if family is not None:
         check_choice("family", family, ("Normal", "FullNormal", "LowRankNormal"))
         kind, keys = family, (keys if family == kind else {})
+    target.layout  # noqa: B018  runs the guide once, so that lazy parameters are there
     versions = _versions(target.program)
     size = max(1, min(_DATA, entries // (_PARTICLES * target.features)))
     parts = []

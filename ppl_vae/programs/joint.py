@@ -52,7 +52,8 @@ class Joint:
             event = value.shape[value.dim() - node["fn"].event_dim :]
             self._events[name] = len(event)
             batched = value.shape[: value.dim() - len(event)]
-            self.shapes[name] = (*(batched[dim] for dim in plates), *event)
+            own = structure.shapes[name]  # with dims that no plate stands for
+            self.shapes[name] = own if structure.whole else (*(batched[dim] for dim in plates), *event)
         target.flatten(guide)
         self.layout = target.layout
         self.dtype = torch.promote_types(nodes[structure.latents[0]]["value"].dtype, torch.float32)
