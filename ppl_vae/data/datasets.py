@@ -120,7 +120,7 @@ def read_dataset(
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:
-    """Read a table that scikit-learn brings; that of `diabetes` in its own units, its target only if `columns` has `y`."""
+    """Read a table of scikit-learn's; that of `diabetes` in its own units, its target only if `columns` has `y`."""
     options = {"scaled": False} if name == "diabetes" else {}
     bunch = getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")(**options)
     table = Table(name, dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True)))

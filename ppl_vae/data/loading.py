@@ -38,7 +38,8 @@ class Data:
         validation: The part to choose settings by, or None. It never changes.
         test: The part to evaluate on. It never changes.
         protocol: What was done to the data, ready for JSON. Evaluations compare if `digest`, the SHA-256 of the test
-            part (of the training part if there is no other), is equal. `log_volume` (nats per datum) turns a density of `x` into one of the values as stored:
+            part (of the training part if there is no other), is equal. `log_volume` (nats per datum) turns a density of
+            `x` into one of the values as stored:
             log p(stored) = log p(x) - log_volume.
         transform: From stored values to `x`.
         columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.

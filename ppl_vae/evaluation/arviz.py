@@ -27,7 +27,9 @@ from ppl_vae.programs.traces import unscaled
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
 _DIMENSIONS = {  # that the variables of a group begin with
-    **dict.fromkeys(("posterior", "reweighted", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")),
+    **dict.fromkeys(
+        ("posterior", "reweighted", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")
+    ),
     **dict.fromkeys(("prior", "prior_predictive"), ("chain", "draw")),
     **dict.fromkeys(("observed_data", "constant_data"), ("obs",)),
 }

@@ -118,7 +118,8 @@ def calibrate(
 
     References:
         Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. With `refit`, Yes, but Did It Work?:
-        Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman 2018), section 3.2. The reference point of a simulation is one
+        Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman 2018), section 3.2. The reference point of
+        a simulation is one
         more draw of the guide.
     """
     draws, simulations = check_int("draws", draws), check_int("simulations", simulations, 2)
@@ -132,7 +133,7 @@ def calibrate(
     if refit is None and _keeps_rows(target, seed):
         raise ValueError(
             "Expected a guide that reads the data; this one draws the same whatever they are, or keeps one row per "
-            "datum, and simulated data have none. Train it anew for each simulation, refit={\"epochs\": 500}, or compare "
+            'datum, and simulated data have none. Train it anew for each simulation, refit={"epochs": 500}, or compare '
             "it with a reference on its own data: compare_posteriors."
         )
     parts, block_size = [], 1 if target.structure.whole else BLOCK if refit is None else target.n
@@ -173,9 +174,11 @@ def _refitted(target: Target, batch: Any, settings: Mapping[str, Any]) -> Target
         given = {name: node["value"].detach() for name, node in drawn_sites(guide).items()}
         model = poutine.trace(poutine.condition(twin.program.model, given)).get_trace(**twin.batch)
         score: Any = model.log_prob_sum()
-        slopes = torch.autograd.grad(score, tensors, allow_unused=True) if score.requires_grad else [None] * len(tensors)
+        slopes = (
+            torch.autograd.grad(score, tensors, allow_unused=True) if score.requires_grad else [None] * len(tensors)
+        )
     own = [tensor for tensor, slope in zip(tensors, slopes, strict=True) if slope is None]
-    options: dict[str, Any] = {"device": str(target.device), "progress": False, **settings}
+    options: dict[str, Any] = {"device": str(target.device), "progress": False, "batch_size": target.n, **settings}
     fit(twin, parameters=own, **options)
     return twin
 

@@ -97,8 +97,8 @@ def inference_gap(
     of approximation and amortization. It can miss a mode that neither start leads to.
 
     A `VAE` has the family of its posterior. The family of Pyro's `AutoNormal`, `AutoDiagonalNormal`,
-    `AutoMultivariateNormal`, `AutoLowRankMultivariateNormal` and `AutoNormalMessenger` is known as well, and that of any
-    other guide can be given. These are families over all latent variables of a datum side by side, each carried to the
+    `AutoMultivariateNormal`, `AutoLowRankMultivariateNormal` and `AutoNormalMessenger` is known as well, and that of
+    any other guide can be given. These are families over all latent variables of a datum side by side, each carried to the
     real line, as in Pyro. Where the whole data set counts as one datum, n is 1. Without a family only the total is
     known.
 
@@ -122,7 +122,8 @@ def inference_gap(
         The gap of each datum.
 
     Raises:
-        ValueError: If the family is unknown or a latent site has no place on the real line, `draws` is below 2, `steps` or `entries` below 1, or data or evidence do not fit or are NaN.
+        ValueError: If the family is unknown or a latent site has no place on the real line, `draws` is below 2, `steps`
+            or `entries` below 1, or data or evidence do not fit or are NaN.
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud 2018), section 3. Newton's
@@ -233,7 +234,9 @@ def _member(target: Target, search: Search, family: Any) -> tuple[Members, bool]
     if getattr(normal, "precision_matrix", None) is not None:
         precision = normal.precision_matrix.unsqueeze(0).double()
     own = type(family).__name__ == family_of(target.program.guide)[0]
-    return Members(family, family.nearest(loc.double(), precision)["parameters"].to(real.dtype)), own and normal is not None
+    return Members(
+        family, family.nearest(loc.double(), precision)["parameters"].to(real.dtype)
+    ), own and normal is not None
 
 
 @torch.no_grad()
@@ -266,7 +269,7 @@ def _gap(
         target: the block.
         search: of the best members.
         guide: the members that the guide is or is like.
-        here: log weights of the guide by the draws that the best members get too; None if these have draws of their own.
+        here: log weights of the guide by the draws that the best members get too; None if those have others.
         truth: log p(x), if it is known.
         error: its standard error.
         draws: how many.

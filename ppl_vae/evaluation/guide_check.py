@@ -316,8 +316,7 @@ class _Moments:
         self.top, self.count = top, self.count + len(first)
 
     def figures(self) -> tuple[Tensor, ...]:
-        """Mean and standard deviation by the guide and by weights, the guide's fourth central moment, and the standard
-        error of the weighted mean, (n, z)."""
+        """Mean and deviation by guide and weights, the guide's fourth moment, the weighted mean's error, (n, z)."""
         mean, second, square, cube, fourth = self.plain / self.count
         total, near, near_second = self.weighted
         near, near_second = near / total, near_second / total

@@ -31,7 +31,7 @@ def guide_names() -> list[str]:
 
 
 def family_of(guide: Any) -> tuple[str | None, dict[str, Any]]:
-    """Family of one of Pyro's autoguides over the real line, by its name here and its keywords; None of other guides."""
+    """Family of one of Pyro's autoguides over the real line: its name here and its keywords; None of other guides."""
     guide = guide.guide if isinstance(guide, Messenger) else guide
     if isinstance(guide, autoguide.AutoGuideList):
         kinds = {family_of(part)[0] for part in guide}
@@ -49,7 +49,11 @@ def normal_of(guide: Any) -> dict[str, tuple[Tensor, Tensor]] | Any:
         parts = guide.locs, guide.scales
         names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
         return {name: tuple(attrgetter(name)(part).detach() for part in parts) for name in names}
-    return guide.get_posterior() if isinstance(guide, autoguide.AutoDiagonalNormal | autoguide.AutoMultivariateNormal) else None
+    return (
+        guide.get_posterior()
+        if isinstance(guide, autoguide.AutoDiagonalNormal | autoguide.AutoMultivariateNormal)
+        else None
+    )
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Any:

@@ -35,7 +35,14 @@ OTHER_DATA = (
 )
 _TRIED = 64  # data on which densities are compared
 _CHECKED = "_ppl_vae_checked"
-_FAILED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError)  # of a program on strange shapes
+_FAILED = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    AssertionError,
+)  # of a program on strange shapes
 
 
 @dataclass(frozen=True)

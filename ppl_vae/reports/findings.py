@@ -29,7 +29,11 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
         return [*findings, f"**Some figures are not finite**: {reason}"]
-    findings += [*_doubt_evidence(test, report["data"].get("whole", False)), *_doubt_latents(test), *_doubt_training(train, test["elbo"], history)]
+    findings += [
+        *_doubt_evidence(test, report["data"].get("whole", False)),
+        *_doubt_latents(test),
+        *_doubt_training(train, test["elbo"], history),
+    ]
     if exact and exact["gap"] > 0.1:
         findings.append(
             f"**The guide misses the exact posterior** by {exact['gap']:.2f} nats on average. A richer family, such as "
@@ -146,7 +150,8 @@ def _doubt_evidence(test: Mapping[str, Any], whole: bool) -> Iterator[str]:
                 "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
                 "variance is finite."
             )
-        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES_WHOLE if whole else REMEDIES}"
+        remedies = REMEDIES_WHOLE if whole else REMEDIES
+        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {remedies}"
     elif named:
         yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
@@ -248,8 +253,8 @@ def _gap(block: Mapping[str, Any]) -> str:
     least = "" if block["kind"] == "estimate" else "at least "
     if block["family"] is None:
         return (
-            f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. The family of "
-            "this guide is not known, so it is not split."
+            f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. "
+            "The family of this guide is not known, so it is not split."
         )
     second = "because one network serves all data" if block["amortized"] else "because of training, not its best member"
     advice = "A larger encoder or longer training would gain more than a richer family."

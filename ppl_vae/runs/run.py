@@ -148,7 +148,9 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
         settings = {**spec.svi.model_dump(), "device": str(device), "validation": data.validation}
         history = fit(program, data.to(device), **settings, resume=state, on_epoch=note)
         part, rows = evaluation_split(program, data)
-        say(f"evaluates {len(next(iter(rows.values()))):,} data of the {part} part, with {spec.evaluation.samples:,} samples each")
+        say(
+            f"evaluates {len(next(iter(rows.values()))):,} data of the {part} part, with {spec.evaluation.samples:,} samples each"
+        )
         return write_run(folder, spec, program, data, vars(history))
     except KeyboardInterrupt as stop:
         if latest is None:
@@ -336,9 +338,7 @@ def _write_report(
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
     known = reference if target.structure.whole else None
-    blocks, evidence = evaluate(
-        target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known
-    )
+    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),

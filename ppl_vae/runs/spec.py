@@ -193,7 +193,7 @@ class Spec:
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
             hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
-            found.hints.append(f"{hint}; use Mixed, with kinds = \"infer\", or leave_out")
+            found.hints.append(f'{hint}; use Mixed, with kinds = "infer", or leave_out')
         return found
 
 

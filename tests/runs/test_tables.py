@@ -75,7 +75,7 @@ def test_check_lists_columns_and_what_mends_them(table: Path) -> None:
         "site": "left out",
     }
     half = spec(table, {"leave_out": ["flat"]})
-    assert any("'data.leave_out=[\"flat\", \"site\"]'" in hint for hint in half.check(half.load_data()).hints)
+    assert any('\'data.leave_out=["flat", "site"]\'' in hint for hint in half.check(half.load_data()).hints)
 
 
 def test_a_scale_for_constant_columns_is_refused_by_name(table: Path) -> None:

@@ -76,7 +76,9 @@ def test_columns_become_entries_by_the_names_that_the_model_takes(folder: Path) 
     assert data.feature_names == ["other"]
     assert data.roles["y"] == "entry of its own"
     scaled = load(folder / "table.csv", scaling="standardize").with_entries(["y"])
-    torch.testing.assert_close(torch.from_numpy(scaled.transform.inverse(scaled.train["x"]))[:, 0] % 1, torch.full((4,), 0.5).double())
+    torch.testing.assert_close(
+        torch.from_numpy(scaled.transform.inverse(scaled.train["x"]))[:, 0] % 1, torch.full((4,), 0.5).double()
+    )
     assert load(folder / "table.csv").with_entries(["y", "other", "none"]).train.keys() == {"y", "other"}
     with pytest.raises(ValueError, match=r"`test_fraction` in \[0, 1\); got 1"):
         load(folder / "table.csv", test_fraction=1.0)
@@ -123,9 +125,23 @@ def test_what_does_not_suit_one_datum_is_refused(folder: Path) -> None:
     message = invoke("check", spec, "--set", "data.validation_fraction=0.4", status=2)
     assert "Try --set data.validation_fraction=0." in message
     assert "2 rows are held out and not used" in invoke("check", spec, "--set", "data.test_fraction=0.4")
-    message = invoke("fit", MODELS / "two_level.toml", "--set", f"data.name={folder / 'table.csv'}", "--set",
-                     "data.test_fraction=0", "--set", "data.scaling=none", "--out", folder / "none", status=2)
-    assert "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2." in message
+    message = invoke(
+        "fit",
+        MODELS / "two_level.toml",
+        "--set",
+        f"data.name={folder / 'table.csv'}",
+        "--set",
+        "data.test_fraction=0",
+        "--set",
+        "data.scaling=none",
+        "--out",
+        folder / "none",
+        status=2,
+    )
+    assert (
+        "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2."
+        in message
+    )
     (folder / "table.csv").write_text("z,other\n1.0,2.0\n2.0,1.5\n")
     assert "Expected data named y; got x" in invoke("check", spec, status=2)
 
