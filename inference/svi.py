@@ -14,6 +14,8 @@ from ppl_vae.runs.run import pick_folder, write_run
 from ppl_vae.runs.spec_file import parse_override
 
 ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does
+LOOP |= {"svi.beta": 1.0, "svi.warm_up": 0, "svi.free_bits": 0.0, "svi.weight_decay": 0.0, "svi.patience": 0}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,10 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the spec")
     parser.add_argument("--out", help="the run directory; by default a new one under runs/")
     given = parser.parse_args(arguments)
-
-    overrides = {"svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what the loop below does
     try:
-        spec = load_spec(given.spec, {**overrides, **dict(map(parse_override, given.set))})
+        spec = load_spec(given.spec, {**LOOP, **dict(map(parse_override, given.set))})
+        if spec.svi.elbo not in ELBOS:
+            raise ValueError(f"Expected svi.elbo to be {' or '.join(ELBOS)}, for stock Pyro; got {spec.svi.elbo}.")
         folder = pick_folder(spec, given.out, force=None)
         data = spec.load_data()
         program = spec.build(data)
@@ -49,8 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         bounds.append(-loss / len(data.train["x"]))
         seconds.append(time.perf_counter() - began)
         print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
-    rates = [spec.svi.learning_rate] * len(bounds)
-    history = {"elbo": bounds, "validation": [], "learning_rate": rates, "seconds": seconds, "steps": steps}
+    history = {"elbo": bounds, "validation": [], "learning_rate": [spec.svi.learning_rate] * len(bounds)}
+    history |= {"seconds": seconds, "steps": steps}
     print(write_run(folder, spec, program, data, history).path / "report.md")
 
 

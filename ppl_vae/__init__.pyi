@@ -11,6 +11,7 @@ from .evaluation.evidence import log_evidence as log_evidence
 from .evaluation.evidence import log_weights as log_weights
 from .evaluation.gap import inference_gap as inference_gap
 from .evaluation.guide_check import check_guide as check_guide
+from .evaluation.impute import impute as impute
 from .families.conditional import Conditional as Conditional
 from .infer.reference import reference_posterior as reference_posterior
 from .infer.svi import fit as fit

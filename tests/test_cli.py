@@ -167,7 +167,7 @@ def data_files(folder):
         ("text.csv", "line 3, column 'b'; got 'four'"),
         ("ragged.csv", "line 2, as in its first row; got 1"),
         ("nan.csv", "got some in 'column 2' (1): line 2"),
-        ("nan.npy", "got nan in row 0, column 0"),
+        ("nan.npy", "got some in 'column 1' (9), 'column 2' (9), 'column 3' (9): 9 rows, the first in row 0"),
         ("keys.npz", "'images', 'others'"),
         ("cut.npz", "Expected a NumPy file"),
         ("folder.csv", "in the folder"),

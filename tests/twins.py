@@ -261,6 +261,35 @@ def inner_plate() -> Twin:
     return Twin(Program(model, guide), {"x": x}, *oracle.truth(array(x)))
 
 
+def masked_plate() -> Twin:
+    """A stranger's functions: entries of x in a plate at dim -2, some of them hidden by a mask."""
+    generator = np.random.default_rng(5)
+    w, b, s = generator.normal(size=(4, 2)), generator.normal(size=4), generator.uniform(0.4, 1.5, size=4)
+    weight, bias, scale = (torch.from_numpy(part) for part in (w, b.reshape(-1, 1), s.reshape(-1, 1)))
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            with pyro.plate("entries", 4, dim=-2):
+                mean = (z.unsqueeze(-2) if z.dim() == 2 else z) @ weight.T  # (..., 1, n, 4)
+                mean = mean.transpose(-1, -3).squeeze(-1) if z.dim() > 2 else mean.squeeze(-2).T
+                seen = torch.where(mask, x, 0.0).T
+                pyro.sample("x", dist.Normal(mean + bias, scale).mask(mask.T), obs=seen)
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        each = mask.to(x) / scale.T**2  # (n, 4)
+        precision = torch.eye(2) + torch.einsum("nx,xi,xj->nij", each, weight, weight)
+        moment = (each * (torch.where(mask, x, 0.0) - bias.T)) @ weight
+        loc = torch.linalg.solve(precision, moment.unsqueeze(-1)).squeeze(-1)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(loc, precision_matrix=precision))
+
+    x, mask = draws(6, 4), draws(6, 4, seed=3) > -0.8
+    mask[0], mask[1] = True, False
+    oracle = Dense(np.zeros(2), np.eye(2), w, b, s**2)
+    return Twin(Program(model, guide), {"x": x, "mask": mask}, *oracle.truth(array(x), mask.numpy()))
+
+
 TWINS: dict[str, Callable[[], Twin]] = {
     builder.__name__: builder
     for builder in (
@@ -272,6 +301,7 @@ TWINS: dict[str, Callable[[], Twin]] = {
         more_latents_than_features,
         one_by_one,
         masked,
+        masked_plate,
         picture,
         standardised_decoder,
         plain_ppca,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -69,6 +70,42 @@ def as_batch(x: object, *, aligned: bool = True) -> dict[str, Tensor]:
     return batch
 
 
+def mask_missing(x: object) -> dict[str, Tensor]:
+    """Batch of an array (n, *x), NaN where an entry is missing: `x` as it is, and its `mask` (True is observed).
+
+    Raises:
+        TypeError: If `x` is not an array of real numbers.
+        ValueError: As `as_batch`.
+
+    Example:
+        >>> mask_missing([[1.0, float("nan")]])["mask"]
+        tensor([[ True, False]])
+    """
+    batch = as_batch(x)
+    return {**batch, "mask": ~batch["x"].isnan()}
+
+
+def check_observed(batch: Mapping[str, Tensor], numbers: npt.NDArray[np.int64] | None = None) -> None:
+    """Refuse rows with nothing observed, from which nothing can be learned.
+
+    Args:
+        batch: data by name.
+        numbers: of the rows in their source, (n,), to name them by.
+
+    Raises:
+        ValueError: Naming the first such row.
+    """
+    if "mask" not in batch or bool((seen := batch["mask"].flatten(1).any(1)).all()):
+        return
+    rows = (~seen).nonzero().flatten().tolist()
+    first = rows[0] if numbers is None else min(int(numbers[row]) for row in rows)
+    where = "" if numbers is None else " of the source"
+    raise ValueError(
+        f"Expected something observed in each row to fit; got nothing in row {first}{where} (counted from 0), "
+        f"{len(rows)} such in all. Leave these rows out."
+    )
+
+
 def check_finite(batch: Mapping[str, Tensor]) -> None:
     """Refuse NaN and infinities, except in entries of `x` that `mask` hides (True is observed).
 
@@ -84,7 +121,7 @@ def check_finite(batch: Mapping[str, Tensor]) -> None:
             row, *rest = torch.nonzero(torch.atleast_1d(bad))[0].tolist()
             entry = torch.atleast_1d(value)[(row, *rest)].item()
             column = f", column {rest[0] if len(rest) == 1 else tuple(rest)}" if rest else ""
-            remedy = ", or hide the entries by a `mask` (True is observed)" if key == "x" else ""
+            remedy = ", or hide missing entries by a `mask` (True is observed; see mask_missing)" if key == "x" else ""
             raise ValueError(
                 f"Expected finite numbers in `{key}`; got {entry} in row {row}{column} (counted "
                 f"from 0), {int(bad.sum())} such in all. Drop the rows{remedy}."

@@ -25,6 +25,7 @@ class Columns:
             `category` or `ordered`. None if nothing is known, as of images.
         levels: How many values each can take, 0 if that is not finite; codes run from 0 to `levels - 1`.
         categories: The words of the columns that held text, by name, in the order of their codes.
+        missing: The share of each column that is missing in the training part; None if no entry of the data is.
     """
 
     count: int
@@ -33,12 +34,13 @@ class Columns:
     kinds: tuple[Kind, ...] | None = None
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
+    missing: tuple[float, ...] | None = None
 
     def only(self, kept: list[int]) -> "Columns":
         """Some of the columns, which are no picture."""
-        few = {
-            key: each if each is None else tuple(each[j] for j in kept)
-            for key, each in (("names", self.names), ("kinds", self.kinds), ("levels", self.levels))
+        few: dict[str, Any] = {
+            key: None if getattr(self, key) is None else tuple(getattr(self, key)[j] for j in kept)
+            for key in ("names", "kinds", "levels", "missing")
         }
         words = {name: each for name, each in (self.categories or {}).items() if name in (few["names"] or ())}
         return replace(self, count=len(kept), shape=None, categories=words or None, **few)

@@ -74,7 +74,7 @@ def unused_keys(name: str) -> dict[str, str]:
     unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
     unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
     if suffix in (".npy", ".npz"):
-        named = ("id", "columns", "leave_out", "categories", "missing")
+        named = ("id", "columns", "leave_out", "categories")
         unused |= dict.fromkeys(named, "an array, whose columns have no names")
     if suffix == ".npy":
         unused["label"] = "an array alone"

@@ -58,12 +58,13 @@ class RawData:
     @property
     def is_whole(self) -> bool:
         """Whether all values are whole numbers, none of them a code."""
-        return not self.categories and (self.x.dtype == np.uint8 or bool((self.x == np.floor(self.x)).all()))
+        whole = self.x.dtype == np.uint8 or bool(((self.x == np.floor(self.x)) | self.missing).all())
+        return whole and not self.categories
 
     @property
     def missing(self) -> npt.NDArray[np.bool_]:
         """Where a cell is missing, (n, x)."""
-        return np.isnan(self.x)
+        return np.isnan(self.x) if self.x.dtype.kind == "f" else np.broadcast_to(False, self.x.shape)
 
     def name(self, column: int) -> str:
         """Name of a column, or its number from 1."""
@@ -102,7 +103,7 @@ def read_array(path: Path, array: str | None, label: str | None) -> RawData:
     The latter may hold labels under the key `label`, by default under `y` if that holds whole numbers or words.
 
     Raises:
-        ValueError: If it does not hold finite numbers, one row per datum.
+        ValueError: If it does not hold numbers, finite or NaN where missing, one row per datum.
     """
     y, classes, loaded, where = None, None, _load(path), f"{path}"
     if isinstance(loaded, list):
@@ -129,7 +130,7 @@ def read_array(path: Path, array: str | None, label: str | None) -> RawData:
         )
     values = np.ascontiguousarray(loaded, np.uint8 if loaded.dtype == np.uint8 else np.float64)
     try:
-        check_finite({"x": torch.from_numpy(values)})
+        check_finite({"x": torch.from_numpy(values), "mask": torch.from_numpy(~np.isnan(values))})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     rows, shape = flatten(values)
@@ -148,7 +149,13 @@ def _load(path: Path, key: str | None = None) -> Any:
 
 def intensity(values: npt.NDArray[Any]) -> int | None:
     """Largest value that intensities can take: 1 in the unit interval, 255 for 8 bits; None for other numbers."""
-    return 1 if values.min() >= 0 and values.max() <= 1 else 255 if values.dtype == np.uint8 else None
+    seen = present(values)
+    return 1 if len(seen) and seen.min() >= 0 and seen.max() <= 1 else 255 if values.dtype == np.uint8 else None
+
+
+def present(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values that are not missing, in one row."""
+    return values[~np.isnan(values)] if values.dtype.kind == "f" else values.reshape(-1)
 
 
 def flatten(pictures: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], tuple[int, ...] | None]:

@@ -17,8 +17,8 @@ from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
-from ppl_vae.data.files import RawData
-from ppl_vae.data.tables import Roles, check_categories, complete_rows, totals
+from ppl_vae.data.files import RawData, present
+from ppl_vae.data.tables import Roles, check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
     `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels; `size_factor` is
-    (n,) if it was asked for.
+    (n,) if it was asked for; `mask` is boolean as `x`, True where observed, if an entry is missing, where `x` is NaN.
 
     Attributes:
         name: The name of the set or file.
@@ -39,8 +39,8 @@ class Data:
         test: The part to evaluate on. It never changes.
         protocol: What was done to the data, ready for JSON. Evaluations compare if `digest`, the SHA-256 of the test
             part (of the training part if there is no other), is equal. `log_volume` (nats per datum) turns a density of
-            `x` into one of the values as stored:
-            log p(stored) = log p(x) - log_volume.
+            `x` into one of the values as stored: log p(stored) = log p(x) - log_volume, for a row without missing
+            entries.
         transform: From stored values to `x`.
         columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.
         row_numbers: Of each part, the rows (n,) of the source that it holds, counted from 0 without a header.
@@ -110,16 +110,22 @@ class Data:
 
         `x` is left out if no column is left for it. Names that no column has, or that the batch has already, are
         ignored.
+
+        Raises:
+            ValueError: If cells of such a column are missing.
         """
         own, asked = self.columns.names or (), set(names) - self.train.keys()
         taken = [name for name in own if name in asked]
         kept = [j for j, name in enumerate(own) if name not in taken]
         if not taken:
             return self
+        gone = [name for name in taken if self.columns.missing is not None and self.columns.missing[own.index(name)]]
+        if gone:
+            raise ValueError(f"Expected no missing cells in '{gone[0]}', an entry of its own; got some. Drop the rows.")
 
         def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            x = {"x": tensors["x"][:, kept]} if kept else {}
-            others = {key: value for key, value in tensors.items() if key != "x"}
+            x = {key: tensors[key][:, kept] for key in ("x", "mask") if key in tensors and kept}
+            others = {key: value for key, value in tensors.items() if key not in ("x", "mask")}
             return {**x, **others, **{name: tensors["x"][:, own.index(name)] for name in taken}}
 
         loc, scale = (each[kept] if each.ndim else each for each in (self.transform.loc, self.transform.scale))
@@ -152,7 +158,8 @@ class Data:
         """
         if self.stored is None or epoch == 0:
             return dict(self.train)
-        return {**self.train, "x": self.transform(self.stored["x"], fold_in(self.protocol["seed"], "train", epoch))}
+        x = self.transform(self.stored["x"], fold_in(self.protocol["seed"], "train", epoch))
+        return {**self.train, "x": x.masked_fill_(~self.train["mask"], np.nan) if "mask" in self.train else x}
 
 
 def load(
@@ -202,7 +209,9 @@ def load(
             over the mean total of the training part.
         separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` (and, in a `.txt`,
             a space) that gives the first lines equally many cells.
-        missing: What becomes of rows of a table with missing cells: "refuse" them, or "drop rows".
+        missing: What becomes of missing cells of a table, or NaN in an array: "refuse" them, "drop rows" that have
+            some, or "model" what is observed: `x` is then NaN there, and the parts have a `mask`. Scales and kinds of
+            columns are those of the observed entries.
         seed: Fixes the split and every draw.
         binarization: "none"; "threshold", 1 from half the maximum up; "static", one Bernoulli draw; "dynamic", a new
             draw of the training part each epoch. Validation and test are drawn once, and are the same under "static"
@@ -227,7 +236,7 @@ def load(
     """
     name = os.fspath(name)
     fold_in(seed)
-    check_choice("missing", missing, ("refuse", "drop rows"))
+    check_choice("missing", missing, ("refuse", "model", "drop rows"))
     check_choice("binarization", binarization, ("none", "threshold", "static", "dynamic"))
     check_choice("scaling", scaling, ("none", "unit", "standardize"))
     check_choice("dequantization", dequantization, ("none", "uniform"))
@@ -248,6 +257,7 @@ def load(
     raw = read_dataset(name, root, array, download, roles)
     raw, kept = complete_rows(raw, Path(name).name, missing)
     rows = _split(raw, seed, validation_fraction, test_fraction)
+    check_columns(raw, rows["train"])
     check_categories(raw, rows["train"])
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
@@ -257,9 +267,13 @@ def load(
         factors = totals(raw, rows["train"])
     stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
+    incomplete = bool(raw.missing.any())
     for part, index in rows.items():
         parts[part] = {"x": transform(stored[part], fold_in(seed, part, 0))}
-        if not torch.isfinite(parts[part]["x"]).all():
+        if incomplete:
+            parts[part]["mask"] = torch.from_numpy(~raw.missing[index])
+            parts[part]["x"].masked_fill_(~parts[part]["mask"], np.nan)
+        if not (torch.isfinite(parts[part]["x"]) | ~parts[part].get("mask", torch.tensor(True))).all():
             raise ValueError(f"Expected values within {dtype}; got larger. Scale them, or change `dtype`.")
         if raw.y is not None:
             parts[part]["y"] = torch.from_numpy(raw.y[index])
@@ -282,14 +296,20 @@ def load(
         "digest": _digest(parts["test" if len(rows["test"]) else "train"]),
         **({"roles": raw.roles} if raw.roles else {}),
     }
-    looks = {raw.name(j): suspect(raw.name(j), raw.x[:, j], raw.x[rows["train"], j]) for j in range(len(kinds or ()))}
+    looks = {
+        raw.name(j): suspect(raw.name(j), present(raw.x[:, j]), present(raw.x[rows["train"], j]))
+        for j in range(len(kinds or ()))
+    }
+    described = _describe(raw, kinds, transform)
+    if incomplete:
+        described = replace(described, missing=tuple(raw.missing[rows["train"]].mean(0).tolist()))
     return Data(
         name=file,
         train=parts["train"],
         validation=parts.get("validation"),
         test=parts["test"],
         protocol=protocol,
-        columns=_describe(raw, kinds, transform),
+        columns=described,
         row_numbers={part: kept[index] for part, index in rows.items()},
         ids={part: None if raw.ids is None else raw.ids[index] for part, index in rows.items()},
         classes=raw.classes,
@@ -333,7 +353,7 @@ def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | Non
     for j in range(raw.x.shape[1] if raw.is_table else 0):
         name, words = raw.name(j), raw.categories.get(raw.name(j))
         of_words: Kind = "ordered" if name in raw.ordered else "binary" if words and len(words) == 2 else "category"
-        kinds.append(of_words if words else infer_kind(raw.x[:, j], raw.x[train, j]))
+        kinds.append(of_words if words else infer_kind(present(raw.x[:, j]), present(raw.x[train, j])))
     return kinds or None
 
 

@@ -228,7 +228,7 @@ def choose(table: Table, roles: Roles) -> RawData:
 
 
 def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.NDArray[np.int64]]:
-    """Refuse missing cells, or drop the rows that have some.
+    """Refuse missing cells, drop the rows that have some, or leave them to the model.
 
     Returns:
         The data of the rows that stay, and the numbers of these rows.
@@ -236,22 +236,41 @@ def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.N
     Raises:
         ValueError: With the columns and rows that have missing cells, if they are to be refused; or if all rows have.
     """
-    gone = raw.missing.any(1) if raw.is_table else np.zeros(len(raw.x), bool)
+    gone = raw.missing.any(1)
     kept = np.flatnonzero(~gone)
-    if not gone.any():
-        return raw, kept
+    if missing == "model" or not gone.any():
+        return raw, np.arange(len(raw.x))
     if missing == "refuse" or not len(kept):
         each = raw.missing.sum(0)
         counts = {raw.name(int(j)): int(each[j]) for j in np.flatnonzero(each)}
-        listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
-        remedy = "" if not len(kept) else 'Drop these rows (missing = "drop rows"), or leave '
+        listed = ", ".join(f"{name!r} ({count})" for name, count in list(counts.items())[:20])
+        listed += ", ..." * (len(counts) > 20)
+        remedies = ['model them (missing = "model")']
+        remedies += ['drop these rows (missing = "drop rows")'] if len(kept) else []
+        remedies += [f"leave the columns out (leave_out = {json.dumps(list(counts))})"] if raw.is_table else []
         raise ValueError(
             f"Expected no missing cells in {file}; got some in {listed}: {rows_text(raw.lines, np.flatnonzero(gone))}. "
-            f"{remedy or 'Leave '}the columns out: leave_out = {json.dumps(list(counts))}."
+            f"To go on, {', or '.join(remedies)}."
         )
     rows: dict[str, Any] = {key: getattr(raw, key) for key in ("x", "y", "ids", "size_factor", "lines")}
     rows = {key: value if value is None else value[kept] for key, value in rows.items()}
     return replace(raw, **rows), kept
+
+
+def check_columns(raw: RawData, train: npt.NDArray[np.int64]) -> None:
+    """Refuse columns that are missing throughout the training part.
+
+    Raises:
+        ValueError: With their names.
+    """
+    empty = [raw.name(int(j)) for j in np.flatnonzero(raw.missing[train].all(0))]
+    if empty:
+        shown = ", ".join(map(repr, empty[:8])) + ", ..." * (len(empty) > 8)
+        remedy = f"Leave them out (leave_out = {json.dumps(empty)})" if raw.is_table else "Leave them out"
+        raise ValueError(
+            f"Expected each column to be observed somewhere in the training part; got columns that are missing "
+            f"throughout: {shown}. {remedy}."
+        )
 
 
 def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
@@ -262,7 +281,7 @@ def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
     """
     for name, words in raw.categories.items():
         codes = raw.x[:, (raw.names or ()).index(name)]
-        other = np.flatnonzero(~np.isin(codes, codes[train]))
+        other = np.flatnonzero(~np.isin(codes, codes[train]) & ~np.isnan(codes))
         if len(other):
             strange = sorted({words[int(code)] for code in codes[other]})
             known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
@@ -279,6 +298,12 @@ def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64
     Raises:
         ValueError: If a column holds no counts, or a row none but zeros.
     """
+    if raw.missing.any():
+        where = rows_text(raw.lines, np.flatnonzero(raw.missing.any(1)))
+        raise ValueError(
+            f'Expected no missing cells for size_factor = "total", which adds up each row; got some in {where}. Name a '
+            'column of factors, or drop these rows (missing = "drop rows").'
+        )
     counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
     if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
         raise ValueError(

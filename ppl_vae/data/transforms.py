@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.columns import Kind
-from ppl_vae.data.files import RawData
+from ppl_vae.data.files import RawData, present
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def fit_transform(
 ) -> Transform:
     """Fit a transform to the training rows.
 
-    Where kinds are known, "standardize" divides `positive` columns without a shift, and leaves all but these and
-    `real` ones alone. So does "unit" where there are words.
+    Missing cells count for nothing. Where kinds are known, "standardize" divides `positive` columns without a shift,
+    and leaves all but these and `real` ones alone. So does "unit" where there are words.
 
     Raises:
         ValueError: If an option does not suit the values.
@@ -80,26 +80,28 @@ def fit_transform(
             f"Expected numbers alone beside binarization or dequantization; got words in {', '.join(raw.categories)}."
         )
     if noise and not raw.is_whole:
-        value = raw.x[raw.x != np.floor(raw.x)][0]
+        seen = present(raw.x)
+        value = seen[seen != np.floor(seen)][0]
         raise ValueError(f'Expected whole numbers for dequantization = "uniform"; got {value}. Use "none".')
     if binarization != "none" and raw.maximum is None:
         raise ValueError(
             f'Expected intensities for binarization = "{binarization}": a named image set, uint8, or values '
-            f"in [0, 1]; got values from {raw.x.min()} to {raw.x.max()}. Rescale them to [0, 1] in the "
+            f"in [0, 1]; got values from {np.nanmin(raw.x)} to {np.nanmax(raw.x)}. Rescale them to [0, 1] in the "
             f'file, or use "none".'
         )
     scaled = np.array([kind in ("real", "positive") for kind in kinds or ()])
     values = raw.x[train][:, scaled] if raw.categories and scaled.any() else raw.x[train]
-    largest = raw.maximum or max(abs(float(values.max())), abs(float(values.min()))) or 1
+    largest = raw.maximum or float(np.abs(present(values)).max()) or 1
     divisor = float(largest + noise) if binarization == "none" and (scaling == "unit" or raw.unit) else 1.0
-    loc, scale = np.zeros(()), np.asarray(divisor)
+    loc: npt.NDArray[np.float64] = np.zeros(())
+    scale: npt.NDArray[np.float64] = np.asarray(divisor)
     if scaling == "unit" and raw.categories:
         scale = np.where(scaled, divisor, 1.0)
     if scaling == "standardize":
         values = raw.x[train]
-        loc = values.mean(0, dtype=np.float64) + noise / 2
-        scale = np.sqrt(values.var(0, dtype=np.float64) + noise / 12)
-        scale = np.where(values.max(0) == values.min(0), divisor, scale)
+        loc = np.asarray(np.nanmean(values, 0, dtype=np.float64) + noise / 2)
+        scale = np.sqrt(np.nanvar(values, 0, dtype=np.float64) + noise / 12)
+        scale = np.where(np.nanmax(values, 0) == np.nanmin(values, 0), divisor, scale)
         if kinds is not None:
             loc, scale = np.where(np.array(kinds) == "real", loc, 0.0), np.where(scaled, scale, 1.0)
     return Transform(binarization, bool(noise), raw.maximum or 1, loc, scale, dtype)

@@ -15,6 +15,8 @@ from .gap import Gap as Gap
 from .gap import inference_gap as inference_gap
 from .guide_check import GuideCheck as GuideCheck
 from .guide_check import check_guide as check_guide
+from .impute import Imputation as Imputation
+from .impute import impute as impute
 from .latents import RateDistortion as RateDistortion
 from .latents import active_units as active_units
 from .latents import codes as codes

@@ -6,11 +6,9 @@ posterior :math:`q(z) = \frac1n \sum_i q(z \mid x_i)` from the prior (ELBO Surge
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_vae._checks import check_int
@@ -79,7 +77,7 @@ def aggregate(program: Any, x: Any = None, *, draws: int = 1, seed: int = 0) -> 
     for number, block in enumerate(target.blocks()):
         with block.running(seed, "aggregate", number):
             guide = block.trace("guide", draws)
-            model = block.trace("model", draws, partial(poutine.replay, trace=guide))
+            model = block.trace("model", draws, block.replaying(guide))
             fresh.append(block.flatten(block.trace("model", 1))[0])
         drawn.append(block.flatten(guide))
         priors.append(block.log_density(model, draws, model.stochastic_nodes))

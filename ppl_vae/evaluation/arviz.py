@@ -7,7 +7,6 @@ library.
 
 import datetime
 import warnings
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -45,7 +44,7 @@ def to_datatree(
 
     | group | variables | dimensions |
     |---|---|---|
-    | `posterior` | each latent site, by q(z\|x) | chain, draw, obs, ... |
+    | `posterior` | each latent site, by q(z\|x); enumerated ones by p(y\|z, x) | chain, draw, obs, ... |
     | `reweighted` | the same draws, resampled by their smoothed importance weights | chain, draw, obs, ... |
     | `posterior_predictive` | each observed site, drawn anew | chain, draw, obs, ... |
     | `log_likelihood` | each observed site, nats, summed over its entries | chain, draw, obs |
@@ -139,11 +138,11 @@ def _block(target: Target, draws: int, key: tuple[int, int]) -> Groups:
 def _draw(target: Target, k: int) -> tuple[Groups, Any]:
     """Draw k times from the current random state; the groups and the model's trace."""
     guide = target.trace("guide", k)
-    replay = partial(poutine.replay, trace=guide)
-    model, again = target.trace("model", k, replay), target.trace("model", k, lambda f: poutine.uncondition(replay(f)))
+    model, again = target.trace("model", k, target.replaying(guide)), target.predict(guide, k)
     sites = _data_sites(target, again)
+    names = target.structure.latents + target.structure.enumerated
     groups = {
-        "posterior": {name: _array(target, model.nodes[name]) for name in target.structure.latents},
+        "posterior": {name: _array(target, again.nodes[name]) for name in names},
         "posterior_predictive": {name: _array(target, again.nodes[name]) for name in sites},
         "log_likelihood": {name: _scores(target, model, k, name) for name in sites},
         "sample_stats": {"log_weight": target.log_weights(model, guide, k).cpu()[None].numpy()},

@@ -263,6 +263,8 @@ def estimate_evidence(
         parts.append(sums.figures())
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     figures["rounding"] = _rounding(target, figures["log_evidence"], seed)
+    if target.structure.enumerated and not target.structure.latents:  # then nothing was drawn
+        figures |= {name: torch.zeros_like(figures[name]) for name in ("mc_se", "bias", "elbo_mc_se", "shift")}
     figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
     return Evidence(**figures, samples=samples, inner=inner)
 

@@ -98,8 +98,8 @@ def inference_gap(
 
     A `VAE` has the family of its posterior. The family of Pyro's `AutoNormal`, `AutoDiagonalNormal`,
     `AutoMultivariateNormal`, `AutoLowRankMultivariateNormal` and `AutoNormalMessenger` is known as well, and that of
-    any other guide can be given. These are families over all latent variables of a datum side by side, each carried to the
-    real line, as in Pyro. Where the whole data set counts as one datum, n is 1. Without a family only the total is
+    any other guide can be given. These are families over all latent variables of a datum side by side, each carried to
+    the real line, as in Pyro. Where the whole data set counts as one datum, n is 1. Without a family only the total is
     known.
 
     Scales have a floor of 1e-6. If a posterior is narrower than 1e-5, or than a hundred times its rounding, a warning

@@ -113,7 +113,7 @@ class GuideCheck:
     def _near(self) -> bool:
         """Whether the guide's means and standard deviations are those of the reference or the weights."""
         sites = self.sites.values()
-        apart = max(float(site.loc_error.abs().max()) for site in sites)
+        apart = max((float(site.loc_error.abs().max()) for site in sites), default=0.0)
         return apart < _NEAR and all(float(site.scale_ratio.log().abs().max()) < _NEAR for site in sites)
 
     def doubtful(self, most: int = 5) -> dict[str, float]:
@@ -258,6 +258,10 @@ def check_guide(
         warnings.warn(notes[0], stacklevel=2)
     if target.structure.sequential:
         notes.append("This program runs one draw at a time, since it does not allow dims left of its plates.")
+    if target.structure.enumerated:
+        summed = f"{', '.join(target.structure.enumerated)} summed out"
+        exact = "so that the log evidence is exact and the guide has nothing to approximate"
+        notes.append(f"Discrete sites: {summed}" + ("." if target.structure.latents else f", {exact}."))
     moments: list[_Moments] = []
 
     def look(number: int, draws: Draws) -> None:
@@ -348,7 +352,7 @@ def _local(target: Target) -> Tensor:
         torch.full((math.prod(target.structure.shapes[name]),), target.structure.local in frames(nodes[name]))
         for name in target.structure.latents
     ]
-    return torch.cat(parts).to(target.device)
+    return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).to(target.device)
 
 
 def _disagrees(reference: Reference, loc: Tensor, bound: Tensor, error: Tensor) -> bool:

@@ -42,6 +42,8 @@ def codes(program: Any, x: Any = None, draws: int = 100, *, seed: int = 0) -> tu
         ValueError: If there are fewer than two draws, or the data do not fit.
     """
     target, draws = Target.of(program, x), check_int("draws", draws, 2)
+    if not target.structure.latents:  # all are enumerated
+        return (torch.zeros(target.n, 0, dtype=torch.float64, device=target.device),) * 2
     moments = []
     for number, block in enumerate(target.blocks()):
         with block.running(seed, "codes", number):
@@ -70,7 +72,7 @@ def active_units(program: Any, x: Any = None, *, threshold: float = 0.01, draws:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2016), section 5.2.
     """
     mean, variance = codes(program, x, draws, seed=seed)
-    if len(mean) < 2:
+    if len(mean) < 2 or not mean.numel():
         return torch.zeros(mean.shape[1], dtype=torch.bool)
     return mean.var(0) - variance.mean(0) / draws > threshold
 
@@ -98,6 +100,11 @@ def rates(program: Any, x: Any = None, *, draws: int = 100, seed: int = 0) -> Te
         ValueError: If the marginals of a site have no known density, as those of a flow, or as in `codes`.
     """
     target, draws = Target.of(program, x), check_int("draws", draws)
+    if names := target.structure.enumerated:
+        raise ValueError(
+            f"Expected latents whose marginals have a density, for a rate of each; theirs are sums over '{names[0]}'. "
+            "log_evidence(program, x, samples).rate is that of all of them."
+        )
     parts = []
     for number, block in enumerate(target.blocks()):
         total: Any = 0.0

@@ -8,6 +8,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae.evaluation.nested import Nested
+from ppl_vae.programs.enumeration import Weights
 from ppl_vae.programs.target import BLOCK, Target
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
@@ -38,7 +39,8 @@ def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> It
 def block_size(target: Target, inner: int = 1) -> int:
     """How many draws go side by side; the first entry of the batch says how large a datum is."""
     first = next(iter(target.batch.values()))
-    numbers = target.features * inner if target.structure.whole else BLOCK * max(first[0].numel(), 1)
+    whole, width = target.structure.whole, target.width
+    numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
     return max(1, min(BLOCK, _ENTRIES // numbers))
 
 
@@ -48,11 +50,32 @@ def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner:
             nested = Nested(target, min(size, samples - start), inner, *key, number)
             yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
+    if target.structure.enumerated:
+        yield from _weigh_sums(target, samples, size, key)
+        return
     for k, model, guide in trace_blocks(target, samples, size, *key):
         likelihood = target.log_density(model, k, model.observation_nodes)
         prior = target.log_density(model, k, model.stochastic_nodes)
         weights = prior + likelihood - target.log_density(guide, k)
         yield Draws(weights, likelihood, weights, partial(_moments, target, model))
+
+
+def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[Draws]:
+    """Draws of a program with enumerated sites; where no others are left, all weights are p(x)."""
+    structure = target.structure
+    for number, start in enumerate(range(0, samples, size)):
+        k = min(size, samples - start)
+        own = k if structure.latents else 1
+        weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
+        moments = partial(_summed_moments, target, weights, k)
+        yield Draws(*(each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)), moments)
+
+
+def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:
+    if not target.structure.latents:
+        return (target.draws(k),) * 4
+    means = weights.moments(target.structure.latents, -1 - target.structure.nesting)
+    return tuple(target.layout.pack(values) for values in means)
 
 
 def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:

@@ -40,6 +40,39 @@ class Filled(MaskedDistribution):
         return super().log_prob(torch.where(self._mask, value, self.inside))
 
 
+def draw_hidden(fn: Any, value: Tensor, seen: Tensor) -> Tensor:
+    """Draw the entries that a distribution's mask hides, given those that it shows.
+
+    Args:
+        fn: a likelihood under a mask.
+        value: an event of each batch, hidden entries as they may be.
+        seen: boolean, as `value`; the mask that is expected.
+
+    Returns:
+        As `value`; only hidden entries are of use.
+
+    Raises:
+        NotImplementedError: If the mask is another, or nothing is known of the hidden entries given the others.
+    """
+    if hasattr(fn, "draw_hidden"):
+        return fn.draw_hidden(value, seen)  # type: ignore[no-any-return]
+    if isinstance(fn, torch.distributions.Independent):
+        return draw_hidden(fn.base_dist, value, seen)
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        place = value.dim() - len(fn.event_shape)
+        wide, shown = value.unsqueeze(place), seen.unsqueeze(place)
+        weights = fn.mixture_distribution.logits + fn.component_distribution.log_prob(wide)
+        chosen = torch.distributions.Categorical(logits=weights).sample()
+        shape = (*value.shape[:place], weights.shape[-1], *fn.event_shape)
+        each = draw_hidden(fn.component_distribution, wide.expand(shape), shown.expand(shape))
+        chosen = chosen.reshape(*chosen.shape, 1, *(1,) * len(fn.event_shape))
+        return each.take_along_dim(chosen, place).squeeze(place)
+    if isinstance(fn, MaskedDistribution) and not fn.base_dist.event_shape and isinstance(fn._mask, Tensor):
+        if torch.equal(fn._mask.expand(seen.shape), seen):
+            return fn.base_dist.sample().expand(value.shape)  # type: ignore[no-any-return]
+    raise NotImplementedError
+
+
 class Entry(TorchDistribution):
     """A distribution of one number; `arg_constraints` names its parameters. A subclass writes `log_density`."""
 
@@ -97,11 +130,17 @@ class Marginal(FullCovariance):
     """The marginal of the observed entries; hidden ones are filled, and add a density of one."""
 
     observed: Tensor
+    whole: FullCovariance
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Marginal":
         new = super().expand(batch_shape, self._get_checked_instance(Marginal, _instance))
         new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
+        new.whole = self.whole.expand(torch.Size(batch_shape))
         return new
+
+    def draw_hidden(self, value: Tensor, seen: Tensor) -> Tensor:
+        """Draw hidden entries given the others, as the function of this name."""
+        return _condition(self, value, seen)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(torch.where(self.observed, value, self.loc))
@@ -117,19 +156,38 @@ def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> Ful
     covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
     marginal = Marginal(loc.expand(mask.shape), scale_tril=torch.linalg.cholesky(covariance))
     marginal.observed = mask
+    marginal.whole = FullCovariance(loc.expand(mask.shape), scale_tril=scale_tril, validate_args=False)
     return marginal
+
+
+def _condition(fn: Any, value: Tensor, seen: Tensor) -> Tensor:
+    r"""Draw a normal given its entries o: a free draw u plus :math:`\Sigma_{\cdot o} \Sigma_{oo}^{-1} (x_o - u_o)`."""
+    if not torch.equal(fn.observed.expand(seen.shape), seen):
+        raise NotImplementedError
+    free = fn.whole.sample()
+    apart = torch.where(seen, value - free, 0.0).unsqueeze(-1)
+    moved = torch.cholesky_solve(apart, fn.scale_tril) if isinstance(fn, Marginal) else fn.precision_matrix @ apart
+    return free + (fn.whole.covariance_matrix @ moved).squeeze(-1)  # type: ignore[no-any-return]
 
 
 class LowRank(dist.LowRankMultivariateNormal):
     """A normal with a low-rank covariance, or the marginal of its observed entries, as `Marginal` has it."""
 
     observed: Tensor | None = None
+    whole: Any = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRank":
         new = super().expand(batch_shape, self._get_checked_instance(LowRank, _instance))
         if self.observed is not None:
             new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
+            new.whole = self.whole.expand(torch.Size(batch_shape))
         return new
+
+    def draw_hidden(self, value: Tensor, seen: Tensor) -> Tensor:
+        """Draw hidden entries given the others, as the function of this name."""
+        if self.observed is None:
+            raise NotImplementedError
+        return _condition(self, value, seen)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value if self.observed is None else torch.where(self.observed, value, self.loc))
@@ -140,9 +198,10 @@ def low_rank(loc: Tensor, factor: Tensor, diagonal: Tensor, mask: Tensor | None)
     if mask is None:
         return LowRank(loc, factor, diagonal)
     mask = mask.expand(torch.broadcast_shapes(loc.shape, mask.shape))
+    whole = LowRank(loc.expand(mask.shape), factor, diagonal, validate_args=False)
     diagonal = torch.where(mask, diagonal, 1 / (2 * math.pi))
     marginal = LowRank(loc.expand(mask.shape), torch.where(mask.unsqueeze(-1), factor, 0.0), diagonal)
-    marginal.observed = mask
+    marginal.observed, marginal.whole = mask, whole
     return marginal
 
 

@@ -156,12 +156,12 @@ class Family(nn.Module, ABC):
         """Network of a conditional that names none."""
         return Free()
 
-    def _refuse(self, mask: Tensor | None) -> None:
+    def _refuse(self, mask: Tensor | None, remedy: str = "Use FullNormal, LowRankNormal or a mixture.") -> None:
         """Refuse a mask: the marginal of the observed entries has no closed form."""
         if mask is not None:
             raise ValueError(
                 f"Expected data without missing entries for {type(self).__name__}, whose entries depend on each other "
-                "in a way that has no marginals in closed form; got a mask. Use FullNormal, LowRankNormal or a mixture."
+                f"in a way that has no marginals in closed form; got a mask. {remedy}"
             )
 
     def _vector(self) -> int:

@@ -66,6 +66,7 @@ class LinearGaussian:
     def _solve(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         r"""Residual :math:`r` in units of the noise, :math:`B^\top r` as a column, and the Cholesky factor of C."""
         whitened = self.weight @ self.scale_tril / self.scale.unsqueeze(-1)
+        x = x if mask is None else torch.where(mask, x, 0.0)  # a NaN would poison gradients
         residual = (x - self.bias - self.weight @ self.loc) / self.scale
         if mask is not None:
             whitened, residual = torch.where(mask.unsqueeze(-1), whitened, 0.0), torch.where(mask, residual, 0.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae.data.columns import Columns
+from ppl_vae.families.distributions import draw_hidden
 from ppl_vae.families.family import Family
 from ppl_vae.networks.encoding import Word
 
@@ -150,6 +151,11 @@ class ByColumns(TorchDistribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self._joined([part.sample(torch.Size(sample_shape)) for part in self.parts])
+
+    def draw_hidden(self, value: Tensor, seen: Tensor) -> Tensor:
+        """Draw hidden entries given the others, as the function of this name."""
+        pairs = zip(self.parts, self.blocks, strict=True)
+        return self._joined([draw_hidden(part, value[..., block], seen[..., block]) for part, block in pairs])
 
     @property
     def mean(self) -> Tensor:

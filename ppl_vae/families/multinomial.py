@@ -17,28 +17,23 @@ class _Multinomial(TorchDistribution):
     arg_constraints = {"logits": constraints.real_vector, "total": constraints.nonnegative}
     support = constraints.independent(constraints.nonnegative_integer, 1)
 
-    def __init__(self, total: Tensor, logits: Tensor, mask: Tensor | None, validate_args: bool | None = None) -> None:
-        shape = torch.broadcast_shapes(total.shape, logits.shape[:-1], () if mask is None else mask.shape[:-1])
+    def __init__(self, total: Tensor, logits: Tensor, validate_args: bool | None = None) -> None:
+        shape = torch.broadcast_shapes(total.shape, logits.shape[:-1])
         self.total, self.logits = total.expand(shape), logits.expand(*shape, logits.shape[-1])
-        self.observed = None if mask is None else mask.expand(self.logits.shape)
         super().__init__(shape, logits.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TorchDistribution:
         batch_shape = torch.Size(batch_shape)
-        new = _Multinomial(self.total.expand(batch_shape), self.logits, self.observed, validate_args=False)
+        new = _Multinomial(self.total.expand(batch_shape), self.logits, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     @property
     def log_probs(self) -> Tensor:
-        """Log probabilities of the features, among those observed."""
-        if self.observed is None:
-            return self.logits.log_softmax(-1)
-        return self.logits.masked_fill(~self.observed, torch.finfo(self.logits.dtype).min / 4).log_softmax(-1)
+        """Log probabilities of the features."""
+        return self.logits.log_softmax(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self.observed is not None:
-            value = torch.where(self.observed, value, 0.0)
         if self._validate_args:
             self._validate_sample(value)
         return (value.sum(-1) + 1).lgamma() + (value * self.log_probs - (value + 1).lgamma()).sum(-1)
@@ -66,8 +61,7 @@ class _Multinomial(TorchDistribution):
 class Multinomial(Family):
     r"""Counts given their total, :math:`(\sum_j x_j)! \prod_j p_j^{x_j} / x_j!`, by the logits of p.
 
-    The total of a row is taken as given: the density is that of how it is divided. Under a mask, it is the total of the
-    observed entries.
+    The total of a row is taken as given: the density is that of how it is divided. So no entry of a row may be missing.
 
     Args:
         event: The size of an event, a vector.
@@ -87,9 +81,8 @@ class Multinomial(Family):
         return torch.zeros(self.event_shape)
 
     def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        seen = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        counts = torch.where(seen, x, 0.0)
-        each = counts.sum(0) / seen.sum(0).clamp_min(1)
+        self._refuse(mask, "Use NegativeBinomial or Poisson.")
+        each = x.mean(0)
         self.total.copy_(each.sum().round().clamp_min(1))
         return (each + 1e-3 * each.mean().clamp_min(1e-3)).log()
 
@@ -103,4 +96,5 @@ class Multinomial(Family):
             mask: As of every family.
             total: The total of each row, shape (*batch,), for draws and moments; by default the training data's mean.
         """
-        return _Multinomial(self.total if total is None else total, parameters, mask)
+        self._refuse(mask, "Use NegativeBinomial or Poisson.")
+        return _Multinomial(self.total if total is None else total, parameters)

@@ -1,4 +1,4 @@
-"""`Gradients`: the loss of a batch and its gradients, by Pyro step by step, and replayed once they are known."""
+"""`Gradients`: the losses of a batch and their gradients, by Pyro step by step, and replayed once they are known."""
 
 import logging
 from collections import Counter
@@ -7,13 +7,15 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import TraceEnum_ELBO
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae._seeds import random_state, set_random_state
 from ppl_vae.programs.capture import close, record
-from ppl_vae.programs.traces import Batch, batch_of
+from ppl_vae.programs.traces import Batch
 
 EAGER = 50  # steps with batches of one shape before they are captured, which takes about as long
 _LOG = logging.getLogger(__name__)
@@ -21,9 +23,9 @@ Answer = tuple[Tensor, list[Tensor | None]]
 
 
 class Gradients:
-    """Minus the bound of a batch per datum, and its gradients with respect to what is learned.
+    """Minus the objective of a batch per datum, minus its ELBO, and the gradients of the first by what is learned.
 
-    Pyro's own objective runs the program's model and guide. After `EAGER` batches of one shape the tensor operations
+    The objective runs the program's model and guide by Pyro. After `EAGER` batches of one shape the tensor operations
     of a step, its draws among them, are recorded as a function of the batch, the parameters and the buffers, held
     against Pyro at two steps, and replayed from then on, with the same draws and the same numbers. Where that cannot
     be, all goes on by Pyro, and the log (level INFO) says why: the program branches on values, has shapes that
@@ -34,7 +36,7 @@ class Gradients:
 
     Args:
         program: any program.
-        objective: one of Pyro's.
+        objective: called with program and batch, it returns `Terms`.
         learned: the tensors that are learned.
         whole: whether the whole data set counts as one datum.
         capture: whether steps are recorded at all.
@@ -44,7 +46,7 @@ class Gradients:
         self, program: Any, objective: Any, learned: list[Tensor], *, whole: bool = False, capture: bool = True
     ) -> None:
         self.program, self.objective, self.learned = program, objective, learned
-        self.whole, self.capture = whole, capture
+        self.whole, self.capture = whole, capture and not isinstance(getattr(objective, "elbo", None), TraceEnum_ELBO)
         self.seen: Counter[Any] = Counter()
         self.graphs: dict[Any, Callable[..., list[Any]]] = {}
         self.settings: dict[str, Any] = {}
@@ -53,22 +55,23 @@ class Gradients:
     def look(self) -> None:
         """Forget what was recorded if an attribute of the program has changed since."""
         if self.capture and _changed(self.settings, settings := _settings(self.program)):
-            held = [*self.learned, *(value for value in settings.values() if isinstance(value, Tensor))]
+            beta = [] if self.objective.beta is None else [self.objective.beta.value]
+            held = [*self.learned, *beta, *(value for value in settings.values() if isinstance(value, Tensor))]
             self.settings, self.held = settings, list({id(one): one for one in held}.values())
             self.seen.clear()
             self.graphs.clear()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Minus the bound per datum, by Pyro, differentiable."""
-        loss: Tensor = self.objective.differentiable_loss(self.program.model, self._guide, **batch)
-        return loss / self._data(batch)
+    def loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Minus the objective, differentiable, and minus the ELBO, both per datum."""
+        loss, surrogate, bound = self.objective(self.program, batch)
+        return (loss + (surrogate - torch_item(surrogate))) / self._data(batch), bound / self._data(batch)
 
     def _data(self, batch: Batch) -> int:
         """How many data a batch counts for."""
         return 1 if self.whole else len(next(iter(batch.values())))
 
     def __call__(self, batch: Batch) -> Answer:
-        """The loss, without gradients, and the gradients: None for what has no effect."""
+        """Minus objective and ELBO, (2,), without gradients, and the gradients: None for what has no effect."""
         kind = tuple((key, *_layout(value)) for key, value in batch.items())
         self.seen[kind] += self.capture
         replay, seen = self.graphs.get(kind), self.seen[kind]
@@ -79,11 +82,9 @@ class Gradients:
         return self._checked(kind, batch)
 
     def _by_pyro(self, batch: Batch) -> Answer:
-        loss = self.loss(batch)
-        return loss.detach(), [*torch.autograd.grad(loss, self.learned, allow_unused=True)]
-
-    def _guide(self, **given: Tensor) -> Any:
-        return self.program.guide(**batch_of(self.program.guide, given))
+        loss, bound = self.loss(batch)
+        losses = torch.stack([loss.detach(), torch.as_tensor(bound, dtype=loss.dtype, device=loss.device)])
+        return losses, [*torch.autograd.grad(loss, self.learned, allow_unused=True)]
 
     def _given(self, batch: Batch) -> list[Tensor]:
         """The arguments of a graph: all that is or may be changed in place, and the batch."""
@@ -131,16 +132,11 @@ class Gradients:
 
     def _by_operations(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What `_by_pyro` gives, without looking at a value: Pyro sums the loss over sites in Python's floats."""
-        loss: Any = 0.0
-        surrogate: Any = 0.0
-        particles = self.objective.num_particles
         with torch.enable_grad(), _ItemsAreTensors(), pyro.validation_enabled(False):
-            for traces in self.objective._get_traces(self.program.model, self._guide, (), batch):
-                parts = self.objective._differentiable_loss_particle(*traces)
-                loss, surrogate = loss + parts[0] / particles, surrogate + parts[1] / particles
-            value = (loss + (surrogate - surrogate.detach().double())).to(dtype) / self._data(batch)
+            loss, surrogate, bound = self.objective(self.program, batch)
+            value = (loss + (surrogate - torch_item(surrogate))).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)
-        return value.detach(), *gradients
+        return torch.stack([value.detach(), (bound / self._data(batch)).to(dtype)]), *gradients
 
 
 class _ItemsAreTensors(TorchFunctionMode):

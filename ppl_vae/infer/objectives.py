@@ -1,25 +1,83 @@
-"""Objectives by name, and what they require of a program."""
+"""Objectives by name, what they require of a program, and the settings that go with them."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
 
+from ppl_vae._seeds import fork_rng
+from ppl_vae.infer.elbo import Beta, Elbo, kl_means
+from ppl_vae.infer.importance_weighted import ImportanceWeighted
+from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.sites import Structure
+from ppl_vae.programs.target import Target
+from ppl_vae.programs.traces import batch_of
 
-Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO"]
-OBJECTIVES: dict[str, type[ELBO]] = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "ImportanceWeighted", "Renyi"]
+OBJECTIVES: dict[str, Any] = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
+    "ImportanceWeighted": ImportanceWeighted,
+    "Renyi": ImportanceWeighted,
+}
+WEIGHTED = tuple(name for name, kind in OBJECTIVES.items() if kind is ImportanceWeighted)
 
 
-def check_objective(elbo: str, structure: Structure) -> None:
+def make_objective(
+    elbo: str,
+    structure: Structure,
+    learned: list[Tensor],
+    particles: int,
+    *,
+    alpha: float | None = None,
+    gradient: Any = "plain",
+    beta: Beta | None = None,
+    free_bits: float = 0.0,
+    per: Any = None,
+) -> Any:
+    """An objective: called with a program and a batch, it returns `Terms`; `beta` is the `Beta` of its KL terms."""
+    kind = OBJECTIVES[elbo]
+    if elbo in WEIGHTED:
+        return kind(structure, learned, particles, alpha or 0.0, gradient)
+    vectorize = particles > 1 and not structure.sequential
+    bound = kind(
+        num_particles=particles,
+        vectorize_particles=vectorize,
+        max_plate_nesting=structure.nesting,
+        strict_enumeration_warning=False,
+    )
+    return Elbo(bound, beta, free_bits, per or "latent")
+
+
+def check_objective(elbo: str, structure: Structure, *, gradient: str = "plain", free_bits: float = 0.0) -> None:
     """Check that an objective suits the latent sites of a program.
 
     Raises:
-        ValueError: Under `TraceMeanField_ELBO`, if model and guide visit them in different orders, or a draw of the
-            guide has no gradient.
+        ValueError: Under `TraceMeanField_ELBO`, if model and guide visit them in different orders. Under all objectives
+            but `Trace_ELBO` and `TraceEnum_ELBO`, if a draw of the guide has no gradient. Under `TraceEnum_ELBO`, if
+            there is nothing to enumerate; under any other, if the model enumerates. Under `ImportanceWeighted` and
+            `Renyi`, if a site is a point, or the program takes parts of its data or cannot run several draws side by
+            side.
     """
-    if elbo == "TraceMeanField_ELBO" and structure.not_reparameterised:
+    alone = [name for name in structure.enumerated if name not in structure.enumerated_by_guide]
+    if alone and elbo != "TraceEnum_ELBO":
         raise ValueError(
-            f"Expected reparameterised sites in the guide for TraceMeanField_ELBO; got "
+            f"Expected elbo = 'TraceEnum_ELBO' for a model that enumerates '{alone[0]}', which the guide lacks; got "
+            f"{elbo!r}, which would draw it from the prior."
+        )
+    if elbo == "TraceEnum_ELBO" and not structure.enumerated and not structure.not_reparameterised:
+        raise ValueError(
+            "Expected discrete latent sites to enumerate for TraceEnum_ELBO; got none. Use Trace_ELBO, or mark a site "
+            "infer={'enumerate': 'parallel'}."
+        )
+    name = f'gradient = "{gradient}"' if gradient != "plain" else elbo
+    if elbo not in ("Trace_ELBO", "TraceEnum_ELBO") and structure.not_reparameterised:
+        raise ValueError(
+            f"Expected reparameterised sites in the guide for {name}; got "
             f"'{structure.not_reparameterised[0]}', whose draws have no gradient. Use Trace_ELBO."
         )
     if elbo == "TraceMeanField_ELBO" and not structure.same_order:
@@ -27,4 +85,75 @@ def check_objective(elbo: str, structure: Structure) -> None:
             f"Expected model and guide to visit the latent sites in one order, {', '.join(structure.latents)}, for "
             "TraceMeanField_ELBO; the guide's order differs, and the bound would be wrong. Reorder the guide or use "
             "Trace_ELBO."
+        )
+    if free_bits and structure.whole:
+        raise ValueError(
+            "Expected free_bits = 0 where the whole data set counts as one datum; there is no mean KL over data."
+        )
+    if elbo in WEIGHTED:
+        causes = {
+            f"'{(structure.points or ('',))[0]}', a point (Delta) without a density": structure.points,
+            f"plate '{structure.subsampled}', which takes a part of the data": structure.subsampled,
+            "a program that runs one draw at a time": structure.sequential,
+        }
+        for what, found in causes.items():
+            if found:
+                raise ValueError(
+                    f"Expected a program with weights of several draws at once for {elbo}; got {what}. Use Trace_ELBO."
+                )
+
+
+@torch.no_grad()
+def check_estimator(target: Target, objective: Any) -> None:
+    """Check what only a trial shows: guides that `stl` and `dreg` run twice, and KL terms for free bits.
+
+    The program runs in training mode on its first data, and is left as it was.
+
+    Raises:
+        ValueError: If the program does not allow the estimator; the message says why.
+    """
+    program, batch = target.program, target.rows(slice(2)).batch if target.structure.rows is None else target.batch
+    buffers = [(one, one.clone()) for one in program.buffers()] if isinstance(program, nn.Module) else []
+    with scope(program, keep=False, training=True), fork_rng("trial", device=target.device):
+        if isinstance(objective, ImportanceWeighted) and objective.gradient != "plain":
+            objective.check(program, batch)
+        if isinstance(objective, Elbo) and objective.free_bits:
+            guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+            model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
+            kl_means(model, guide, target.structure.nesting, 1, objective.per)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+
+
+def check_objective_settings(given: dict[str, Any]) -> None:
+    """Check the settings of an objective, those that are given, and that each has an effect.
+
+    Raises:
+        ValueError: If one is out of range, or goes with another objective; the first such setting by name.
+    """
+    elbo, alpha, beta = given.get("elbo"), given.get("alpha"), given.get("beta", 1.0)
+    if alpha is not None and (alpha == 1 or not math.isfinite(alpha)):
+        raise ValueError(f"Expected `alpha` to be a number other than 1, which is Trace_ELBO; got {alpha!r}.")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"Expected `beta` to be a positive number; got {beta!r}.")
+    if not 0 <= given.get("free_bits", 0.0) < math.inf:
+        raise ValueError(f"Expected `free_bits` to be 0 (off) or nats above 0; got {given['free_bits']!r}.")
+    if elbo is None:
+        return
+    if (alpha is None) == (elbo == "Renyi"):
+        raise ValueError(
+            'Expected `alpha` for elbo = "Renyi", such as 0.5; got none.'
+            if alpha is None
+            else f'Expected `alpha` with elbo = "Renyi" alone; got {alpha} with {elbo}.'
+        )
+    for key, off in {"beta": 1.0, "warm_up": 0, "free_bits": 0.0}.items():
+        homes = ["TraceMeanField_ELBO"] if key == "free_bits" else ["Trace_ELBO", "TraceMeanField_ELBO"]
+        if given.get(key, off) != off and elbo not in homes:
+            raise ValueError(
+                f"Expected `{key}` = {off} with elbo = {elbo!r}; got {given[key]}. Use {' or '.join(homes)}."
+            )
+    if given.get("gradient", "plain") != "plain" and elbo not in WEIGHTED:
+        raise ValueError(
+            f'Expected `gradient` = "plain" with elbo = {elbo!r}; got {given["gradient"]!r}. Use '
+            'elbo = "ImportanceWeighted", which with particles = 1 is the ELBO.'
         )

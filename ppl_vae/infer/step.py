@@ -1,6 +1,7 @@
 """Training steps: their state, one step on the loss, one epoch of steps."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,10 @@ class History:
     """What a training run recorded, one entry per epoch; bounds are in nats per datum.
 
     Args:
-        elbo: mean bound over the epoch's steps, while the parameters moved.
-        validation: bound of the validation data after the epoch; empty without such data.
+        elbo: mean ELBO over the epoch's steps, while the parameters moved, whatever the objective.
+        validation: ELBO of the validation data after the epoch; empty without such data.
+        objective: as `elbo`, of what was maximised: with beta and free bits, or by several draws.
+        validation_objective: as `validation`, of the objective, at the final beta.
         learning_rate: the rate at the epoch's end.
         seconds: time since the start.
         steps: how many steps the optimiser took in all.
@@ -33,10 +36,18 @@ class History:
 
     elbo: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+    objective: list[float] = field(default_factory=list)
+    validation_objective: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     steps: int = 0
     best_epoch: int | None = None
+
+    def best(self, start: int = 0, otherwise: int | None = None) -> Any:
+        """The first epoch, from `start` on, with the highest finite objective of the validation data."""
+        values = list(enumerate(self.validation_objective))[start:]
+        finite = [(value, epoch) for epoch, value in values if math.isfinite(value)]
+        return max(finite, key=lambda pair: pair[0])[1] if finite else otherwise
 
 
 @dataclass
@@ -77,7 +88,9 @@ class State:
         self.set_values(saved["learned"])
         self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])
-        vars(self.history).update(copy.deepcopy(saved["history"]))
+        known = saved["history"]  # of an older run, whose objective was the ELBO
+        older = {"objective": known["elbo"], "validation_objective": known["validation"]}
+        vars(self.history).update(copy.deepcopy({**older, **known}))
         self.best = saved["best"]
 
     def _tensors(self) -> list[Tensor]:
@@ -105,7 +118,7 @@ class Trainer:
 
     Args:
         program: any program.
-        objective: one of Pyro's, with a `differentiable_loss`.
+        objective: called with program and batch, it returns `Terms`; its `beta` follows the steps.
         state: the state of the run; the steps change it.
         batch_size: data per step.
         clip: maximum of the global gradient norm, per datum; 0 is off.
@@ -131,7 +144,7 @@ class Trainer:
         self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
         self.former: Any = None  # gradients of the step before
 
-    def epoch(self, data: Target, number: int, *, check: bool) -> float:
+    def epoch(self, data: Target, number: int, *, check: bool) -> tuple[float, float]:
         """Pass once over the data.
 
         Args:
@@ -140,7 +153,7 @@ class Trainer:
             check: whether Pyro checks the first step.
 
         Returns:
-            Sum of the loss over the data.
+            Objective and ELBO, sums over the data.
 
         Raises:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
@@ -157,8 +170,9 @@ class Trainer:
             self.state.load(good)
             raise
         values = torch.stack(losses)
-        if bool(values.isfinite().all()) and self.state.is_finite():
-            return float(values.sum())
+        if bool(values[:, 0].isfinite().all()) and self.state.is_finite():
+            objective, elbo = (-values.double().sum(0)).tolist()
+            return objective, elbo
         culprit = self._replay(data, number, good)
         raise ValueError(
             f"Expected a finite loss; it turned NaN or infinite at step {self.state.history.steps + 1} (epoch "
@@ -167,14 +181,17 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def bound(self, held_out: Target) -> float:
-        """Bound of held-out data in nats per datum, estimated by the same draws each time."""
-        total = 0.0
+    def bound(self, held_out: Target) -> tuple[float, float]:
+        """Objective and ELBO of held-out data in nats per datum, by the same draws each time, at the final beta."""
+        objective = elbo = 0.0
         draws = fork_rng(self.seed, "validation", device=held_out.device)
+        if self.objective.beta is not None:
+            self.objective.beta.set()
         with mode(self.program), draws, pyro.validation_enabled(False):
             for block in held_out.blocks(self.batch_size):
-                total -= float(self.gradients.loss(block.batch)) * block.n
-        return total / held_out.n
+                loss, bound = self.gradients.loss(block.batch)
+                objective, elbo = objective - float(loss) * block.n, elbo - float(bound) * block.n
+        return objective / held_out.n, elbo / held_out.n
 
     def _batches(self, data: Target, number: int) -> Iterable[Batch]:
         if self.parts > 1:
@@ -191,14 +208,16 @@ class Trainer:
             for step, batch in enumerate(self._batches(data, number)):
                 if step == until:
                     return _culprit(self.program, batch)
-                if not (bool(self._step(batch).isfinite()) and self.state.is_finite()):
+                if not (bool(self._step(batch)[0].isfinite()) and self.state.is_finite()):
                     break
         return self._replay(data, number, good, step)
 
     def _step(self, batch: Batch) -> Tensor:
-        """Take one step on the loss, minus the bound per datum; returns that loss."""
+        """Take one step on the loss; returns minus objective and ELBO per datum."""
         state = self.state
-        loss, gradients = self.gradients(batch)
+        if self.objective.beta is not None:
+            self.objective.beta.set(state.history.steps)
+        losses, gradients = self.gradients(batch)
         self.former = gradients  # till the next are there: memory that is all given back must be fetched anew
         if self.clip:
             norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
@@ -210,7 +229,7 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
         state.scheduler.step()
         state.history.steps += 1
-        return loss
+        return losses
 
 
 def _size(batch: Batch) -> int:

@@ -8,14 +8,24 @@ from typing import Any, Literal, get_args
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
+from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
-from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective
+from ppl_vae.infer.elbo import Beta, Per
+from ppl_vae.infer.importance_weighted import Gradient
+from ppl_vae.infer.objectives import (
+    OBJECTIVES,
+    Objective,
+    check_estimator,
+    check_objective,
+    check_objective_settings,
+    make_objective,
+)
+from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
@@ -23,9 +33,12 @@ from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of, check_batch
 
-Schedule = Literal["constant", "one-cycle", "cosine"]
 Keep = Literal["last", "best"]
-SETTINGS = ("elbo", "epochs", "batch_size", "learning_rate", "schedule", "clip", "particles", "keep")
+SETTINGS = (
+    *("elbo", "alpha", "gradient", "particles", "beta", "warm_up", "cycles", "free_bits", "free_bits_per"),
+    *("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "restarts"),
+    *("weight_decay", "momentum", "betas", "epsilon", "clip", "keep", "patience"),
+)
 
 
 def fit(
@@ -33,17 +46,30 @@ def fit(
     x: Any = None,
     *,
     elbo: Objective = "Trace_ELBO",
+    alpha: float | None = None,
+    gradient: Gradient = "plain",
+    particles: int = 1,
+    beta: float = 1.0,
+    warm_up: int = 0,
+    cycles: int | None = None,
+    free_bits: float = 0.0,
+    free_bits_per: Per | None = None,
     epochs: int = 100,
     batch_size: int = 100,
+    optimizer: Name | Callable[..., Optimizer] = "Adam",
     learning_rate: float = 1e-3,
     schedule: Schedule = "constant",
+    restarts: int | None = None,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
+    betas: list[float] | None = None,
+    epsilon: float | None = None,
     clip: float = 0.0,
-    particles: int = 1,
     keep: Keep = "last",
+    patience: int = 0,
     seed: int = 0,
     device: str = "auto",
     validation: Any = None,
-    optimizer: Callable[..., Optimizer] | None = None,
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, "State"], None] | None = None,
@@ -54,6 +80,8 @@ def fit(
 
     Maximises :math:`\mathrm{ELBO} = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)]`, the mean over data in nats, by
     Pyro's own estimators (Automated Variational Inference in Probabilistic Programming, Wingate and Weber 2013).
+    Other objectives are maximised instead where `elbo`, `beta` or `free_bits` say so; the history then has both, the
+    objective and the ELBO.
 
     A guide that keeps one row per datum by its place in the batch, such as Pyro's `AutoNormal`, is trained on the whole
     data as one batch, in their order, and afterwards answers for these data alone; so does a guide that takes `index`,
@@ -70,18 +98,36 @@ def fit(
         program: any program, or a `Target`; what it learns is changed in place.
         x: data, a tensor (n, *x), a batch dict, or `Data`, whose training part is drawn anew each epoch if its
             protocol says so; none beside a `Target`.
-        elbo: `Trace_ELBO` (by sampling) or `TraceMeanField_ELBO` (KL terms in closed form where Pyro knows one).
+        elbo: `Trace_ELBO` (by sampling), `TraceMeanField_ELBO` (KL terms in closed form where Pyro knows one),
+            `TraceEnum_ELBO` (sites marked `infer={"enumerate": ...}` summed out),
+            `ImportanceWeighted` (the bound of `particles` weights, per datum) or `Renyi` (likewise, with `alpha`).
+        alpha: of Renyi's bound: near 1 the ELBO, at 0 `ImportanceWeighted`. A lower bound of log p(x) that is tighter
+            than the ELBO for 0 <= alpha < 1 only: below 0 it may lie above log p(x), above 1 it is looser.
+        gradient: of the last two objectives: `plain`, `stl` (without the score of the guide, biased for several
+            particles) or `dreg` (doubly reparameterised, no bias); the last two score the guide a second time, which
+            takes an inverse-autoregressive flow as many passes as there are entries.
+        particles: draws of the latent variables per datum and step; the K of `ImportanceWeighted`.
+        beta: weight of the KL terms of the ELBO, at the end of the warm-up.
+        warm_up: epochs over which the weight rises from 0, step by step.
+        cycles: how often it does, 1 by default; of several each keeps `beta` for its second half.
+        free_bits: nats that each group of latents may use at no cost, on the minibatch mean.
+        free_bits_per: what a group is: each `latent`, by default, or a `site` with all of its latents.
         epochs: passes over the data.
         batch_size: data per step.
+        optimizer: `Adam`, `AdamW`, `Adamax`, `SGD` or `NAdam`, or a function of the parameters and `lr`.
         learning_rate: of the optimiser; for `one-cycle` its maximum.
-        schedule: `constant`, `one-cycle` or `cosine`, over all epochs.
+        schedule: `constant`, `one-cycle`, `cosine` or `cosine-restarts`, over all epochs.
+        restarts: how often the last one starts anew, 1 by default.
+        weight_decay: of the optimiser; AdamW's own is decoupled from the gradient.
+        momentum: of SGD.
+        betas: of the other optimisers, (0.9, 0.999) by default.
+        epsilon: likewise, 1e-8.
         clip: maximum of the global gradient norm, per datum; 0 is off.
-        particles: draws of the latent variables per datum and step.
-        keep: `last`, or `best` by the bound of the validation data.
+        keep: `last`, or `best` by the objective of the validation data at its final beta, after the warm-up.
+        patience: epochs without a better such value after which training stops; 0 is off.
         seed: of the order of the data and of all draws; the global random state is left alone.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`; the program is moved there.
         validation: data as `x`, whose bound is recorded after each epoch.
-        optimizer: called with the parameters and `lr`; Adam by default.
         parameters: the tensors to learn; all of the program's by default.
         progress: whether to show a bar; by default only if standard error is a terminal.
         on_epoch: called after each epoch with its number and the `State`, whose `save()` returns what `resume` takes.
@@ -94,17 +140,19 @@ def fit(
 
     Raises:
         TypeError: If a program comes without data, or a `Target` with data.
-        ValueError: If settings or data do not fit, the program does not allow the objective, its guide keeps one row
-            per datum by place and `batch_size` is below n, or a loss turns NaN. The message then names step and site,
-            and the program keeps its last good state.
+        ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the
+            objective, its guide keeps one row per datum by place and `batch_size` is below n, or a loss turns NaN. The
+            message then names step and site, and the program keeps its last good state.
     """
-    check_settings(**{key: value for key, value in locals().items() if key in (*SETTINGS, "validation")})
+    settings = {key: value for key, value in locals().items() if key in (*SETTINGS, "validation")}
+    check_settings(**settings)
     chosen = pick_device(device)
     given = x.epoch(0) if isinstance(x, Data) else x
     if given is not None and not isinstance(program, Target):
         given = numbered(program, as_batch(given, aligned=False))
     target = Target.of(program, given)
     program = target.program
+    check_observed(target.batch)
     if isinstance(program, nn.Module):
         program.to(chosen)
     target.refresh(chosen)
@@ -114,7 +162,7 @@ def fit(
         return target.with_batch(check_batch(program, batch, check=check))
 
     sites = target.structure
-    check_objective(elbo, sites)
+    check_objective(elbo, sites, gradient=gradient, free_bits=free_bits)
     if sites.rows is not None and (batch_size < target.n or validation is not None):
         refused = "validation data" if batch_size >= target.n else f"batches of {batch_size}"
         raise ValueError(
@@ -127,20 +175,20 @@ def fit(
     if sites.rows is not None or indexed(program):
         remember(program, target.batch)
     held_out = None if validation is None else other(validation, check=True)
-    objective = OBJECTIVES[elbo](
-        num_particles=particles,
-        vectorize_particles=particles > 1 and not sites.sequential,
-        max_plate_nesting=sites.nesting,
-    )
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*parameters_of(target)] if parameters is None else [*parameters]
     if not learned:
         raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program, training=True):
-        make = optimizer or (lambda tensors, lr: torch.optim.Adam(tensors, lr=lr, fused=True))
-        steps = epochs * (parts or math.ceil(target.n / batch_size))
-        optim = make(learned, lr=learning_rate)
-        state = State(learned, optim, _scheduler(schedule, optim, learning_rate, steps), module=program)
+        steps = parts or math.ceil(target.n / batch_size)
+        weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
+        keys: Any = {"alpha": alpha, "gradient": gradient, "beta": weight, "free_bits": free_bits, "per": free_bits_per}
+        objective = make_objective(elbo, sites, learned, particles, **keys)
+        keys = {key: settings[key] for key in ("weight_decay", "momentum", "betas", "epsilon")}
+        optim = make_optimizer(optimizer, learned, learning_rate, **keys)
+        scheduler = make_schedule(schedule, optim, learning_rate, epochs * steps, restarts)
+        state = State(learned, optim, scheduler, module=program)
+        check_estimator(target, objective)
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
@@ -149,14 +197,19 @@ def fit(
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
         for epoch in tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False):
+            if patience and epoch - 1 - history.best(warm_up, epoch) >= patience:
+                break
             data = other(x.epoch(epoch), check=False) if isinstance(x, Data) else target
-            history.elbo.append(-trainer.epoch(data, epoch, check=epoch == done) / data.n)
+            trained, bound = trainer.epoch(data, epoch, check=epoch == done)
+            history.objective.append(trained / data.n)
+            history.elbo.append(bound / data.n)
             history.learning_rate.append(float(state.optimizer.param_groups[0]["lr"]))
             history.seconds.append(time.perf_counter() - before)
             if held_out is not None:
-                history.validation.append(trainer.bound(held_out))
-                best = max(filter(math.isfinite, history.validation), default=None)
-                if keep == "best" and history.validation[-1] == best:
+                trained, bound = trainer.bound(held_out)
+                history.validation_objective.append(trained)
+                history.validation.append(bound)
+                if keep == "best" and history.best(warm_up) == epoch:
                     history.best_epoch, state.best = epoch, state.values()
             if on_epoch is not None:
                 on_epoch(epoch, state)
@@ -191,18 +244,35 @@ def check_settings(**given: Any) -> None:
     Raises:
         ValueError: If one is out of range; the first such setting by name.
     """
-    choices = {"elbo": tuple(OBJECTIVES), "schedule": get_args(Schedule), "keep": get_args(Keep)}
+    choices: dict[str, Any] = {"elbo": tuple(OBJECTIVES), "schedule": get_args(Schedule), "keep": get_args(Keep)}
+    choices |= {"gradient": get_args(Gradient), "free_bits_per": get_args(Per), "optimizer": get_args(Name)}
+    least = {"epochs": 1, "batch_size": 1, "particles": 1, "cycles": 1, "restarts": 1, "warm_up": 0, "patience": 0}
     for key, value in given.items():
-        if key in choices:
+        if key in choices and value is not None and not callable(value):
             check_choice(key, value, choices[key])
-        if key in ("epochs", "batch_size", "particles"):
-            check_int(key, value)
+        if key in least and value is not None:
+            check_int(key, value, least[key])
         if key == "learning_rate" and not 0 < value < math.inf:
             raise ValueError(f"Expected `learning_rate` to be a positive number; got {value!r}.")
         if key == "clip" and not 0 <= value < math.inf:
             raise ValueError(f"Expected `clip` to be 0 (off) or a positive number; got {value!r}.")
-    if given.get("keep") == "best" and "validation" in given and given["validation"] is None:
-        raise ValueError('Expected validation data with keep = "best"; got none. Pass `validation` or keep = "last".')
+    check_objective_settings(given)
+    check_optimizer_settings(given)
+    judges = given.get("keep") == "best" or given.get("patience", 0) > 0
+    if {"warm_up", "epochs"} <= given.keys() and given["warm_up"] > given["epochs"] - judges:
+        raise ValueError(
+            f"Expected `warm_up` within the {given['epochs']} epochs of the run"
+            f"{', one after it to judge by' * judges}; got {given['warm_up']}. Raise `epochs`, or warm up faster."
+        )
+    for key, off in (("cycles", "warm_up"), ("free_bits_per", "free_bits")):
+        if given.get(key) is not None and given.get(off) == 0:
+            raise ValueError(f"Expected `{key}` beside `{off}` alone; got it with {off} = 0, where it has no effect.")
+    if judges and "validation" in given and given["validation"] is None:
+        key, off = ("keep", '"last"') if given.get("keep") == "best" else ("patience", "0")
+        value = '"best"' if key == "keep" else given["patience"]
+        raise ValueError(
+            f"Expected validation data with {key} = {value}; got none. Pass `validation` or {key} = {off}."
+        )
 
 
 def parameters_of(target: Target) -> list[Tensor]:
@@ -222,11 +292,3 @@ def parts_of(target: Target, batch_size: int) -> int:
     if "subsample_size" not in keywords(target.program.model):
         return 1
     return math.ceil(max(len(value) for value in target.batch.values() if value.dim()) / batch_size)
-
-
-def _scheduler(schedule: Schedule, optimizer: Optimizer, rate: float, steps: int) -> lr_scheduler.LRScheduler:
-    if schedule == "one-cycle":
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
-    if schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -20,9 +20,14 @@ class Encoding(nn.Module):
     the data; both are buffers. A `one-hot` column of codes 0, 1, ... becomes one column per code, 1 at the datum's own
     and 0 elsewhere; between two codes it is linear, so that gradients pass.
 
+    Where a mask hides an entry, its encoded columns are 0, which is the mean of a standardised one. Each column in
+    `indicators` has one more behind all others, 1 where it is hidden and 0 where it is observed, so that a network can
+    tell a missing entry from an average one.
+
     Args:
         words: The encoding of each column.
         levels: The number of codes of each column; read for `one-hot` alone.
+        indicators: The numbers of the columns, from 0, that have an indicator.
 
     Raises:
         ValueError: If a word is unknown, or a `one-hot` column has no number of codes.
@@ -31,14 +36,18 @@ class Encoding(nn.Module):
         >>> from ppl_vae.networks import Encoding
         >>> Encoding(["plain", "one-hot"], [0, 3])(torch.tensor([[5.0, 2.0]]))[0]
         tensor([[5., 0., 0., 1.]])
+        >>> x, observed = torch.tensor([[5.0, 2.0]]), torch.tensor([[False, True]])
+        >>> Encoding(["plain", "plain"], indicators=[0])(x, observed)[0]
+        tensor([[0., 2., 1.]])
     """
 
     shift: Tensor
     scale: Tensor
     source: Tensor
     code: Tensor
+    hidden: Tensor
 
-    def __init__(self, words: Sequence[Word], levels: Sequence[int] = ()) -> None:
+    def __init__(self, words: Sequence[Word], levels: Sequence[int] = (), indicators: Sequence[int] = ()) -> None:
         super().__init__()
         for word in words:
             check_choice("encoding", word, WORDS)
@@ -52,15 +61,16 @@ class Encoding(nn.Module):
                     "finite number of values. Choose standardise or plain."
                 )
             counts.append(count)
-        self.size = sum(counts)
+        self.size = sum(counts) + len(indicators)
+        self.register_buffer("hidden", torch.tensor(indicators, dtype=torch.long), persistent=False)
         source = torch.arange(len(words)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("code", torch.cat([torch.arange(float(c)) for c in counts]), persistent=False)
         for word in ("log", "log1p", "one-hot", "plain"):
             is_word = torch.tensor([w == word for w in words], dtype=torch.bool)[source]
             self.register_buffer(f"is_{word.replace('-', '_')}", is_word, persistent=False)
-        self.register_buffer("shift", torch.zeros(self.size))
-        self.register_buffer("scale", torch.ones(self.size))
+        self.register_buffer("shift", torch.zeros(sum(counts)))
+        self.register_buffer("scale", torch.ones(sum(counts)))
 
     @torch.no_grad()
     def fit(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -77,7 +87,11 @@ class Encoding(nn.Module):
     def forward(self, x: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Encode a context (*batch, c), and the mask of its observed entries alike."""
         encoded = (self._raw(x) - self.shift) / self.scale
-        return encoded, None if observed is None else observed[..., self.source]
+        if not len(self.hidden):
+            return encoded, None if observed is None else observed[..., self.source]
+        seen = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.expand(x.shape)
+        indicators = (~seen[..., self.hidden]).to(encoded.dtype)
+        return torch.cat([torch.where(seen[..., self.source], encoded, 0.0), indicators], -1), None
 
     def _raw(self, x: Tensor) -> Tensor:
         """Encoded columns before shift and scale."""

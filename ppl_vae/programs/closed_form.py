@@ -82,11 +82,17 @@ def exact_posterior(program: Any, x: Any = None) -> MultivariateNormal:
 
 
 def exact_log_evidence(program: Any, x: Any = None) -> Tensor:
-    """Log evidence log p(x) of a linear-Gaussian program in closed form, (n,) in nats, in double precision.
+    """Log evidence log p(x) in closed form, (n,) in nats, in double precision.
 
-    Arguments and errors are those of `exact_posterior`.
+    It is known for linear-Gaussian programs, and for those whose latent sites are all enumerated. Arguments and errors
+    are those of `exact_posterior`.
     """
-    return gaussians(program, x, role="model").log_normaliser
+    target = Target.of(program, x)
+    if target.structure.enumerated and not target.structure.latents:
+        twin = target.to_double()
+        with torch.no_grad(), twin.running(0):
+            return twin.log_density(twin.trace("model", 1, values={}), 1)[0]
+    return gaussians(target, role="model").log_normaliser
 
 
 def gaussians(program: Any, x: Any = None, *, role: Role) -> Gaussian:
@@ -225,6 +231,8 @@ class _Probe:
     def __init__(self, target: Target, role: Role) -> None:
         self.target, self.role = target, role
         self.latents, self.device = target.structure.latents, target.device
+        if names := target.structure.enumerated:  # of whose values one that is far off would leave no trace
+            raise ValueError(f"{_CLOSED.format(role)}whose site '{names[0]}' is enumerated.")
         with torch.no_grad():
             model, guide = target.traces(1, 0)
         own: Any = (guide if role == "guide" else model).nodes

@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
@@ -38,6 +37,11 @@ class Joint:
         self.target = target = Target.of(program, x)
         self.n, self.device = target.n, target.device
         structure = target.structure
+        if not structure.latents:
+            raise ValueError(
+                f"Expected latent sites that are not enumerated; got {', '.join(structure.enumerated) or 'none'}, so "
+                "that log_evidence(program, x, 1) is exact and nothing is left to integrate."
+            )
         with torch.no_grad():
             model, guide = target.traces(1, 0)
         nodes: Any = guide.nodes
@@ -112,8 +116,7 @@ class Joint:
         return values, volume
 
     def _trace(self, role: Role, values: dict[str, Tensor]) -> Trace:
-        samples = len(next(iter(values.values())))
-        return self.target.trace(role, samples, lambda function: poutine.condition(function, data=values))
+        return self.target.trace(role, len(next(iter(values.values()))), values=values)
 
 
 def _support(name: str, support: Any) -> Any:

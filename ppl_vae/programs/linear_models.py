@@ -21,9 +21,10 @@ from ppl_vae.data.batches import as_batch, check_finite
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.elementwise import Normal, StandardNormal
 from ppl_vae.families.exact_normal import ExactNormal
-from ppl_vae.families.family import unconstrained
+from ppl_vae.families.family import moments, unconstrained
 from ppl_vae.families.linear_gaussian import LinearGaussian
 from ppl_vae.networks.linear import Linear
+from ppl_vae.programs.ppca_em import climb
 from ppl_vae.programs.vae import VAE
 
 _BOUNDARY = 1e-6  # of a feature's variance: the least noise that factor analysis leaves it
@@ -37,17 +38,17 @@ class _Model(ABC):
     weight: Tensor
     scale: Tensor
 
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Log p(x) in nats, shape (n,)."""
-        return self._pair().log_evidence(x)
+    def log_evidence(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log p(x) in nats, shape (n,), or that of the entries where `mask` is true."""
+        return self._pair().log_evidence(x, mask)
 
-    def posterior(self, x: Tensor) -> MultivariateNormal:
+    def posterior(self, x: Tensor, mask: Tensor | None = None) -> MultivariateNormal:
         r"""Posterior p(z|x), of batch shape (n,).
 
         With noise :math:`\sigma^2 I`, :math:`p(z \mid x) = N(M^{-1} W^\top (x - \mu),\; \sigma^2 M^{-1})` and
-        :math:`M = W^\top W + \sigma^2 I`.
+        :math:`M = W^\top W + \sigma^2 I`. Under a `mask`, as `x`, it is that given the entries where it is true.
         """
-        return self._pair().posterior(x)
+        return self._pair().posterior(x, mask)
 
     def to_vae(self) -> VAE:
         """The same model as a `VAE` with the exact posterior for its guide, in the precision of `weight`."""
@@ -79,26 +80,38 @@ class PPCA(_Model):
         loc: :math:`\mu`, shape (x,).
         weight: W, shape (x, z).
         scale: :math:`\sigma`, the standard deviation of the noise, shape ().
+        path: mean log evidence at the start and after each iteration of EM, in nats; None of a fit in closed form.
 
     References:
         Probabilistic Principal Component Analysis (Tipping and Bishop 1999), equations 7 and 8.
     """
 
+    path: Tensor | None = None
+
     @classmethod
-    def fit(cls, x: Any, latent: int) -> Self:
-        r"""Fit by maximum likelihood in closed form.
+    def fit(cls, x: Any, latent: int, mask: Any = None, *, tolerance: float = 1e-9, iterations: int = 10_000) -> Self:
+        r"""Fit by maximum likelihood, in closed form, or by EM if entries are missing.
 
         With eigenpairs :math:`\lambda_j, u_j` of the covariance (1/n), in falling order: :math:`\sigma^2` is the mean
         of the eigenvalues left out and :math:`W = U (\Lambda - \sigma^2 I)^{1/2}`. The eigenproblem solved is the
         smaller one of x by x and n by n.
 
+        With a `mask` the likelihood is that of the observed entries, which EM never lowers (Practical Approaches to
+        Principal Component Analysis in the Presence of Missing Values, Ilin and Raiko 2010, section 4): the posterior
+        of z given the observed entries of each row, then the regression of each feature on z over the rows that
+        observe it. EM starts from the closed form with each missing entry at its feature's mean.
+
         Args:
             x: data, shape (n, x); integers count as double precision.
             latent: the number of latents, at least 0 and below the rank of the centred data.
+            mask: boolean, as `x`, True where observed.
+            tolerance: rise of the mean log evidence in an iteration of EM, in nats, at which to stop.
+            iterations: of EM, at most.
 
         Raises:
-            ValueError: If the data are not a finite matrix, or `latent` is at or above their rank: the noise would
-                vanish and the likelihood grow without bound.
+            ValueError: If the data are not a finite matrix, `latent` is at or above their rank (the noise would
+                vanish and the likelihood grow without bound), or a feature is never observed.
+            RuntimeError: If the likelihood still rises after the last iteration of EM.
 
         Example:
             >>> import torch
@@ -107,11 +120,19 @@ class PPCA(_Model):
             >>> PPCA.fit(x, 1).scale
             tensor(0.7071)
         """
-        batch = as_batch(x)
+        batch = as_batch(x if mask is None else {"x": x, "mask": mask})
         check_finite(batch)
         data = batch["x"]
         if data.dim() != 2:
             raise ValueError(f"Expected data of shape (n, x); got {tuple(data.shape)}.")
+        if mask is not None:
+            mean, _ = moments(data.double(), batch["mask"])
+            rows = torch.where(batch["mask"], data.double() - mean, 0.0)
+            begun = cls.fit(rows, latent)
+            loc, weight, scale, path = climb(
+                rows, batch["mask"], begun.loc, begun.weight, begun.scale, tolerance=tolerance, iterations=iterations
+            )
+            return cls(*(part.to(data.dtype) for part in (mean + loc, weight, scale, path)))
         n, features = data.shape
         wide = data.double()
         loc = wide.mean(0)
@@ -119,8 +140,7 @@ class PPCA(_Model):
         by_feature = n >= features
         values, vectors = torch.linalg.eigh((centred.T @ centred if by_feature else centred @ centred.T) / n)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        tolerance = values[0] * max(n, features) * torch.finfo(torch.float64).eps
-        rank = int((values > tolerance).sum())
+        rank = int((values > values[0] * max(n, features) * torch.finfo(torch.float64).eps).sum())
         if not isinstance(latent, Integral) or not 0 <= latent < max(rank, 1) or rank == 0:
             raise ValueError(
                 f"Expected `latent` to be at least 0 and below the rank of the centred data, {rank}; got {latent!r}. "

@@ -41,8 +41,9 @@ def simulate(program: Any, x: Any = None) -> tuple[Batch, Tensor]:
         return {**batch, **{key: part.reshape(shape) for (key, shape), part in parts}}
 
     numbers = torch.arange(len(flat), device=flat.device).to(flat.dtype)
+    masks = {"mask": torch.ones_like(batch["mask"])} if "mask" in batch else {}  # hidden entries may be filled
     with pyro.validation_enabled(False), mode(target.program):
-        trace = poutine.trace(target.program.model).get_trace(**filled(numbers))
+        trace = poutine.trace(target.program.model).get_trace(**{**filled(numbers), **masks})
     where = {
         name: _entries(name, trace.nodes[name], len(flat))
         for name in target.structure.observed

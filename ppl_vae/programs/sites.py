@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ppl_vae._seeds import fork_rng
+from ppl_vae.programs.enumeration import Weights, all_values, enumerated_sites, enumerating, log_density, summed_trace
 from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
 from ppl_vae.programs.plates import (
     BrokenContract,
@@ -27,7 +28,7 @@ from ppl_vae.programs.plates import (
     subsampled,
 )
 from ppl_vae.programs.rows import fitted_by_position, known_data
-from ppl_vae.programs.traces import Batch, aligned, batch_of, log_density, plain_sites, replayed, trace_pair
+from ppl_vae.programs.traces import Batch, aligned, batch_of, plain_sites, replayed, trace_pair
 
 OTHER_DATA = (
     "Expected the data that this program was fitted to, in their order; got {n} others. This guide keeps one row per "
@@ -50,7 +51,7 @@ class Structure:
     """What the traces of a program show.
 
     Args:
-        latents: names of the latent sites, in the model's order.
+        latents: names of the latent sites, in the model's order, without the enumerated ones.
         observed: names of the observed sites.
         nesting: how many plates enclose a site at the most, the data plate included.
         kl: for each latent site, whether its KL term is `analytic` under `TraceMeanField_ELBO`, or `sampled`.
@@ -64,6 +65,10 @@ class Structure:
         local: where the whole counts as one, the plate whose elements are independent given the sites outside it.
         subsampled: a plate that holds only a part of its data, which training allows and evidence does not.
         sequential: whether the program runs one draw at a time, since its densities are wrong or fail beside particles.
+        enumerated: names of the discrete latent sites that are summed out, in the model's order: those marked
+            `infer={"enumerate": "parallel"}` in the guide, or in the model if the guide lacks them. A site that the
+            guide enumerates sequentially is drawn, and so is one of the latent sites.
+        enumerated_by_guide: those of them that are in the guide.
     """
 
     latents: tuple[str, ...]
@@ -79,6 +84,8 @@ class Structure:
     local: str | None = None
     subsampled: str | None = None
     sequential: bool = False
+    enumerated: tuple[str, ...] = ()
+    enumerated_by_guide: tuple[str, ...] = ()
 
 
 def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> Structure:
@@ -107,7 +114,7 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
         raise ValueError(f"Expected tensors that share their leading size n; got shapes {sizes}.")
     n, key = len(next(iter(batch.values()))), _key(program, batch)
     if vars(program).get(_CHECKED, (None,))[0] != key:
-        _check_particles(program, part, seen.nesting, seed)
+        _check_particles(program, part, seen, seed)
         rows = all_of_it or (n > 1 and by_place(program, batch, shapes, seed))
         if rows and not all_of_it:
             _look_at_all(program, dict(batch), seed)
@@ -118,6 +125,9 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
 
 def _whole(program: Any, batch: Batch, seen: Structure, seed: int) -> Structure:
     """Structure where the whole data set counts as one datum, which says whether particles go side by side."""
+    if seen.enumerated:
+        _check_enumerated(program, batch, seen, seed)
+        return seen
     sequential = not _vectorises(program, batch, seen, seed)
     return replace(seen, sequential=sequential, local=None if sequential else seen.local)
 
@@ -135,8 +145,7 @@ def _vectorises(program: Any, batch: Batch, seen: Structure, seed: int) -> bool:
         for number in range(2):
             alone = replayed(twin, batch, pair[1], number)
             one = torch.stack([log_density(trace, 1, 1) for trace in alone])
-            slack = 1e-4 if any(value.dtype == torch.float32 for value in batch.values()) else 1e-8
-            if not torch.allclose(together[:, number], one[:, 0], rtol=slack, atol=slack, equal_nan=True):
+            if not _same(together[:, number], one[:, 0], batch):
                 return False
     return True
 
@@ -235,7 +244,9 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
     nodes: Any = guide.nodes
     sampled = plain_sites(guide, guide.stochastic_nodes)
     drawn = [name for name in sampled if not nodes[name]["infer"].get("is_auxiliary")]
-    latents = plain_sites(model, model.stochastic_nodes)
+    enumerated, guided = enumerated_sites(guide, model)
+    drawn = [name for name in drawn if name not in guided]
+    latents = [name for name in plain_sites(model, model.stochastic_nodes) if name not in enumerated]
     if set(drawn) != set(latents):
         raise BrokenContract(
             f"Expected model and guide to have the same latent sites; only the model has "
@@ -248,11 +259,10 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
             f"Hide it: pyro.poutine.block(guide, hide={seen})."
         )
     pair = guide, model
-    whole, depth, shapes = is_whole(pair, plate), 0, {}
+    whole, depth, shapes = is_whole(pair, plate), _nesting(pair), {}
     for trace in pair:
         for name in plain_sites(trace):
             node: Any = trace.nodes[name]
-            depth = max([depth, *(-dim for dim in frames(node).values())])
             inner = sorted((frame for frame in node["cond_indep_stack"] if frame.vectorized), key=lambda one: one.dim)
             sizes = [frame.size for frame in inner if frame.dim < -1]
             if whole:  # dims that no plate stands for count too
@@ -263,10 +273,18 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
     without = tuple(name for name in sampled if not nodes[name]["fn"].has_rsample)
     observed = tuple(plain_sites(model, model.observation_nodes))
     found = Structure(tuple(latents), observed, depth, kl, drawn == latents, shapes, without, whole=whole)
+    found = replace(found, enumerated=tuple(enumerated), enumerated_by_guide=tuple(guided))
     if not whole:
         return found
     check_sizes(pair, latents)
-    return replace(found, local=local_plate(pair, latents), subsampled=subsampled(pair))
+    local = None if enumerated else local_plate(pair, latents)
+    return replace(found, local=local, subsampled=subsampled(pair))
+
+
+def _nesting(pair: tuple[Trace, Trace]) -> int:
+    """How many plates enclose a site at the most."""
+    around = (frames(trace.nodes[name]) for trace in pair for name in plain_sites(trace))
+    return max((-dim for plates in around for dim in plates.values()), default=0)
 
 
 def _kl_term(q: Any, p: Any) -> str:
@@ -277,12 +295,50 @@ def _kl_term(q: Any, p: Any) -> str:
     return "analytic"
 
 
-def _check_particles(program: Any, batch: Batch, nesting: int, seed: int) -> None:
-    """Check that a program has densities with a dim of particles left of all plates, as evidence needs them."""
-    n, first = len(next(iter(batch.values()))), next(iter(batch.values()))
+def _check_enumerated(program: Any, batch: Batch, seen: Structure, seed: int) -> None:
+    """Check that the values of enumerated sites go side by side, and that two draws do so with them.
+
+    Raises:
+        BrokenContract: If the program fails on dims left of its plates, or its densities are not those of single draws.
+    """
+    first, n = next(iter(batch.values())), 1 if seen.whole else len(next(iter(batch.values())))
+    left, names = -1 - seen.nesting, seen.enumerated
     try:
         with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device_and_dtype(program, first)[0]):
-            for trace in trace_pair(twin, batch, 3, nesting):
+            own: Any = _traces(twin, batch, seed)[0].nodes  # also so that lazy parameters are made without particles
+            particles = pyro.plate("particles", 2, dim=left)
+            guide: Any = poutine.trace(particles(twin.guide)).get_trace(**batch_of(twin.guide, batch)).nodes
+            given = {name: guide[name]["value"] for name in seen.latents}
+            model = summed_trace(particles(twin.model), batch, given, names, left - 1)
+            for number, together in enumerate(log_density(model, 2, n)):
+                one = {name: value[number].reshape(own[name]["value"].shape) for name, value in given.items()}
+                alone = log_density(summed_trace(twin.model, batch, one, names, left), 1, n)[0]
+                if not _same(together, alone, batch):
+                    raise ValueError("the density of two draws side by side is not that of each alone")
+            Weights(*all_values(twin, batch, 2, seen.nesting, names, seen.enumerated_by_guide), 2, n, seen.observed)
+    except (*_FAILED, AssertionError) as error:
+        raise BrokenContract(
+            f"Expected a program that runs with the values of {', '.join(names)} side by side, in dims left of all "
+            "plates (chains by pyro.markov, tables indexed by pyro.ops.indexing.Vindex); it raised: "
+            f"{(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+
+
+def _same(one: Tensor, other: Tensor, batch: Batch) -> bool:
+    """Whether densities agree to the precision of the data."""
+    slack = 1e-4 if any(value.dtype == torch.float32 for value in batch.values()) else 1e-8
+    return torch.allclose(one, other, rtol=slack, atol=slack, equal_nan=True)
+
+
+def _check_particles(program: Any, batch: Batch, seen: Structure, seed: int) -> None:
+    """Check that a program has densities with a dim of particles left of all plates, as evidence needs them."""
+    n, first = len(next(iter(batch.values()))), next(iter(batch.values()))
+    if seen.enumerated:
+        _check_enumerated(program, batch, seen, seed)
+        return
+    try:
+        with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device_and_dtype(program, first)[0]):
+            for trace in trace_pair(twin, batch, 3, seen.nesting):
                 log_density(trace, 3, n)
     except (KeyError, NotImplementedError):  # of flows without an inverse, which some verbs do not need
         return
@@ -326,13 +382,17 @@ def _moves(program: Any, batch: Batch, seed: int, tolerance: float) -> bool:
         rows = []
         with fork_rng(seed, "probe", device=device):
             for part in (program.guide, program.model):
-                trace = poutine.trace(poutine.condition(part, data=values)).get_trace(**batch_of(part, batch))
-                rows.append(_scored(trace, n))
+                scored = enumerating(poutine.condition(part, data=values), names, left)
+                rows.append(_scored(poutine.trace(scored).get_trace(**batch_of(part, batch)), n))
         return torch.stack(rows)
 
-    with fork_rng(seed, "probe", device=device), _disturbed(_parameters(program, *_traces(program, batch, seed))):
+    pair = _traces(program, batch, seed)
+    names, left = enumerated_sites(*pair)[0], -1 - _nesting(pair)
+    with fork_rng(seed, "probe", device=device), _disturbed(_parameters(program, *pair)):
         guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-        drawn: dict[str, Any] = {name: guide.nodes[name] for name in plain_sites(guide, guide.stochastic_nodes)}
+        drawn: dict[str, Any] = {
+            name: guide.nodes[name] for name in plain_sites(guide, guide.stochastic_nodes) if name not in names
+        }
         values = {name: node["value"] for name, node in drawn.items()}
         moved = {name: node["value"].index_select(-1 - node["fn"].event_dim, order) for name, node in drawn.items()}
         here, again = scores(batch, values, seed), scores(batch, values, seed + 1)

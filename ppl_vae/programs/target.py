@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
 import pyro
@@ -12,12 +13,24 @@ from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch
+from ppl_vae.programs.enumeration import all_values, drawn_values, log_density, summed_trace
 from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.param_store import device_and_dtype, mode, own_params, scope, to_double
 from ppl_vae.programs.plates import is_point
 from ppl_vae.programs.rows import known_data
 from ppl_vae.programs.sites import OTHER_DATA, Structure, structure
-from ppl_vae.programs.traces import Batch, aligned, batch_of, check_batch, log_density, trace_in_turn, trace_pair
+from ppl_vae.programs.traces import (
+    Batch,
+    Given,
+    aligned,
+    batch_of,
+    check_batch,
+    drawn_sites,
+    plain_sites,
+    trace_in_turn,
+    trace_pair,
+    unscaled,
+)
 
 BLOCK = 100  # data in a block
 
@@ -108,6 +121,20 @@ class Target:
         whole = self.structure.whole
         return max(sum((value if whole else value[0]).numel() for value in self.batch.values()), 1)
 
+    @property
+    def width(self) -> int:
+        """How many numbers a datum's log probabilities of a site hold at the most, by enumeration; 1 without it."""
+        if not self.structure.enumerated:
+            return 1
+
+        def count() -> int:
+            with torch.no_grad():
+                pair = self.rows(slice(0, 1)).all_values(1, 0)
+                sites = [site for trace in pair for site in (trace.nodes[name] for name in plain_sites(trace))]
+                return max(unscaled(site).numel() for site in sites)
+
+        return self.cached("width", count)
+
     def rows(self, which: slice | Tensor) -> "Target":
         """The target of some of the data: a slice, indices, or a boolean mask of shape (n,)."""
         if self.structure.whole:
@@ -132,28 +159,103 @@ class Target:
         """Trace the model and the guide that it replays, with `samples` particles drawn by a key."""
         self._check_data()
         with self.running(*key):
-            if not self.structure.sequential:
+            if not self.structure.sequential and not self.structure.enumerated:
                 return trace_pair(self.program, self.batch, samples, self.structure.nesting)
             guide = self.trace("guide", samples)
-            return self.trace("model", samples, lambda function: poutine.replay(function, trace=guide)), guide
+            return self.trace("model", samples, self.replaying(guide)), guide
+
+    def all_values(self, samples: int, *key: int | str) -> tuple[Trace, Trace]:
+        """Trace model and guide with all values of the enumerated sites, each with draws of its own of what follows."""
+        self._check_data()
+        with self.running(*key):
+            return all_values(
+                self.program,
+                self.batch,
+                samples,
+                self.structure.nesting,
+                self.structure.enumerated,
+                self.structure.enumerated_by_guide,
+            )
+
+    def replaying(self, guide: Trace) -> Callable[[Any], Any]:
+        """A handler by which the model takes the latent variables of a trace of the guide."""
+        if not self.structure.enumerated:
+            return lambda function: poutine.replay(function, trace=guide)
+        return Given(self.values(guide))
+
+    def values(self, trace: Trace) -> dict[str, Tensor]:
+        """Values of the latent sites in a trace."""
+        nodes: Any = trace.nodes
+        return {name: nodes[name]["value"] for name in self.structure.latents}
+
+    def predict(self, guide: Trace, samples: int) -> Trace:
+        """Trace the model with the latent variables of a trace of the guide, and all that is observed drawn anew.
+
+        Enumerated sites are drawn from their posterior given these and the data.
+        """
+        names, values = self.structure.enumerated, self.values(guide)
+        if not names:
+            replay = self.replaying(guide)
+            return self.trace("model", samples, lambda function: poutine.uncondition(replay(function)))
+        with torch.no_grad(), mode(self.program):
+            first = -2 - self.structure.nesting
+            values |= drawn_values(self._beside("model", samples), self.batch, values, names, first)
+            given = Given(values)
+            anew = self._beside("model", samples, lambda function: poutine.uncondition(given(function)))
+            return poutine.trace(anew).get_trace(**self.batch)  # type: ignore[no-any-return]
 
     def replay(self, seed: int) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, without particles or gradients."""
         with torch.no_grad(), self.running(seed):
             guide = poutine.trace(self.program.guide).get_trace(**batch_of(self.program.guide, self.batch))
-            return poutine.trace(poutine.replay(self.program.model, trace=guide)).get_trace(**self.batch), guide
+            model, names = poutine.replay(self.program.model, trace=guide), self.structure.enumerated
+            if names:
+                first, given = -1 - self.structure.nesting, self.values(guide)
+                model = Given(given | drawn_values(self.program.model, self.batch, given, names, first))(model)
+            return poutine.trace(model).get_trace(**self.batch), guide
 
-    def trace(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Trace:
-        """Trace the model or the guide alone, under a handler, with particles from the current random state."""
+    def trace(
+        self,
+        role: Role,
+        samples: int,
+        handler: Callable[[Any], Any] = lambda function: function,
+        *,
+        values: dict[str, Tensor] | None = None,
+    ) -> Trace:
+        """Trace the model or the guide alone, under a handler, with particles from the current random state.
+
+        Enumerated sites have all their values side by side, and are drawn wherever other sites are drawn given them.
+
+        Args:
+            role: which of the two.
+            samples: the number of particles.
+            handler: wraps it.
+            values: of all latent sites, if they are known.
+        """
         if role == "guide":
             self._check_data()
+        if values is not None:
+            handler = partial(poutine.condition, data=values)
+        structure = self.structure
         function = getattr(self.program, role)
-        particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
         batch = batch_of(function, self.batch)
+        names = structure.enumerated if role == "model" else structure.enumerated_by_guide
         with mode(self.program):
-            if self.structure.sequential:
-                return trace_in_turn(handler(function), batch, samples, self.structure.latents)
-            return poutine.trace(particles(handler(function))).get_trace(**batch)  # type: ignore[no-any-return]
+            if structure.sequential:
+                return trace_in_turn(handler(function), batch, samples, structure.latents)
+            beside = self._beside(role, samples, handler)
+            if values is None or not names:
+                trace = poutine.trace(beside).get_trace(**batch)
+            if not names:
+                return trace  # type: ignore[no-any-return]
+            drawn = {} if values is not None else drawn_sites(trace)
+            given = {name: node["value"] for name, node in drawn.items() if name not in names}
+            return summed_trace(beside, batch, given, names, -2 - structure.nesting)
+
+    def _beside(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Any:
+        """The model or the guide, under a handler, with particles."""
+        particles = pyro.plate("particles", samples, dim=-1 - self.structure.nesting)
+        return particles(handler(getattr(self.program, role)))
 
     def _check_data(self) -> None:
         """Refuse a part of the data, and data that a guide with one row per datum does not know, if it remembers."""
@@ -183,7 +285,7 @@ class Target:
                 f"Expected latent sites with a density; got '{points[0]}', a point (Delta), so nothing can be said of "
                 "log p(x). Use a guide with a spread."
             )
-        return log_density(trace, samples, self.n, names)
+        return log_density(trace, samples, self.n, names, self.structure.observed).to(self.device)
 
     def log_weights(self, model: Trace, guide: Trace, samples: int) -> Tensor:
         """Log importance weights, log p(x, z) - log q(z|x), of a pair of traces, (samples, n) in nats."""
@@ -203,23 +305,31 @@ class Target:
         sites = [(name, nodes[name]["value"], nodes[name]["fn"].event_dim) for name in self.structure.latents]
         if self._layout is None:
             self._layout = Layout(sites, self.n)
+        if not sites:  # all are summed out
+            sizes = [
+                f.size for node in nodes.values() for f in node.get("cond_indep_stack", ()) if f.name == "particles"
+            ]
+            return torch.empty(max(sizes, default=1), self.n, 0, dtype=torch.float64, device=self.device)
         return self._layout.pack({name: value for name, value, _ in sites}).double()
 
     def draws(self, samples: int) -> Tensor:
         """Draw latent variables from the guide, (samples, n, z), from the current random state."""
-        return self.flatten(self.trace("guide", samples))
+        z = self.flatten(self.trace("guide", samples))
+        return z if self.structure.latents else z.expand(samples, -1, -1)
 
     def score(self, role: Role, z: Tensor) -> Tensor:
         """Log density of the model or the guide, (k, n) in nats, at latent vectors (k, n, z)."""
-        dtype = self.dtype or torch.get_default_dtype()
-        discrete, values = self.layout.discrete, self.layout.unpack(z)
-        return self.score_sites(role, {name: value.to(discrete.get(name, dtype)) for name, value in values.items()})
+        return self.log_density(self.trace(role, len(z), values=self.unflatten(z)), len(z))
+
+    def unflatten(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of the latent sites, with k particles, from latent vectors (k, n, z)."""
+        dtype, discrete = self.dtype or torch.get_default_dtype(), self.layout.discrete
+        return {name: value.to(discrete.get(name, dtype)) for name, value in self.layout.unpack(z).items()}
 
     def score_sites(self, role: Role, values: dict[str, Tensor]) -> Tensor:
         """Log density of the model or the guide, (k, n) in nats, at values of the latent sites with k particles."""
         samples = len(next(iter(values.values())))
-        trace = self.trace(role, samples, lambda function: poutine.condition(function, data=values))
-        return self.log_density(trace, samples)
+        return self.log_density(self.trace(role, samples, values=values), samples)
 
     def to_double(self) -> Self:
         """The same target in double precision, or itself if it is so already, or runs in no other than its own."""

@@ -40,6 +40,7 @@ def check_batch(program: Any, batch: Mapping[str, Tensor], *, check: bool = True
         for key, value in batch.items()
     }
     taken = batch_of(program.model, numbered(program, moved))
+    _check_takes_mask(program, moved)
     if not taken.keys() & batch.keys() - {"index"}:
         raise ValueError(f"Expected data named {', '.join(keywords(program.model))}; got {', '.join(batch)}.")
     if check and hasattr(program, "check"):
@@ -47,6 +48,20 @@ def check_batch(program: Any, batch: Mapping[str, Tensor], *, check: bool = True
     if check and "index" not in batch and indexed(program):
         check_numbered(program, taken)
     return taken
+
+
+def _check_takes_mask(program: Any, batch: Mapping[str, Tensor]) -> None:
+    """Refuse missing entries to a model that does not ask for `mask`, and to a guide that would see a NaN."""
+    if "x" not in batch or "mask" not in batch or bool(batch["mask"].all()):
+        return
+    for role in ("model", "guide"):
+        taken = keywords(getattr(program, role))
+        if "mask" not in taken and (role == "model" or ("x" in taken and not bool(batch["x"].isfinite().all()))):
+            if "**" not in taken:
+                raise ValueError(
+                    f"Expected a {role} that takes `mask` (True is observed), since entries of `x` are missing; got "
+                    f"one that takes {', '.join(taken)}. Let the {role} take `mask`, or drop rows with missing entries."
+                )
 
 
 def batch_of(function: Callable[..., Any], batch: Mapping[str, Tensor]) -> Batch:
@@ -103,7 +118,7 @@ class Given(Messenger):
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self.values:
-            message["value"], message["done"] = self.values[message["name"]], True
+            message["value"] = self.values[message["name"]]
 
 
 class _OneOf(Messenger):

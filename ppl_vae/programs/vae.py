@@ -108,7 +108,7 @@ class VAE(nn.Module):
         if "size_factor" in self.likelihood.family.takes:
             given["size_factor"] = size_factor
         if "total" in self.likelihood.family.takes:
-            given["total"] = (x if mask is None else torch.where(mask, x, 0.0)).sum(-1)
+            given["total"] = x.sum(-1)
         return self.likelihood(z, mask=mask, **given)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:

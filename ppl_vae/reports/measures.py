@@ -20,6 +20,7 @@ from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 
 MOST_DATA = 1000  # for figures, latents and the training part
+_MOST_EM = 10**8  # products in an iteration of EM
 
 
 def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
@@ -65,8 +66,8 @@ def evaluate(
         reference: of a program whose whole data set counts as one datum, to check its guide by.
 
     Returns:
-        The blocks `test`, `exact` and `baseline` of a report, and the evidence of each datum. Where the whole data set
-        counts as one datum also `check`, what `check_guide` says.
+        The blocks `test`, `exact` and `baseline` of a report, `missing` if entries are, and the evidence of each datum.
+        Where the whole data set counts as one datum also `check`, what `check_guide` says.
     """
     whole = target.structure.whole
     checked = check_guide(target, samples=samples, seed=seed, reference=reference) if whole else None
@@ -79,8 +80,14 @@ def evaluate(
         test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
         blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
         return finite({**blocks, "check": _check_block(checked)}), evidence
-    volume = 0.0 if "probability mass" in measure(target) else float(data.protocol.get("log_volume") or 0.0)
-    test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, data.features)
+    volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
+    if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
+        shares = mask.flatten(1).double().mean(0)
+        volume = float((shares.cpu() * torch.from_numpy(data.transform.scale).log()).sum())
+        features = max(float(shares.sum()), 1e-9)
+    if "probability mass" in measure(target):
+        volume = 0.0
+    test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, features)
     few = target.rows(slice(MOST_DATA))
     active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
@@ -91,7 +98,10 @@ def evaluate(
         test["rates"] = None
     exact = _compare_exact(target, test["elbo"])
     baseline = None if latent is None else _fit_baseline(target, data, latent)
-    return finite({"test": test, "exact": exact, "baseline": baseline}), evidence
+    blocks = {"test": test, "exact": exact, "baseline": baseline}
+    if mask is not None:
+        blocks["missing"] = _missing(mask, data, evidence)
+    return finite(blocks), evidence
 
 
 def _check_block(checked: GuideCheck) -> dict[str, Any]:
@@ -171,7 +181,23 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def bits_per_dim(nats: float, features: int) -> float:
+def _missing(mask: Tensor, data: Data, evidence: Evidence) -> dict[str, Any]:
+    """What is missing, and the tail shapes of the weights of incomplete data, which `impute` resamples by."""
+    names, shares = data.feature_names, data.columns.missing or ()
+    listed = {names[j] if names else f"column {j + 1}": share for j, share in enumerate(shares) if share}
+    some = (~mask).flatten(1).any(1)
+    shapes = evidence.pareto_k[some]
+    known = shapes[~shapes.isnan()]
+    tail = {"median": float(known.median()), "max": float(known.max())} if len(known) else None
+    return {
+        "share": sum(shares) / max(len(shares), 1),
+        "columns": dict(sorted(listed.items(), key=lambda item: -item[1])[:20]),
+        "incomplete": int(some.sum()),
+        "pareto_k": tail,
+    }
+
+
+def bits_per_dim(nats: float, features: float) -> float:
     """Bits per feature of a datum's log probability in nats; lower is better."""
     return -nats / (features * math.log(2))
 
@@ -195,17 +221,19 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     else:
         gap, kl, error = float(comparison.gap.mean()), float(comparison.kl.mean()), mean_error(comparison.error)
         kind = "sampled" if error else "closed-form"
-    exact = {"method": "closed-form", "log_evidence": value, "gap": gap, "posterior_kl": kl}
+    method = "closed-form" if target.structure.latents else "enumeration"
+    exact = {"method": method, "log_evidence": value, "gap": gap, "posterior_kl": kl}
     return {**exact, "gap_method": kind, "gap_mc_se": error}
 
 
 def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | None:
-    """Fit PPCA of the same latent size to the same data, if its density can be compared."""
-    if measure(target) != "density" or "mask" in data.train:
+    """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable."""
+    x, mask = data.train["x"].double(), data.train.get("mask")
+    if measure(target) != "density" or (mask is not None and x.numel() * (latent + 1) ** 2 > _MOST_EM):
         return None
     try:
-        ppca = PPCA.fit(data.train["x"].double(), latent)
-    except ValueError:
+        ppca = PPCA.fit(x, latent, mask, tolerance=1e-6)
+    except (ValueError, RuntimeError):
         return None
     rows = evaluation_split(target.program, data)[1]
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(rows["x"].double()).mean())}}
+    return {"ppca": {"log_evidence": float(ppca.log_evidence(rows["x"].double(), rows.get("mask")).mean())}}

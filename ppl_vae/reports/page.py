@@ -45,6 +45,7 @@ def markdown(
         title=title,
         **_moments(report.get("check")),
         model=_model(target.program, report["spec"]),
+        objective=_objective(report["spec"]["svi"], report["train"]),
         sites=_sites(target),
         falling=sorted(range(len(rates)), key=lambda latent: -rates[latent]),
         findings=list_findings(report, history),
@@ -88,6 +89,29 @@ def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _flat(values: Any) -> list[Any]:
     return [each for value in values for each in _flat(value)] if isinstance(values, list) else [values]
+
+
+def _objective(svi: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    """What training maximised, and what it reached, where that is not the ELBO itself."""
+    elbo, draws, told = svi["elbo"], svi["particles"], []
+    beta, free, gradient = svi.get("beta", 1.0), svi.get("free_bits", 0.0), svi.get("gradient", "plain")
+    if "alpha" in svi:
+        power = f"1/(1 - a) log (1/K) sum_k (p(x, z_k) / q(z_k | x))^(1 - a) with a = {svi['alpha']:g}, K = {draws}"
+        told = [f"{power}, a lower bound of log p(x) above the ELBO for 0 <= a < 1 only."]
+    elif elbo == "ImportanceWeighted":
+        told = [f"log (1/K) sum_k p(x, z_k) / q(z_k | x) with K = {draws}, on average a lower bound of log p(x)."]
+    elif beta != 1 or free:
+        terms = f"max({free:g}, KL) over each {svi.get('free_bits_per', 'latent')}" if free else "KL(q || p)"
+        told = [f"E_q log p(x | z) - {f'{beta:g} ' * (beta != 1)}{'sum ' * bool(free)}{terms}, not the ELBO."]
+    if gradient == "stl":
+        told.append(f"Its gradient, by STL, is {'biased for K > 1' if draws > 1 else 'unbiased for K = 1'}.")
+    elif gradient == "dreg":
+        told.append("Its gradient is doubly reparameterised.")
+    if svi.get("warm_up"):
+        told.append(f"The weight of the KL terms rose over the first {svi['warm_up']} epochs.")
+    if told and train.get("objective") is not None:
+        told.append(f"In the last epoch it was {figure(train['objective'])}, beside the ELBO below.")
+    return " ".join(told)
 
 
 def _sites(target: Target) -> str:

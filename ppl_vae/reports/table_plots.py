@@ -82,7 +82,7 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
             ax.spines[:].set_visible(False)
             continue
         ax.plot(part[:, column], part[:, row], ".", color=colour, ms=2, alpha=0.5)
-        low, high = np.quantile(data[:, [column, row]], [0.002, 0.998], axis=0)
+        low, high = np.nanquantile(data[:, [column, row]], [0.002, 0.998], axis=0)
         room = 0.08 * np.where(high > low, high - low, 1.0)
         ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
         ax.tick_params(labelsize="x-small", labelbottom=a == size - 1, labelleft=b == 0)
@@ -93,7 +93,7 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
     """Show how much of each column the reconstruction misses, the worst above.
 
     For numbers: root mean square error over the column's standard deviation (1 is no better than the mean). For
-    codes: the share of data whose nearest code to the mean is another.
+    codes: the share of data whose nearest code to the mean is another. Missing entries count for nothing.
 
     Args:
         x: data, (n, x).
@@ -104,7 +104,11 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
     data, fitted = _rows(x, means, columns)
     errors = []
     for j in range(columns.count):
-        one, other = data[:, j], fitted[:, j]
+        seen = np.isfinite(data[:, j])
+        one, other = data[seen, j], fitted[seen, j]
+        if not len(one):
+            errors.append(0.0)
+            continue
         coded = columns.kinds is not None and columns.kinds[j] in ("binary", "category", "ordered")
         spread = one.std() or 1.0
         errors.append(float((np.rint(other) != one).mean() if coded else np.sqrt(((one - other) ** 2).mean()) / spread))

@@ -38,7 +38,7 @@ def assemble(spec: Any, columns: Columns, latent: int, rows: int, *, own: bool =
         keys = table.model_dump(exclude={"family", "network", "encoding"})
         family = kind(**filled(kind, event=event, **known, **parts), **keys)
         context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
-        encoding = _encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
+        encoding = guide_encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
             size = sum(context) if encoding is None else encoding.size
@@ -51,9 +51,18 @@ def assemble(spec: Any, columns: Columns, latent: int, rows: int, *, own: bool =
     return VAE(**parts)
 
 
-def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
-    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says."""
+def guide_encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:
+    """What the guide's network sees of each column: as the likelihood's family suggests, or as the table says.
+
+    Columns with missing entries have an indicator, and others than plain ones are standardised beside them; a network
+    of pictures has a place for neither.
+    """
     given, words = getattr(table, "encoding", None), list(family.encodings)
+    indicators = [j for j, share in enumerate(columns.missing or ()) if share]
+    if indicators and _of_pictures(table):
+        indicators = []
+    elif indicators:
+        words = ["standardise" if word == "plain" else word for word in words]
     names = columns.names or tuple(map(str, range(columns.count)))
     for pattern, word in (given if isinstance(given, dict) else {"*": given} if given else {}).items():
         matched = [j for j, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
@@ -62,7 +71,16 @@ def _encoding(table: Any, family: families.Family, columns: Columns) -> Encoding
         for j in matched:
             words[j] = word
     amortized = getattr(table, "network", None) is not None and not on_table(table)
-    return Encoding(words, columns.levels or ()) if amortized and set(words) != {"plain"} else None
+    plain = set(words) == {"plain"} and not indicators
+    return Encoding(words, columns.levels or (), indicators) if amortized and not plain else None
+
+
+def _of_pictures(table: Any) -> bool:
+    """Whether a part's network takes the shape of a picture."""
+    network: Any = getattr(table, "network", None)
+    if hasattr(network, "program"):
+        return "shape" in needs(load_network(network.program))
+    return network is not None and "shape" in needs(getattr(networks, network.family))
 
 
 def on_table(part: Any) -> bool:

@@ -11,10 +11,12 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
-from ppl_vae.infer.objectives import check_objective
+from ppl_vae.infer.objectives import check_estimator, check_objective, make_objective
 from ppl_vae.infer.svi import parts_of
 from ppl_vae.programs.target import Target
+from ppl_vae.programs.vae import VAE
 
 _LOOKS = {
     "id": ("id", "counts the rows; if so,"),
@@ -35,8 +37,10 @@ class Check:
         features: columns of `x`.
         columns: kind and role of each column of a table, such as `count feature`.
         hints: what looks wrong with a column, and the `--set` that mends it.
+        missing: the columns with missing entries, and what becomes of these; empty if there are none.
         latents: event shape of each latent site, in the model's order.
         observed: event shape of each observed site.
+        enumerated: shape of each latent site that is summed out.
         kl: whether the objective takes the KL term of each latent site `analytic` or `sampled`.
         parameters: number of parameters of each part.
         epochs: passes over the data.
@@ -50,8 +54,10 @@ class Check:
     features: int
     columns: dict[str, str]
     hints: list[str]
+    missing: str
     latents: dict[str, tuple[int, ...]]
     observed: dict[str, tuple[int, ...]]
+    enumerated: dict[str, tuple[int, ...]]
     kl: dict[str, str]
     parameters: dict[str, int]
     epochs: int
@@ -66,6 +72,7 @@ class Check:
     def __str__(self) -> str:
         lead = () if self.whole else ("n",)
         sites = [f"{name} {(*lead, *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
+        sites += [f"{name} {(*lead, *shape)} enumerated" for name, shape in self.enumerated.items()]
         sites += [f"{name} {(*lead, *shape)} observed" for name, shape in self.observed.items()]
         whole = ", which count as one datum together" if self.whole else ""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
@@ -78,6 +85,7 @@ class Check:
                 f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features{whole}",
                 *([f"columns     {'; '.join(listed)}"] if listed else []),
                 *(f"look        {hint}" for hint in self.hints),
+                *([f"missing     {self.missing}"] if self.missing else []),
                 f"sites       {'; '.join(sites)}".replace("'n'", "n").replace(",)", ")"),
                 f"parameters  {counts or 'none'}; {sum(self.parameters.values()):,} in all",
                 f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
@@ -98,6 +106,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     Raises:
         ValueError: If data, program and objective do not fit.
     """
+    check_observed(data.train, data.row_numbers["train"])
     target = Target(program, parts[-1])
     sites, rows = target.structure, len(next(iter(data.train.values())))
     if sites.whole and data.validation is not None:
@@ -107,7 +116,10 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         )
     for part in parts[:-1]:
         Target(program, part)
-    check_objective(svi.elbo, sites)
+    check_objective(svi.elbo, sites, gradient=svi.gradient, free_bits=svi.free_bits)
+    learned: list[Tensor] = [*program.parameters()] if isinstance(program, nn.Module) else []
+    keys = {"gradient": svi.gradient, "free_bits": svi.free_bits, "per": svi.free_bits_per}
+    check_estimator(target, make_objective(svi.elbo, sites, learned, svi.particles, **keys))
     if sites.rows is not None:
         raise ValueError(
             "Expected a guide that takes any part of the data, as a run evaluates them; this one keeps one row per "
@@ -142,10 +154,12 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         features=data.features,
         columns=_columns(data),
         hints=[*column_hints(data), *([_SPARE.format(spare)] if spare else [])],
+        missing=_missing(program, data),
         whole=sites.whole,
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
-        kl={name: "sampled" if svi.elbo == "Trace_ELBO" else kind for name, kind in sites.kl.items()},
+        enumerated={name: sites.shapes[name] for name in sites.enumerated},
+        kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,
         steps=svi.epochs * (parts_of(target, svi.batch_size) if sites.whole else math.ceil(rows / svi.batch_size)),
@@ -157,6 +171,23 @@ def _columns(data: Data) -> dict[str, str]:
     """Kind and role of each column of a table."""
     kinds, names = data.columns.kinds or (), data.columns.names or [f"column {j + 1}" for j in range(data.features)]
     return {name: f"{kind} feature" for name, kind in zip(names, kinds, strict=False)} | data.roles
+
+
+def _missing(program: Any, data: Data) -> str:
+    """The columns with missing entries in the training part, and what likelihood and guide make of these."""
+    shares = data.columns.missing
+    if shares is None:
+        return ""
+    names = data.columns.names or [f"column {j + 1}" for j in range(data.features)]
+    some = [f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True) if share]
+    listed = ", ".join(some[:20]) + ", ..." * (len(some) > 20)
+    encoding = getattr(getattr(program, "posterior", None), "encoding", None)
+    seen = "as 0, their columns' mean once standardised"
+    if not isinstance(program, VAE):
+        seen = "as the program says"
+    elif encoding is not None and len(encoding.hidden):
+        seen += ", and by an indicator of 1 for missing"
+    return f"{listed or 'none in the training part'}; not in the likelihood; the guide sees them {seen}"
 
 
 def column_hints(data: Data) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ppl_vae.data.columns import infer_kind
 from ppl_vae.data.datasets import is_path, read_dataset
+from ppl_vae.data.files import present
 from ppl_vae.data.loading import Data, load
 from ppl_vae.data.tables import Roles
 from ppl_vae.families.mixed import INFERRED
@@ -48,7 +49,7 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     except ValueError as error:
         if "missing cells" not in str(error) or "missing" in keys:
             raise
-        keys["missing"] = "drop rows"
+        keys["missing"] = "model"
         data = load(name, **keys)
     for column, like in data.suspects.items():
         if like in ("label", "id") and like not in keys:
@@ -93,7 +94,8 @@ def _text(keys: dict[str, Any], data: Data) -> str:
     if keys.get("validation_fraction"):
         svi["keep"] = "best"
     roles = "; ".join(f"{name}: {role}" for name, role in data.roles.items())
-    roles += "; rows with missing cells are dropped" * ("missing" in keys)
+    if "missing" in keys:
+        roles += "; rows with missing cells are dropped" if columns.missing is None else "; missing cells are modelled"
     tables: list[tuple[str, str, dict[str, Any]]] = [
         ("data", f"{n:,} rows to train on, {columns.count} features" + (f" ({roles})" if roles else ""), keys),
         ("model", "How many latent variables describe a row; try fewer or more.", {"latent": latent}),
@@ -116,14 +118,15 @@ def _likelihood(data: Data) -> tuple[str, dict[str, Any], str]:
     if columns.shape is not None:
         if levels == 2:
             return "Bernoulli", {}, "Pixels are 0 or 1."
-        x = data.train["x"]
+        x = data.train["x"][~data.train["x"].isnan()]
         if levels is not None and bool(((x == x.min()) | (x == x.max())).all()):
             return "Bernoulli", {"data": {"binarization": "threshold"}}, "Pixels are black or white."
         if levels is not None:
             said = f"{levels} intensities. Or black and white: data.binarization = dynamic and a Bernoulli."
             return "DiscretizedLogistic", {"data": {"scaling": "unit"}}, said
         return "Normal", {"scale": "shared"}, "Real numbers with one noise scale."
-    each = columns.kinds or [infer_kind(x, x) for x in data.train["x"].double().numpy().T]
+    rows = data.train["x"].double().numpy().T
+    each = columns.kinds or [infer_kind(present(x), present(x)) for x in rows]
     kinds = set(each)
     scaled: dict[str, Any] = {"data": {"scaling": "standardize"}} if kinds & {"real", "positive"} else {}
     if kinds == {"real"}:

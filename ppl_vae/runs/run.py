@@ -148,9 +148,8 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
         settings = {**spec.svi.model_dump(), "device": str(device), "validation": data.validation}
         history = fit(program, data.to(device), **settings, resume=state, on_epoch=note)
         part, rows = evaluation_split(program, data)
-        say(
-            f"evaluates {len(next(iter(rows.values()))):,} data of the {part} part, with {spec.evaluation.samples:,} samples each"
-        )
+        n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
+        say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
         return write_run(folder, spec, program, data, vars(history))
     except KeyboardInterrupt as stop:
         if latest is None:
@@ -179,6 +178,7 @@ def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mappi
     with storage.reserved(folder), storage.replacing(folder) as partial:
         home = _write_trained(partial, folder, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
+        train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         run = Run(folder, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 

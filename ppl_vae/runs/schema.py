@@ -3,6 +3,7 @@
 import inspect
 import os
 import types
+from collections import abc
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -234,7 +235,8 @@ def _table(
         """A hint without the kinds that TOML has not."""
         if get_origin(hint) not in (Union, types.UnionType):
             return hint
-        return Union[tuple(part for part in get_args(hint) if get_origin(part) is not os.PathLike)]  # noqa: UP007
+        parts = (part for part in get_args(hint) if get_origin(part) not in (os.PathLike, abc.Callable))
+        return Union[tuple(parts)]  # noqa: UP007
 
     fields = {
         key: (

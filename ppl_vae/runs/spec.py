@@ -153,9 +153,12 @@ class Spec:
         with _blamed(self, data):
             program: Any = self.assemble(columns=data.columns, rows=len(next(iter(data.train.values()))))
             if hasattr(program, "initialise"):
-                given = {key: data.train[key].cpu() for key in ("x", "size_factor") if key in data.train}
+                given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask") if key in data.train}
+                own = [given[key] for key in ("x", "mask") if key in given]
+                if len(own) > 1 and "mask" not in keywords(program.initialise):
+                    raise ValueError("Expected `initialise` to take `mask`, True if observed, since cells are missing.")
                 with fork_rng(self.svi.seed, "initialise", device=CPU):
-                    program.initialise(given if isinstance(program, VAE) else given["x"])
+                    program.initialise(*([given] if isinstance(program, VAE) else own))
         return program
 
     def assemble(self, *, columns: Columns, rows: int) -> Any:
@@ -368,4 +371,5 @@ def _holds(kind: Any, data: Data) -> bool:
             family = kind(**filled(kind, event=data.features, **described(data.columns)))
     except (TypeError, ValueError):  # a key that must be given, or what the data lack
         return False
-    return bool(family.support.check(data.train["x"].cpu()).all())
+    inside = family.support.check(data.train["x"].cpu())
+    return bool((inside if inside.dim() == 1 else inside | data.train["x"].cpu().isnan()).all())

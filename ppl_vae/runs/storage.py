@@ -25,7 +25,7 @@ FORMAT = "1"
 ALWAYS = ("spec.toml", "metrics.jsonl", "model.safetensors")
 FINISHED = ("report.json", "evidence.safetensors")
 STATE = "state.safetensors"
-METRICS = ("elbo", "validation", "learning_rate", "seconds")
+METRICS = ("elbo", "validation", "objective", "validation_objective", "learning_rate", "seconds")
 PARAM = "pyro.param:"  # marks the names of tensors that a program keeps by pyro.param
 
 
@@ -211,7 +211,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def write_metrics(history: Mapping[str, Any], folder: Path) -> None:
     """Write `metrics.jsonl`, one line per epoch; without validation data its bound is null."""
-    rows = itertools.zip_longest(*(history[key] for key in METRICS))
+    rows = itertools.zip_longest(*(history.get(key, ()) for key in METRICS))
     lines = [{"epoch": epoch, **dict(zip(METRICS, row, strict=True))} for epoch, row in enumerate(rows)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -223,7 +223,7 @@ def read_metrics(folder: Path, epochs: int) -> dict[str, list[Any]]:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if len(lines) != epochs:
         raise ValueError(f"Expected one line for each of {epochs} epochs in {file}; got {len(lines)}. Fit again.")
-    return {key: [line[key] for line in lines if line[key] is not None] for key in METRICS}
+    return {key: [line[key] for line in lines if line.get(key) is not None] for key in METRICS}
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:

@@ -647,7 +647,7 @@ def test_npz_keys(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
         (np.ones((0, 9)), r"shape \(n, x\) .*got \(0, 9\)"),
         (
             np.where(np.arange(18).reshape(9, 2) == 5, np.nan, 1.0),
-            "npy: .*got nan in row 2, column 1 .*1 such",
+            r"missing cells in x.npy; got some in 'column 2' \(1\): row 2 .*model them \(missing",
         ),
     ],
 )

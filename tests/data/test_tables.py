@@ -452,7 +452,7 @@ def test_damaged_and_empty_files_are_refused(tmp_path: Path, monkeypatch: pytest
 def test_rows_with_missing_cells_are_dropped_where_asked_to(tmp_path):
     frame = pd.DataFrame({"a": [1.5, 2.5, np.nan, 4.5, 5.5, 6.5], "b": ["x", "y", "x", None, "y", "x"], "t": range(6)})
     frame.to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(ValueError, match=r"'a' \(1\), 'b' \(1\).*Drop these rows \(missing = \"drop rows\"\)"):
+    with pytest.raises(ValueError, match=r"'a' \(1\), 'b' \(1\).*or drop these rows \(missing = \"drop rows\"\)"):
         load(tmp_path / "t.csv")
     data = load(tmp_path / "t.csv", missing="drop rows", id="t", test_fraction=0.3)
     numbers = np.sort(np.concatenate(list(data.row_numbers.values())))
@@ -463,5 +463,5 @@ def test_rows_with_missing_cells_are_dropped_where_asked_to(tmp_path):
         made = data.to_table(getattr(data, part)["x"], part)
         assert made["a"].tolist() == pytest.approx(wanted["a"].tolist())
         assert made["b"].astype(str).tolist() == wanted["b"].tolist()
-    with pytest.raises(ValueError, match="`missing` to be one of 'refuse', 'drop rows'; got 'keep'"):
+    with pytest.raises(ValueError, match="`missing` to be one of 'refuse', 'model', 'drop rows'; got 'keep'"):
         load(tmp_path / "t.csv", missing="keep")

@@ -547,7 +547,7 @@ CASES: dict[str, Case] = {
         parameters=about_zero,
         **COUNTS,
     ),
-    "Multinomial": Case(_totals, _multinomial, _divisions, below(5), about_zero, sizes=(2, 3)),
+    "Multinomial": Case(_totals, _multinomial, _divisions, below(5), about_zero, sizes=(2, 3), masks=False),
     "Categorical": Case(_of_levels(families.Categorical), _categorical, **OF_LEVELS),
     "OrderedCategorical": Case(_of_levels(families.OrderedCategorical), _ordered, **OF_LEVELS),
     "DiscretizedLogistic": Case(

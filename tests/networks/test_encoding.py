@@ -81,3 +81,18 @@ def test_a_network_of_pictures_takes_no_one_hot_columns():
         Conditional(Normal(2), Conv((2, 2)), context=4, encoding=Encoding(["one-hot"] * 4, [3] * 4))
     part = Conditional(Normal(2), Conv((2, 2)), context=4, encoding=Encoding(["log1p"] * 4))
     assert part(torch.ones(5, 4)).batch_shape == (5,)
+
+
+def test_indicators_tell_a_missing_entry_from_an_average_one() -> None:
+    encoding = Encoding(["standardise", "one-hot", "plain"], [0, 2, 0], indicators=[0, 1])
+    x = torch.tensor([[1.0, 1.0, 3.0], [3.0, 0.0, 4.0], [np.nan] * 3])
+    mask = torch.tensor([[True] * 3, [True] * 3, [False] * 3])
+    encoding.fit(x, mask)
+    encoded, observed = encoding(x, mask)
+    assert observed is None
+    expected = [[-1.0, 0.0, 1.0, 3.0, 0.0, 0.0], [1.0, 1.0, 0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]]
+    torch.testing.assert_close(encoded, torch.tensor(expected))
+    assert encoding.size == 6
+    average = torch.tensor([[2.0, 0.5, 0.0]])  # which is 0 too, but for the indicators
+    assert not torch.equal(encoding(average)[0], encoded[2:])
+    torch.testing.assert_close(encoding(x[:2])[0], encoded[:2])

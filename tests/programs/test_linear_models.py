@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import optimize
+from scipy.stats import multivariate_normal
 from sklearn.datasets import load_digits, load_iris
 from sklearn.decomposition import PCA as SklearnPCA
 from sklearn.decomposition import FactorAnalysis as SklearnFactorAnalysis
@@ -143,6 +145,87 @@ def test_factor_analysis_is_a_vae_with_an_exact_guide() -> None:
         posterior = found.posterior(data[:50])
         with torch.no_grad():
             torch.testing.assert_close(vae.approximate(data[:50]).loc, posterior.loc, rtol=1e-3, atol=1e-3)
+
+
+# PPCA by EM -----------------------------------------------------------------------------------------------------------
+
+
+def incomplete(n: int = 150, features: int = 6, latent: int = 2) -> tuple[Tensor, Tensor]:
+    """Linear-Gaussian data far from zero, a third of them missing; some rows and a column have few entries."""
+    weight, mask = torch.randn(features, latent), torch.rand(n, features) > 0.3
+    x = torch.randn(n, latent) @ weight.T + 0.5 * torch.randn(n, features) + 40
+    mask[:3], mask[3:100, 0] = False, False
+    return x.masked_fill(~mask, math.nan), mask
+
+
+def marginals(fitted: PPCA, x: Tensor, mask: Tensor) -> Any:
+    """Log density of the observed entries of each row, by scipy."""
+    covariance = (fitted.weight @ fitted.weight.T + fitted.scale**2 * torch.eye(len(fitted.loc))).numpy()
+    scores = []
+    for row, here in zip(x.numpy(), mask.numpy(), strict=True):
+        part = covariance[np.ix_(here, here)]
+        scores.append(multivariate_normal(fitted.loc.numpy()[here], part).logpdf(row[here]) if here.any() else 0.0)
+    return np.array(scores)
+
+
+def test_em_never_falls_and_says_the_evidence_of_the_observed_entries() -> None:
+    x, mask = incomplete()
+    fitted = PPCA.fit(x, 2, mask)
+    path: Any = fitted.path
+    assert (path.diff() >= -1e-12).all()
+    assert len(path) > 10
+    np.testing.assert_allclose(fitted.log_evidence(x, mask), marginals(fitted, x, mask), rtol=0, atol=1e-10)
+    assert path[-1].item() == pytest.approx(marginals(fitted, x, mask).mean(), abs=1e-10)
+    assert (fitted.log_evidence(x, mask)[:3] == 0).all()
+    posterior = fitted.posterior(x, mask)
+    torch.testing.assert_close(posterior.mean[:3], torch.zeros(3, 2))
+    torch.testing.assert_close(posterior.covariance_matrix[:3], torch.eye(2).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("latent", [0, 1, 2])
+def test_em_reaches_what_scipy_reaches(latent: int) -> None:
+    x, mask = incomplete()
+    fitted = PPCA.fit(x, latent, mask, tolerance=1e-11)
+
+    def climb(raw: Any) -> tuple[float, Any]:
+        vector = torch.from_numpy(raw).requires_grad_()
+        weight = vector[6:-1].reshape(6, latent)
+        value = -PPCA(vector[:6], weight, vector[-1].exp()).log_evidence(x, mask).mean()
+        return value.item(), torch.autograd.grad(value, vector)[0].numpy()
+
+    rng = np.random.default_rng(1)
+    starts = [np.concatenate([np.full(6, 40.0), rng.normal(size=6 * latent), [0.0]]) for _ in range(3)]
+    options = {"maxiter": 3000, "maxfun": 9000, "ftol": 1e-14, "gtol": 1e-9}
+    found = [optimize.minimize(climb, s, jac=True, method="L-BFGS-B", options=options) for s in starts]
+    assert fitted.log_evidence(x, mask).mean().item() >= -min(one.fun for one in found) - 1e-7
+    broken = PPCA(fitted.loc, fitted.weight, 1.01 * fitted.scale)
+    assert broken.log_evidence(x, mask).mean().item() < -min(one.fun for one in found) - 1e-5
+
+
+def test_em_with_nothing_missing_is_the_closed_form() -> None:
+    x = torch.randn(80, 6) * torch.arange(1.0, 7) - 30
+    exact = PPCA.fit(x, 3)
+    alone = PPCA.fit(x, 3, torch.ones_like(x, dtype=torch.bool))
+    torch.testing.assert_close(alone.log_evidence(x), exact.log_evidence(x), rtol=0, atol=1e-9)
+    rows = torch.cat([x, torch.full((60, 6), math.nan)])  # rows with nothing observed move the start, not the end
+    climbed = PPCA.fit(rows, 3, ~rows.isnan(), tolerance=1e-14)
+    assert len(climbed.path) > 20  # type: ignore[arg-type]
+    torch.testing.assert_close(climbed.loc, exact.loc)
+    torch.testing.assert_close(climbed.scale, exact.scale, rtol=1e-5, atol=0)
+    outer = [fitted.weight @ fitted.weight.T for fitted in (climbed, exact)]
+    torch.testing.assert_close(*outer, rtol=1e-4, atol=1e-4)
+
+
+def test_what_em_cannot_fit_is_refused() -> None:
+    x, mask = incomplete()
+    with pytest.raises(RuntimeError, match="settle to 1e-09 nats within 3 iterations"):
+        PPCA.fit(x, 2, mask, iterations=3)
+    with pytest.raises(ValueError, match=r"observed somewhere; got none of column 2 \(counted from 0\)"):
+        PPCA.fit(x, 2, mask & (torch.arange(6) != 2))
+    few = torch.arange(6).repeat(40, 1) < 2  # a plane passes through three points and any pair of entries
+    few[:3] = True
+    with pytest.raises(ValueError, match="Expected fewer latents than 2 for so few observed entries"):
+        PPCA.fit(torch.randn(40, 6), 2, few)
 
 
 def test_what_does_not_fit_is_refused() -> None:

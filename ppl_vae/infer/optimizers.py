@@ -1,0 +1,78 @@
+"""Optimisers by name, and schedules of their learning rate."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, lr_scheduler
+
+Name = Literal["Adam", "AdamW", "Adamax", "SGD", "NAdam"]
+Schedule = Literal["constant", "one-cycle", "cosine", "cosine-restarts"]
+_FUSED = ("Adam", "AdamW", "SGD")
+
+
+def make_optimizer(
+    kind: Name | Callable[..., Optimizer],
+    tensors: Iterable[Tensor],
+    rate: float,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
+    betas: list[float] | None = None,
+    epsilon: float | None = None,
+) -> Optimizer:
+    """One of PyTorch's optimisers, or what a function of the tensors and `lr` makes."""
+    if callable(kind):
+        return kind(tensors, lr=rate)
+    keys: dict[str, Any] = {"momentum": momentum, "betas": betas and tuple(betas), "eps": epsilon}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    if kind in _FUSED:
+        keys["fused"] = True
+    return getattr(torch.optim, kind)(tensors, lr=rate, weight_decay=weight_decay, **keys)  # type: ignore[no-any-return]
+
+
+def make_schedule(
+    schedule: Schedule, optimizer: Optimizer, rate: float, steps: int, restarts: int | None = None
+) -> lr_scheduler.LRScheduler:
+    """The schedule of a learning rate over so many steps.
+
+    That of `one-cycle` moves Adam's first beta too; the momentum of SGD is left as it is. That of `cosine-restarts`
+    falls to zero anew after each restart (SGDR, Loshchilov and Hutter 2017).
+    """
+    if schedule == "one-cycle":
+        cycles = "betas" in optimizer.defaults
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2), cycle_momentum=cycles)
+    if schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if schedule == "cosine-restarts":
+        return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=-(-steps // ((restarts or 1) + 1)))
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def check_optimizer_settings(given: dict[str, Any]) -> None:
+    """Check the settings of an optimiser and its schedule, those that are given, and that each has an effect.
+
+    Raises:
+        ValueError: If one is out of range or goes with another optimiser; the first such setting by name.
+    """
+    kind, schedule, betas = given.get("optimizer"), given.get("schedule"), given.get("betas")
+    for key, most in {"weight_decay": float("inf"), "momentum": 1.0, "epsilon": float("inf")}.items():
+        value = given.get(key)
+        if value is not None and not 0 <= value < most:
+            raise ValueError(f"Expected `{key}` from 0 to below {most:g}; got {value!r}.")
+    if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"Expected `betas` to be two numbers from 0 to below 1; got {betas!r}.")
+    for key in ("weight_decay", "momentum", "betas", "epsilon"):
+        value = given.get(key)
+        if kind is None or not value:
+            continue
+        if callable(kind):
+            raise ValueError(f"Expected no `{key}` beside a function as `optimizer`, which may set it; got {value!r}.")
+        if key != "weight_decay" and (kind == "SGD") != (key == "momentum"):
+            homes = "SGD" if key == "momentum" else "Adam, AdamW, Adamax or NAdam"
+            raise ValueError(f"Expected `{key}` with optimizer {homes}; got {value!r} with {kind}.")
+    if schedule == "one-cycle" and betas is not None:
+        raise ValueError("Expected no `betas` with schedule = 'one-cycle', which moves them. Use another schedule.")
+    if schedule is not None and given.get("restarts") is not None and schedule != "cosine-restarts":
+        raise ValueError(f"Expected `restarts` with schedule = 'cosine-restarts'; got it with {schedule!r}.")
