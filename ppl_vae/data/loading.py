@@ -124,7 +124,7 @@ class Data:
             raise ValueError(f"Expected no missing cells in '{gone[0]}', an entry of its own; got some. Drop the rows.")
 
         def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            x = {key: tensors[key][:, kept] for key in ("x", "mask") if key in tensors and kept}
+            x: dict[str, Tensor] = {key: tensors[key][:, kept] for key in ("x", "mask") if key in tensors and kept}
             others = {key: value for key, value in tensors.items() if key not in ("x", "mask")}
             return {**x, **others, **{name: tensors["x"][:, own.index(name)] for name in taken}}
 

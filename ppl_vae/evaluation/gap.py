@@ -157,8 +157,8 @@ def inference_gap(
         else:
             search = Search(block, key, entries, Joint(block))
             guide, exact = _member(block, search, getattr(families, kind)(search.event, **keys))
-            here = search.log_weights(guide, guide.start, draws, "final") if exact else None
-        parts.append(_gap(block, search, guide, here, known, error[rows], draws, steps))
+            here = search.log_weights(guide, guide.start, draws, "final") if exact else None  # type: ignore[assignment]
+        parts.append(_gap(search, guide, here, known, error[rows], draws, steps))
     if _versions(target.program) != versions:
         raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -222,17 +222,15 @@ def _member(target: Target, search: Search, family: Any) -> tuple[Members, bool]
     with target.running(*search.key, "member"):
         normal = normal_of(target.program.guide) if family.normals == "all" else None
         if isinstance(normal, dict):
-            loc, scale = (
-                real.layout.pack({name: normal[name][part].unsqueeze(0) for name in real.shapes})[0] for part in (0, 1)
-            )
+            parts = ({name: normal[name][part].unsqueeze(0) for name in real.shapes} for part in (0, 1))
+            loc, scale = (real.layout.pack(part)[0] for part in parts)
         elif normal is not None:
             loc, scale = normal.mean.unsqueeze(0), normal.stddev.unsqueeze(0)
         else:
             u = real.draw("guide", _MOMENTS)
             loc, scale = u.mean(0), u.std(0)
-    precision = torch.diag_embed(scale.double() ** -2)
-    if getattr(normal, "precision_matrix", None) is not None:
-        precision = normal.precision_matrix.unsqueeze(0).double()
+    full = getattr(normal, "precision_matrix", None)
+    precision = torch.diag_embed(scale.double() ** -2) if full is None else full.unsqueeze(0).double()
     own = type(family).__name__ == family_of(target.program.guide)[0]
     return Members(
         family, family.nearest(loc.double(), precision)["parameters"].to(real.dtype)
@@ -254,20 +252,12 @@ def _total(target: Target, truth: Tensor | None, error: Tensor, draws: int, seed
 
 
 def _gap(
-    target: Target,
-    search: Search,
-    guide: Members,
-    here: Tensor | None,
-    truth: Tensor | None,
-    error: Tensor,
-    draws: int,
-    steps: int,
+    search: Search, guide: Members, here: Tensor | None, truth: Tensor | None, error: Tensor, draws: int, steps: int
 ) -> dict[str, Tensor]:
     """The gap of each datum of a block.
 
     Args:
-        target: the block.
-        search: of the best members.
+        search: of the best members of the block.
         guide: the members that the guide is or is like.
         here: log weights of the guide by the draws that the best members get too; None if those have others.
         truth: log p(x), if it is known.
@@ -287,7 +277,7 @@ def _gap(
                 stacklevel=3,
             )
     shared, there = here is not None, search.log_weights(guide, best, draws, "final")
-    here = log_weights(target, samples=draws, inner=1, seed=search.key[0]).detach() if here is None else here
+    here = log_weights(search.target, samples=draws, inner=1, seed=search.key[0]) if here is None else here
     estimate = there.logsumexp(0) - math.log(draws)
     relative = (there - estimate).exp() if truth is None else torch.zeros_like(there)
     truth, elbo, top = estimate if truth is None else truth, here.mean(0), there.mean(0)

@@ -97,10 +97,6 @@ class GuideCheck:
         return float(known.max()) if len(known) else math.nan
 
     @property
-    def _k_error(self) -> float:
-        return float(shape_error(torch.tensor(self.pareto_k), self.evidence.samples))
-
-    @property
     def trusted(self) -> str:
         """Which moments to use: `"guide"`, `"reweighted"`, `"reference"`, or `"none"`."""
         if self.reference is not None and self.reference.converged:
@@ -149,7 +145,7 @@ class GuideCheck:
             + (f" with {evidence.inner} of the local latents each" if evidence.inner > 1 else ""),
             f"  ELBO          {bound['mean']:.3f} {spread}",
             f"  log evidence  {value['mean']:.3f} {how} ({value['kind']})",
-            f"  Pareto k-hat  {_k(self.pareto_k)}" + (f" ± {self._k_error:.2f}" if self.whole else " at the most"),
+            f"  Pareto k-hat  {_k(self.pareto_k)}" + (_k_error(evidence) if self.whole else " at the most"),
             f"  effective     {float(evidence.ess.min()):.0f} of {evidence.samples} draws"
             + ("" if self.whole else " at the least"),
         ]
@@ -211,6 +207,11 @@ class GuideCheck:
             f"Trust the reweighted moments with care: k-hat is {k}, so they converge slowly and the log evidence is a "
             "lower bound. The guide itself differs from them as shown."
         )
+
+
+def _k_error(evidence: Evidence) -> str:
+    error = float(shape_error(evidence.pareto_k, evidence.samples))
+    return "" if math.isnan(error) else f" ± {error:.2f}"
 
 
 def _k(value: float) -> str:

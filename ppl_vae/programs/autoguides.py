@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro import poutine
 from pyro.infer import autoguide
-from torch import Tensor, nn
+from torch import nn
 
 _NEEDS = {  # more than a model, so that a name is not enough
     "AutoNormalizingFlow": "AutoNormalizingFlow(model, init_transform_fn)",
@@ -40,20 +40,17 @@ def family_of(guide: Any) -> tuple[str | None, dict[str, Any]]:
     return _FAMILIES.get(type(guide).__name__), keys
 
 
-def normal_of(guide: Any) -> dict[str, tuple[Tensor, Tensor]] | Any:
+def normal_of(guide: Any) -> Any:
     """Normal of an autoguide on the real line: location and scale by site, or the distribution of all sites in a row.
 
     None for a guide whose normal cannot be read off.
     """
     if isinstance(guide, autoguide.AutoNormal):
-        parts = guide.locs, guide.scales
-        names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-        return {name: tuple(attrgetter(name)(part).detach() for part in parts) for name in names}
-    return (
-        guide.get_posterior()
-        if isinstance(guide, autoguide.AutoDiagonalNormal | autoguide.AutoMultivariateNormal)
-        else None
-    )
+        sites: Any = guide.prototype_trace
+        names, parts = [name for name, _ in sites.iter_stochastic_nodes()], (guide.locs, guide.scales)
+        return {name: [attrgetter(name)(part).detach() for part in parts] for name in names}
+    known = isinstance(guide, autoguide.AutoDiagonalNormal | autoguide.AutoMultivariateNormal)
+    return guide.get_posterior() if known else None
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Any:

@@ -339,14 +339,14 @@ class Target:
         def make() -> Any:
             batch = {key: value.double() if value.is_floating_point() else value for key, value in self.batch.items()}
             twin = self.with_batch(batch)
-            if self.dtype is not None:
+            try:
                 twin._set(to_double(self.program), batch, self._structure)
-                return twin
-            try:  # a program whose parameters are made by `pyro.param`, or that has constants of its own
-                twin._set(to_double(self.program), batch, self._structure)
-                with torch.no_grad():
-                    twin.traces(1, 0)
+                if self.dtype is None:  # its parameters are made by `pyro.param`, or it has constants of its own
+                    with torch.no_grad():
+                        twin.traces(1, 0)
             except (RuntimeError, TypeError, ValueError):
+                if self.dtype is not None:
+                    raise
                 return self
             return twin
 

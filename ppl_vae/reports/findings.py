@@ -257,11 +257,12 @@ def _gap(block: Mapping[str, Any]) -> str:
             "The family of this guide is not known, so it is not split."
         )
     second = "because one network serves all data" if block["amortized"] else "because of training, not its best member"
-    advice = "A larger encoder or longer training would gain more than a richer family."
+    advice = (
+        f"{'A larger encoder or longer' if block['amortized'] else 'Longer'} training would gain more than a richer "
+    )
+    advice += "family."
     if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
         advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
-    elif not block["amortized"]:
-        advice = "Longer training would gain more than a richer family."
     if (block["total"] or 0.0) < 0.1:
         advice = "There is little to gain."
     return (

@@ -106,11 +106,9 @@ def evaluate(
 
 def _check_block(checked: GuideCheck) -> dict[str, Any]:
     """What `check_guide` says: in words, and the moments of each latent site."""
-    sites = {}
+    sites, keys = {}, ("mean", "error", "sd")
     for name, site in checked.sites.items():
-        moments = {
-            label: dict(zip(("mean", "error", "sd"), each, strict=True)) for label, *each in checked.moments(name)
-        }
+        moments: dict[str, Any] = {label: dict(zip(keys, each, strict=True)) for label, *each in checked.moments(name)}
         off = {"mean_error": site.loc_error, "scale_ratio": site.scale_ratio}
         sites[name] = {**moments, **off, "mean_bound": site.loc_bound, "sd_bound": site.scale_bound}
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
@@ -77,18 +78,14 @@ def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
     rows, methods = [], []
     for name, site in check["sites"].items():
         methods = [label for label in site if isinstance(site[label], dict)]
-        columns = [[_flat(site[label][key]) for key in ("mean", "error", "sd")] for label in methods]
-        off, wide = _flat(site["mean_error"]), _flat(site["scale_ratio"])
+        columns = [[np.ravel(site[label][key]) for key in ("mean", "error", "sd")] for label in methods]
+        off, wide = np.ravel(site["mean_error"]), np.ravel(site["scale_ratio"])
         for entry in range(len(off)):
             cells = [f"{figure(m[entry], e[entry])} ({figure(s[entry])})" for m, e, s in columns]
             label = f"{name}[{entry}]" if len(off) > 1 else name
             rows.append([label, *cells, figure(off[entry], digits=2), figure(wide[entry], digits=2)])
     left = [[f"{len(rows) - _ROWS} more", *[""] * (len(methods) + 2)]] if len(rows) > _ROWS else []
     return {"methods": methods, "moments": rows[:_ROWS] + left}
-
-
-def _flat(values: Any) -> list[Any]:
-    return [each for value in values for each in _flat(value)] if isinstance(values, list) else [values]
 
 
 def _objective(svi: Mapping[str, Any], train: Mapping[str, Any]) -> str:

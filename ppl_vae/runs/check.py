@@ -143,9 +143,9 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     counts: Counter[str] = Counter()
     for name, value in parameters.items():
         counts[name.partition(".")[0]] += value.numel()
-    for node in (node for trace in (model, guide) for node in trace.nodes.values() if node["type"] == "param"):
-        if "$$$" not in node["name"]:
-            counts["pyro.param"] += node["value"].numel()
+    nodes: Any = {**model.nodes, **guide.nodes}
+    own = [node for name, node in nodes.items() if node["type"] == "param" and "$$$" not in name]
+    counts.update({"pyro.param": sum(node["value"].numel() for node in own)} if own else {})
     gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
     spare = len(next(iter(data.test.values()))) if sites.whole else 0
     return Check(
