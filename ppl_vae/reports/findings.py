@@ -251,14 +251,14 @@ def _gap(block: Mapping[str, Any]) -> str:
     names = ("total", "error"), *((name, f"{name}_error") for name in ("approximation", "amortization"))
     total, family, network = (figure(block[name], block[error]) for name, error in names)
     least = "" if block["kind"] == "estimate" else "at least "
-    if block["family"] is None:
+    if block.get("family", "") is None:
         return (
             f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. "
             "The family of this guide is not known, so it is not split."
         )
-    second = "because one network serves all data" if block["amortized"] else "because of training, not its best member"
+    second = "because one network serves all data" if block.get("amortized", True) else "because of training, not its best member"
     advice = (
-        f"{'A larger encoder or longer' if block['amortized'] else 'Longer'} training would gain more than a richer "
+        f"{'A larger encoder or longer' if block.get('amortized', True) else 'Longer'} training would gain more than a richer "
     )
     advice += "family."
     if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
@@ -267,6 +267,6 @@ def _gap(block: Mapping[str, Any]) -> str:
         advice = "There is little to gain."
     return (
         f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}: {least}{family} "
-        f"because of the guide's family ({block['family']}), {network} {second}. ± is the Monte Carlo error. "
+        f"because of the guide's family, {network} {second}. ± is the Monte Carlo error. "
         f"{advice}"
     )

@@ -44,10 +44,10 @@ def diagnostic_lines(report: Mapping[str, Any]) -> list[str]:
         errors = {"total": "error", "approximation": "approximation_error", "amortization": "amortization_error"}
         total, family, network = (_figure({"mean": gap[name], "se": gap[error]}) for name, error in errors.items())
         least = ">= " if _is_bound(gap) else ""
-        over = "of the data set" if report["data"].get("whole") else f"over {counted(gap['n'])}"
-        second = "network" if gap["amortized"] else "optimisation"
+        over = "of the data set" if report.get("data", {}).get("whole") else f"over {counted(gap['n'])}"
+        second = "network" if gap.get("amortized", True) else "optimisation"
         text = f"{total} {over}: family {least}{family}, {second} {network}"
-        if gap["family"] is None:
+        if gap.get("family", "") is None:
             text = f"{total} {over}, not split: the guide's family is not known"
         lines.append(_line("gap", text, gap))
     if calibration := report.get("calibration"):
