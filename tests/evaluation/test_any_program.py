@@ -176,9 +176,9 @@ def test_resampled_draws_have_the_posteriors_moments() -> None:
 
 def test_loo_by_arviz_is_the_exact_one() -> None:
     """log p(y_i | the others) of conjugate regression, against PSIS of the posterior's draws."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(2)
     x = rng.normal(size=(60, 2))
-    y = x @ [1.0, -2.0] + NOISE * rng.normal(size=60)
+    y = x @ [1.0, -2.0] + 0.3 * NOISE * rng.normal(size=60)  # no row has much influence
     precision = x.T @ x / NOISE**2 + np.eye(2)
 
     def exact(x: Tensor, y: Tensor) -> None:
@@ -190,7 +190,7 @@ def test_loo_by_arviz_is_the_exact_one() -> None:
         rest = precision - np.outer(x[i], x[i]) / NOISE**2
         loc = np.linalg.solve(rest, (x.T @ y - x[i] * y[i]) / NOISE**2)
         truth += stats.norm(x[i] @ loc, (NOISE**2 + x[i] @ np.linalg.solve(rest, x[i])) ** 0.5).logpdf(y[i])
-    trees = [to_datatree(Program(regression, exact), {"x": x, "y": y}, draws=500, seed=seed) for seed in range(5)]
+    trees = [to_datatree(Program(regression, exact), {"x": x, "y": y}, draws=2000, seed=seed) for seed in range(5)]
     found = [float(arviz.loo(tree).elpd_loo) for tree in trees]
     assert abs(np.mean(found) - truth) < 5 * np.std(found, ddof=1) / 5**0.5
     assert np.std(found) < 0.3
