@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float64).tiny
+_LOG_TINY = math.log(_TINY)
+
 
 def tail_length(samples: int) -> int:
     """How many of the weights count as their tail."""
@@ -23,6 +26,9 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), shrunk weakly towards
     one half.
 
+    Weights that underflow beside the largest are left out of the tail, as those of draws where the density is nought;
+    five are kept at the least.
+
     Weights of discrete latents come in copies. The copies of a value are spread evenly, in logs, over the gap down to
     the next lower one, so that a largest value seen often makes a light tail, and a rare one far above the others a
     heavy tail.
@@ -38,38 +44,49 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     References:
         Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 3 and appendix C.
     """
-    return _fit(log_weights, len(log_weights) if samples is None else samples, tolerance)[0]
+    return _tail(log_weights, len(log_weights) if samples is None else samples, tolerance)[0]
 
 
 def pareto_smoothed(log_weights: Tensor) -> Tensor:
     """Log weights (k, n) whose largest are replaced by the quantiles of their generalised Pareto tail, in their order.
 
-    They are as they were below 25 samples, or if the tail is constant.
+    They are as they were below 25 samples, if the tail is constant, or if some of it underflows.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 2.
     """
     samples, length = len(log_weights), tail_length(len(log_weights))
-    shape, scale = _fit(log_weights, samples, 1e-9)
-    top = log_weights.double().topk(length + 1, 0)
-    levels = (torch.arange(length, 0, -1, device=shape.device).double().unsqueeze(-1) - 0.5) / length
+    shape, scale = _tail(log_weights, samples, 1e-9)
+    top = log_weights.double().topk(min(length + 1, samples), 0)
+    levels = (torch.arange(len(top.values) - 1, 0, -1, device=shape.device).double().unsqueeze(-1) - 0.5) / length
     excess = scale * torch.expm1(-shape * torch.log1p(-levels)) / shape
     tail = ((top.values[-1] - top.values[0]).exp() + excess).log().clamp_max(0.0) + top.values[0]
-    return torch.where(shape.isnan(), log_weights.double(), log_weights.double().scatter(0, top.indices[:-1], tail))
+    return torch.where(scale.isnan(), log_weights.double(), log_weights.double().scatter(0, top.indices[:-1], tail))
 
 
-def _fit(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Shape and scale of the tail of each datum, (n,), the scale relative to the largest weight."""
+def _tail(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> Tensor:
+    """Shape of the tail of each datum and its scale relative to the largest weight, (2, n)."""
     n = log_weights.shape[1]
     if samples < 25:
-        return log_weights.new_full((n,), math.nan), log_weights.new_full((n,), math.nan)
+        return log_weights.new_full((2, n), math.nan)
     length = tail_length(samples)
     top = log_weights.topk(length + 1, 0).values
-    top = (top - top[0]).double()
+    top = (top - top[0]).double().clamp_min(_LOG_TINY - 1)
     weights = _spread(top, tolerance).exp()
     excess = (weights[:-1] - weights[-1]).flip(0).T  # (n, tail), ascending
     constant = excess[:, -1] <= 0
-    excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(torch.finfo(torch.float64).tiny))
+    counts = (excess > _TINY).sum(-1).clamp_min(min(5, length))
+    excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(_TINY))
+    found = torch.zeros_like(excess[:, :2].T)
+    for count in counts.unique().tolist():
+        found[:, counts == count] = _fit(excess[counts == count, -count:])
+    found[1, counts < length] = math.nan
+    return torch.where(constant, math.nan, found)
+
+
+def _fit(excess: Tensor) -> Tensor:
+    """Shape and scale of each row's generalised Pareto distribution, (2, n), of excesses over a threshold (n, tail), ascending."""
+    length = excess.shape[1]
     grid = 30 + int(math.sqrt(length))
     quartile = excess[:, int(length / 4 + 0.5) - 1].unsqueeze(-1)
     steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device) - 0.5)).sqrt()
@@ -78,7 +95,7 @@ def _fit(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> tuple[
     profile = length * (torch.log(-theta / shape) - shape - 1)
     best = (torch.softmax(profile, -1) * theta).sum(-1, keepdim=True)
     k = torch.log1p(-best * excess).mean(-1)
-    return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10)), -k / best.squeeze(-1)
+    return torch.stack([(length * k + 10 * 0.5) / (length + 10), -k / best.squeeze(-1)])
 
 
 def _spread(top: Tensor, tolerance: Tensor | float) -> Tensor:

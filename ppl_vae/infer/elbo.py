@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -69,7 +69,7 @@ class Elbo:
     `TraceEnum_ELBO` takes neither beta nor free bits.
 
     Args:
-        elbo: one of Pyro's.
+        elbo: one of Pyro's; for beta and free bits with `_differentiable_loss_particle`.
         beta: weight of the KL terms; None for 1.
         free_bits: nats that a group may use at no cost, :math:`\lambda`; 0 is off.
         per: what a group is: each `latent`, or a `site` with all of its latents.
@@ -81,27 +81,32 @@ class Elbo:
 
     def __init__(self, elbo: Any, beta: Beta | None = None, free_bits: float = 0.0, per: Per = "latent") -> None:
         self.elbo, self.beta, self.free_bits, self.per = elbo, beta, free_bits, per
+        self.capturable = hasattr(elbo, "_differentiable_loss_particle")
 
     def __call__(self, program: Any, batch: Batch) -> Terms:
         """The bound of a batch."""
-        if isinstance(self.elbo, TraceEnum_ELBO):
-            total = self.elbo.differentiable_loss(program.model, guide_of(program), **batch)
-            return Terms(torch_item(total), total, torch_item(total))
-        loss: Any = 0.0
-        surrogate: Any = 0.0
-        bound: Any = 0.0
+        if not self.capturable:
+            whole = self.elbo.differentiable_loss(program.model, guide_of(program), **batch)
+            return Terms(torch_item(whole), whole, torch_item(whole))
+        sums: Any = (0.0, 0.0, 0.0)
         particles = self.elbo.num_particles
         stock = self.beta is None and not self.free_bits
         for traces in self.elbo._get_traces(program.model, guide_of(program), (), batch):
             with torch.set_grad_enabled(stock and torch.is_grad_enabled()):
-                plain = self._plain(traces)
+                plain = self.elbo._differentiable_loss_particle(*traces)
             parts = plain if stock else self._changed(traces)
-            loss, surrogate = loss + parts[0] / particles, surrogate + parts[1] / particles
-            bound = bound + plain[0] / particles
-        return Terms(loss, surrogate, bound)
+            sums = [one + more / particles for one, more in zip(sums, (*parts, plain[0]), strict=True)]
+        return Terms(*sums)
 
-    def _plain(self, traces: tuple[Trace, Trace]) -> tuple[Any, Tensor]:
-        return self.elbo._differentiable_loss_particle(*traces)  # type: ignore[no-any-return]
+    def check(self, program: Any, batch: Batch) -> None:
+        """Try the KL terms for free bits.
+
+        Raises:
+            ValueError: As `kl_means`.
+        """
+        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
+        kl_means(model, guide, 0, 1, self.per)
 
     def _changed(self, traces: tuple[Trace, Trace]) -> tuple[Any, Tensor]:
         """Minus the bound with beta and free bits, a sum over the particles of one pair of traces."""
@@ -115,7 +120,7 @@ class Elbo:
             for trace in traces:
                 for name in drawn_sites(trace):
                     _scale(trace.nodes[name], self.beta.value)
-        loss, surrogate = self._plain(traces)
+        loss, surrogate = self.elbo._differentiable_loss_particle(*traces)
         return (loss + torch_item(free), surrogate + free) if self.free_bits else (loss, surrogate)
 
 
@@ -150,9 +155,10 @@ def kl_means(model: Trace, guide: Trace, nesting: int, particles: int, per: Per)
     for name in plain_sites(model, model.stochastic_nodes):
         site: Any = guide.nodes[name]
         other: Any = model.nodes[name]
-        q, p, shape, event = site["fn"], other["fn"], site["fn"].batch_shape, len(site["fn"].event_shape)
+        q, p, shape, inner = site["fn"], other["fn"], site["fn"].batch_shape, 0
         if per == "latent":
-            q, p, shape = _entries(q), _entries(p), shape + site["fn"].event_shape
+            shape, inner = shape + q.event_shape, len(q.event_shape)
+            q, p = _entries(q), _entries(p)
         if q.event_shape != p.event_shape or (per == "latent" and q.event_shape):
             raise ValueError(
                 f"Expected a KL term that factorises over the latents of site '{name}' for free bits; got "
@@ -165,13 +171,10 @@ def kl_means(model: Trace, guide: Trace, nesting: int, particles: int, per: Per)
                 f"Expected a KL term in closed form at site '{name}' for free bits; got {type(q).__name__} and "
                 f"{type(p).__name__}. Use families such as Normal and StandardNormal, or free_bits = 0."
             ) from None
-        inner = event if per == "latent" else 0
         mask = site["mask"]
         kl = scale_and_mask(kl, 1.0, mask.reshape(*mask.shape, *[1] * inner) if isinstance(mask, Tensor) else mask)
-        n = kl.shape[-1 - inner]
-        dims = [-1 - inner, *([-nesting - inner] if particles > 1 else [])]
-        means = kl.mean(dims)
-        found.append((means if per == "latent" else means.sum(), n))
+        means = kl.mean([-1 - inner, *([-nesting - inner] if particles > 1 else [])])
+        found.append((means if per == "latent" else means.sum(), kl.shape[-1 - inner]))
     return found
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.fx.graph import CodeGen
@@ -46,7 +45,7 @@ class Gradients:
         self, program: Any, objective: Any, learned: list[Tensor], *, whole: bool = False, capture: bool = True
     ) -> None:
         self.program, self.objective, self.learned = program, objective, learned
-        self.whole, self.capture = whole, capture and not isinstance(getattr(objective, "elbo", None), TraceEnum_ELBO)
+        self.whole, self.capture = whole, capture and objective.capturable
         self.seen: Counter[Any] = Counter()
         self.graphs: dict[Any, Callable[..., list[Any]]] = {}
         self.settings: dict[str, Any] = {}

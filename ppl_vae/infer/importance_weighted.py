@@ -13,24 +13,26 @@ through the draws has the factor :math:`v_k (\alpha + (1 - \alpha) v_k)` and the
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae.infer.elbo import Terms
+from ppl_vae.programs.plates import is_point
 from ppl_vae.programs.sites import Structure
 from ppl_vae.programs.traces import Batch, Given, batch_of, drawn_sites, log_density
 
 Gradient = Literal["plain", "stl", "dreg"]
 
 
+@dataclass
 class ImportanceWeighted:
     """Minus the importance-weighted or Renyi bound of a batch, whose mean over data is that of each datum's bound.
 
@@ -47,19 +49,16 @@ class ImportanceWeighted:
         Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al. 2019), equation 8.
     """
 
-    beta = None
+    structure: Structure
+    learned: list[Tensor]
+    particles: int
+    alpha: float = 0.0
+    gradient: Gradient = "plain"
+    beta: ClassVar = None
+    capturable: ClassVar = True
 
-    def __init__(
-        self,
-        structure: Structure,
-        learned: Iterable[Tensor],
-        particles: int,
-        alpha: float = 0.0,
-        gradient: Gradient = "plain",
-    ) -> None:
-        self.structure, self.learned = structure, [*learned]
-        self.particles, self.alpha, self.gradient = particles, alpha, gradient
-        self.plate = pyro.plate("particles", particles, dim=-1 - structure.nesting)
+    def __post_init__(self) -> None:
+        self.plate = pyro.plate("particles", self.particles, dim=-1 - self.structure.nesting)
 
     def __call__(self, program: Any, batch: Batch) -> Terms:
         """The bound of a batch."""
@@ -146,7 +145,7 @@ class ImportanceWeighted:
 
 def _spread(drawn: Trace) -> dict[str, Any]:
     """The latent sites of a trace that are no points."""
-    return {name: site for name, site in drawn_sites(drawn).items() if not isinstance(site["fn"], Delta)}
+    return {name: site for name, site in drawn_sites(drawn).items() if not is_point(site["fn"])}
 
 
 def _beside(factor: Tensor, value: Tensor, event: int) -> Tensor:

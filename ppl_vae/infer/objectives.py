@@ -4,17 +4,15 @@ import math
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
-from ppl_vae.infer.elbo import Beta, Elbo, kl_means
+from ppl_vae.infer.elbo import Beta, Elbo
 from ppl_vae.infer.importance_weighted import ImportanceWeighted
 from ppl_vae.programs.param_store import scope
 from ppl_vae.programs.sites import Structure
 from ppl_vae.programs.target import Target
-from ppl_vae.programs.traces import batch_of
 
 Objective = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "ImportanceWeighted", "Renyi"]
 OBJECTIVES: dict[str, Any] = {
@@ -28,29 +26,51 @@ WEIGHTED = tuple(name for name, kind in OBJECTIVES.items() if kind is Importance
 
 
 def make_objective(
-    elbo: str,
-    structure: Structure,
+    target: Target,
     learned: list[Tensor],
-    particles: int,
     *,
+    elbo: str,
+    particles: int = 1,
     alpha: float | None = None,
     gradient: Any = "plain",
-    beta: Beta | None = None,
     free_bits: float = 0.0,
-    per: Any = None,
+    free_bits_per: Any = None,
+    beta: Beta | None = None,
 ) -> Any:
-    """An objective: called with a program and a batch, it returns `Terms`; `beta` is the `Beta` of its KL terms."""
-    kind = OBJECTIVES[elbo]
+    """An objective that suits a program: called with program and batch, it returns `Terms`; `beta` is its `Beta`.
+
+    The keys are those of `fit`.
+
+    Raises:
+        ValueError: As `check_objective`, or if a trial on the first data shows that the guide cannot be scored again,
+            for `stl` and `dreg`, or that a KL term has no closed form, for free bits.
+    """
+    structure = target.structure
+    check_objective(elbo, structure, gradient=gradient, free_bits=free_bits)
     if elbo in WEIGHTED:
-        return kind(structure, learned, particles, alpha or 0.0, gradient)
-    vectorize = particles > 1 and not structure.sequential
-    bound = kind(
-        num_particles=particles,
-        vectorize_particles=vectorize,
-        max_plate_nesting=structure.nesting,
-        strict_enumeration_warning=False,
-    )
-    return Elbo(bound, beta, free_bits, per or "latent")
+        made: Any = ImportanceWeighted(structure, learned, particles, alpha or 0.0, gradient)
+    else:
+        bound = OBJECTIVES[elbo](
+            num_particles=particles,
+            vectorize_particles=particles > 1 and not structure.sequential,
+            max_plate_nesting=structure.nesting,
+            strict_enumeration_warning=False,
+        )
+        made = Elbo(bound, beta, free_bits, free_bits_per or "latent")
+    if gradient != "plain" or free_bits:
+        _try(target, made)
+    return made
+
+
+@torch.no_grad()
+def _try(target: Target, objective: Any) -> None:
+    """Let an objective check what only a trial shows, in training mode; the program is left as it was."""
+    program, batch = target.program, target.rows(slice(2)).batch if target.structure.rows is None else target.batch
+    buffers = [(one, one.clone()) for one in program.buffers()] if isinstance(program, nn.Module) else []
+    with scope(program, keep=False, training=True), fork_rng("trial", device=target.device):
+        objective.check(program, batch)
+    for buffer, value in buffers:
+        buffer.copy_(value)
 
 
 def check_objective(elbo: str, structure: Structure, *, gradient: str = "plain", free_bits: float = 0.0) -> None:
@@ -91,38 +111,13 @@ def check_objective(elbo: str, structure: Structure, *, gradient: str = "plain",
             "Expected free_bits = 0 where the whole data set counts as one datum; there is no mean KL over data."
         )
     if elbo in WEIGHTED:
-        causes = {
-            f"'{(structure.points or ('',))[0]}', a point (Delta) without a density": structure.points,
-            f"plate '{structure.subsampled}', which takes a part of the data": structure.subsampled,
-            "a program that runs one draw at a time": structure.sequential,
-        }
-        for what, found in causes.items():
-            if found:
-                raise ValueError(
-                    f"Expected a program with weights of several draws at once for {elbo}; got {what}. Use Trace_ELBO."
-                )
-
-
-@torch.no_grad()
-def check_estimator(target: Target, objective: Any) -> None:
-    """Check what only a trial shows: guides that `stl` and `dreg` run twice, and KL terms for free bits.
-
-    The program runs in training mode on its first data, and is left as it was.
-
-    Raises:
-        ValueError: If the program does not allow the estimator; the message says why.
-    """
-    program, batch = target.program, target.rows(slice(2)).batch if target.structure.rows is None else target.batch
-    buffers = [(one, one.clone()) for one in program.buffers()] if isinstance(program, nn.Module) else []
-    with scope(program, keep=False, training=True), fork_rng("trial", device=target.device):
-        if isinstance(objective, ImportanceWeighted) and objective.gradient != "plain":
-            objective.check(program, batch)
-        if isinstance(objective, Elbo) and objective.free_bits:
-            guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-            model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
-            kl_means(model, guide, target.structure.nesting, 1, objective.per)
-    for buffer, value in buffers:
-        buffer.copy_(value)
+        wrong = [f"'{name}', a point (Delta) without a density" for name in structure.points]
+        wrong += [f"plate '{structure.subsampled}', which takes a part of the data"] if structure.subsampled else []
+        wrong += ["a program that runs one draw at a time"] if structure.sequential else []
+        if wrong:
+            raise ValueError(
+                f"Expected a program with weights of several draws at once for {elbo}; got {wrong[0]}. Use Trace_ELBO."
+            )
 
 
 def check_objective_settings(given: dict[str, Any]) -> None:
@@ -138,22 +133,14 @@ def check_objective_settings(given: dict[str, Any]) -> None:
         raise ValueError(f"Expected `beta` to be a positive number; got {beta!r}.")
     if not 0 <= given.get("free_bits", 0.0) < math.inf:
         raise ValueError(f"Expected `free_bits` to be 0 (off) or nats above 0; got {given['free_bits']!r}.")
-    if elbo is None:
+    if elbo is None or "alpha" not in given:
         return
     if (alpha is None) == (elbo == "Renyi"):
-        raise ValueError(
-            'Expected `alpha` for elbo = "Renyi", such as 0.5; got none.'
-            if alpha is None
-            else f'Expected `alpha` with elbo = "Renyi" alone; got {alpha} with {elbo}.'
-        )
-    for key, off in {"beta": 1.0, "warm_up": 0, "free_bits": 0.0}.items():
-        homes = ["TraceMeanField_ELBO"] if key == "free_bits" else ["Trace_ELBO", "TraceMeanField_ELBO"]
-        if given.get(key, off) != off and elbo not in homes:
+        raise ValueError(f'Expected `alpha`, such as 0.5, with elbo = "Renyi" and no other; got {alpha} with {elbo}.')
+    pyros = ("Trace_ELBO", "TraceMeanField_ELBO")
+    homes = {"beta": pyros, "warm_up": pyros, "free_bits": pyros[1:], "gradient": WEIGHTED}
+    for key, off in {"beta": 1.0, "warm_up": 0, "free_bits": 0.0, "gradient": "plain"}.items():
+        if given.get(key, off) != off and elbo not in homes[key]:
             raise ValueError(
-                f"Expected `{key}` = {off} with elbo = {elbo!r}; got {given[key]}. Use {' or '.join(homes)}."
+                f"Expected `{key}` = {off} with elbo = {elbo!r}; got {given[key]}. Use {' or '.join(homes[key])}."
             )
-    if given.get("gradient", "plain") != "plain" and elbo not in WEIGHTED:
-        raise ValueError(
-            f'Expected `gradient` = "plain" with elbo = {elbo!r}; got {given["gradient"]!r}. Use '
-            'elbo = "ImportanceWeighted", which with particles = 1 is the ELBO.'
-        )

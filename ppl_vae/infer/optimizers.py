@@ -1,5 +1,6 @@
 """Optimisers by name, and schedules of their learning rate."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ from torch.optim import Optimizer, lr_scheduler
 
 Name = Literal["Adam", "AdamW", "Adamax", "SGD", "NAdam"]
 Schedule = Literal["constant", "one-cycle", "cosine", "cosine-restarts"]
-_FUSED = ("Adam", "AdamW", "SGD")
 
 
 def make_optimizer(
@@ -27,8 +27,7 @@ def make_optimizer(
         return kind(tensors, lr=rate)
     keys: dict[str, Any] = {"momentum": momentum, "betas": betas and tuple(betas), "eps": epsilon}
     keys = {key: value for key, value in keys.items() if value is not None}
-    if kind in _FUSED:
-        keys["fused"] = True
+    keys |= {"fused": True} if kind in ("Adam", "AdamW", "SGD") else {}
     return getattr(torch.optim, kind)(tensors, lr=rate, weight_decay=weight_decay, **keys)  # type: ignore[no-any-return]
 
 
@@ -57,14 +56,12 @@ def check_optimizer_settings(given: dict[str, Any]) -> None:
         ValueError: If one is out of range or goes with another optimiser; the first such setting by name.
     """
     kind, schedule, betas = given.get("optimizer"), given.get("schedule"), given.get("betas")
-    for key, most in {"weight_decay": float("inf"), "momentum": 1.0, "epsilon": float("inf")}.items():
-        value = given.get(key)
-        if value is not None and not 0 <= value < most:
-            raise ValueError(f"Expected `{key}` from 0 to below {most:g}; got {value!r}.")
     if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"Expected `betas` to be two numbers from 0 to below 1; got {betas!r}.")
-    for key in ("weight_decay", "momentum", "betas", "epsilon"):
+    for key, most in {"weight_decay": math.inf, "momentum": 1.0, "betas": None, "epsilon": math.inf}.items():
         value = given.get(key)
+        if value is not None and most and not 0 <= value < most:
+            raise ValueError(f"Expected `{key}` from 0 to below {most:g}; got {value!r}.")
         if kind is None or not value:
             continue
         if callable(kind):

@@ -17,14 +17,7 @@ from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.elbo import Beta, Per
 from ppl_vae.infer.importance_weighted import Gradient
-from ppl_vae.infer.objectives import (
-    OBJECTIVES,
-    Objective,
-    check_estimator,
-    check_objective,
-    check_objective_settings,
-    make_objective,
-)
+from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_settings, make_objective
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import scope
@@ -34,11 +27,10 @@ from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of, check_batch
 
 Keep = Literal["last", "best"]
-SETTINGS = (
-    *("elbo", "alpha", "gradient", "particles", "beta", "warm_up", "cycles", "free_bits", "free_bits_per"),
-    *("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "restarts"),
-    *("weight_decay", "momentum", "betas", "epsilon", "clip", "keep", "patience"),
-)
+OBJECTIVE = ("elbo", "alpha", "gradient", "particles", "free_bits", "free_bits_per")
+RATE = ("weight_decay", "momentum", "betas", "epsilon")
+SETTINGS: tuple[str, ...] = (*OBJECTIVE, "beta", "warm_up", "cycles", "epochs", "batch_size", "optimizer", *RATE)
+SETTINGS += ("learning_rate", "schedule", "restarts", "clip", "keep", "patience")
 
 
 def fit(
@@ -162,7 +154,6 @@ def fit(
         return target.with_batch(check_batch(program, batch, check=check))
 
     sites = target.structure
-    check_objective(elbo, sites, gradient=gradient, free_bits=free_bits)
     if sites.rows is not None and (batch_size < target.n or validation is not None):
         refused = "validation data" if batch_size >= target.n else f"batches of {batch_size}"
         raise ValueError(
@@ -182,13 +173,11 @@ def fit(
     with scope(program, training=True):
         steps = parts or math.ceil(target.n / batch_size)
         weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
-        keys: Any = {"alpha": alpha, "gradient": gradient, "beta": weight, "free_bits": free_bits, "per": free_bits_per}
-        objective = make_objective(elbo, sites, learned, particles, **keys)
-        keys = {key: settings[key] for key in ("weight_decay", "momentum", "betas", "epsilon")}
-        optim = make_optimizer(optimizer, learned, learning_rate, **keys)
+        keys: Any = {key: settings[key] for key in OBJECTIVE}
+        objective = make_objective(target, learned, beta=weight, **keys)
+        optim = make_optimizer(optimizer, learned, learning_rate, **{key: settings[key] for key in RATE})
         scheduler = make_schedule(schedule, optim, learning_rate, epochs * steps, restarts)
         state = State(learned, optim, scheduler, module=program)
-        check_estimator(target, objective)
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
@@ -268,11 +257,8 @@ def check_settings(**given: Any) -> None:
         if given.get(key) is not None and given.get(off) == 0:
             raise ValueError(f"Expected `{key}` beside `{off}` alone; got it with {off} = 0, where it has no effect.")
     if judges and "validation" in given and given["validation"] is None:
-        key, off = ("keep", '"last"') if given.get("keep") == "best" else ("patience", "0")
-        value = '"best"' if key == "keep" else given["patience"]
-        raise ValueError(
-            f"Expected validation data with {key} = {value}; got none. Pass `validation` or {key} = {off}."
-        )
+        key = ('keep = "best"', 'keep = "last"') if given.get("keep") == "best" else ("patience", "patience = 0")
+        raise ValueError(f"Expected validation data with {key[0]}; got none. Pass `validation` or {key[1]}.")
 
 
 def parameters_of(target: Target) -> list[Tensor]:

@@ -90,20 +90,19 @@ def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _objective(svi: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     """What training maximised, and what it reached, where that is not the ELBO itself."""
-    elbo, draws, told = svi["elbo"], svi["particles"], []
-    beta, free, gradient = svi.get("beta", 1.0), svi.get("free_bits", 0.0), svi.get("gradient", "plain")
+    draws, gradient, told = svi["particles"], svi.get("gradient", "plain"), []
+    beta, free = svi.get("beta", 1.0), svi.get("free_bits", 0.0)
     if "alpha" in svi:
         power = f"1/(1 - a) log (1/K) sum_k (p(x, z_k) / q(z_k | x))^(1 - a) with a = {svi['alpha']:g}, K = {draws}"
         told = [f"{power}, a lower bound of log p(x) above the ELBO for 0 <= a < 1 only."]
-    elif elbo == "ImportanceWeighted":
+    elif svi["elbo"] == "ImportanceWeighted":
         told = [f"log (1/K) sum_k p(x, z_k) / q(z_k | x) with K = {draws}, on average a lower bound of log p(x)."]
     elif beta != 1 or free:
-        terms = f"max({free:g}, KL) over each {svi.get('free_bits_per', 'latent')}" if free else "KL(q || p)"
-        told = [f"E_q log p(x | z) - {f'{beta:g} ' * (beta != 1)}{'sum ' * bool(free)}{terms}, not the ELBO."]
-    if gradient == "stl":
-        told.append(f"Its gradient, by STL, is {'biased for K > 1' if draws > 1 else 'unbiased for K = 1'}.")
-    elif gradient == "dreg":
-        told.append("Its gradient is doubly reparameterised.")
+        terms = f"sum max({free:g}, KL) over each {svi.get('free_bits_per', 'latent')}" if free else "KL(q || p)"
+        told = [f"E_q log p(x | z) - {f'{beta:g} ' * (beta != 1)}{terms}, not the ELBO."]
+    if gradient != "plain":
+        bias = "stl, biased for K > 1" if gradient == "stl" and draws > 1 else f"{gradient}, which has no bias"
+        told.append(f"Its gradient was {bias}.")
     if svi.get("warm_up"):
         told.append(f"The weight of the KL terms rose over the first {svi['warm_up']} epochs.")
     if told and train.get("objective") is not None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
-from ppl_vae.infer.objectives import check_estimator, check_objective, make_objective
-from ppl_vae.infer.svi import parts_of
+from ppl_vae.infer.objectives import make_objective
+from ppl_vae.infer.svi import OBJECTIVE, parts_of
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 
@@ -116,10 +116,8 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         )
     for part in parts[:-1]:
         Target(program, part)
-    check_objective(svi.elbo, sites, gradient=svi.gradient, free_bits=svi.free_bits)
     learned: list[Tensor] = [*program.parameters()] if isinstance(program, nn.Module) else []
-    keys = {"gradient": svi.gradient, "free_bits": svi.free_bits, "per": svi.free_bits_per}
-    check_estimator(target, make_objective(svi.elbo, sites, learned, svi.particles, **keys))
+    make_objective(target, learned, **{key: getattr(svi, key) for key in OBJECTIVE})
     if sites.rows is not None:
         raise ValueError(
             "Expected a guide that takes any part of the data, as a run evaluates them; this one keeps one row per "

@@ -174,6 +174,39 @@ def test_the_error_of_the_distance_to_the_exact_posterior(family, few, tmp_path)
     assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed-form"))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"elbo": "ImportanceWeighted", "particles": 2, "gradient": "stl"},
+            ["with K = 2, on average a lower bound of log p(x).", "Its gradient was stl, biased for K > 1."],
+        ),
+        (
+            {"elbo": "Renyi", "alpha": 0.5, "particles": 2, "gradient": "dreg"},
+            [
+                "a = 0.5, K = 2, a lower bound of log p(x) above the ELBO for 0 <= a < 1 only.",
+                "dreg, which has no bias",
+            ],
+        ),
+        (
+            {"elbo": "TraceMeanField_ELBO", "beta": 0.5, "warm_up": 1, "free_bits": 0.1},
+            ["E_q log p(x | z) - 0.5 sum max(0.1, KL) over each latent, not the ELBO.", "rose over the first 1 epochs"],
+        ),
+    ],
+)
+def test_the_objective_is_named_and_stands_beside_the_elbo(options, said, few, tmp_path):
+    settings = {f"svi.{key}": value for key, value in {"epochs": 2, **options}.items()}
+    made = fit_spec(
+        MODELS / "ppca.toml", {**settings, "evaluation.samples": 5, "model.latent": 1}, out=tmp_path / "run"
+    )
+    text = (made.path / "report.md").read_text()
+    last = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["objective"] != last["elbo"]
+    assert made.report["train"]["objective"] == last["objective"]
+    for words in (*said, f"In the last epoch it was {last['objective']:.3f}", "Reported is the ELBO = E_q"):
+        assert words in text
+
+
 def test_the_jackknife_is_printed_and_named_no_bound(few, tmp_path):
     settings = {"svi.epochs": 200, "evaluation.samples": 400, "model.latent": 1}
     made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run")
