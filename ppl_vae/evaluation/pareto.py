@@ -85,7 +85,7 @@ def _tail(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> Tenso
 
 
 def _fit(excess: Tensor) -> Tensor:
-    """Shape and scale of each row's generalised Pareto distribution, (2, n), of excesses over a threshold (n, tail), ascending."""
+    """Shape and scale, (2, n), of each row's generalised Pareto distribution, of ascending excesses (n, tail)."""
     length = excess.shape[1]
     grid = 30 + int(math.sqrt(length))
     quartile = excess[:, int(length / 4 + 0.5) - 1].unsqueeze(-1)

@@ -256,11 +256,10 @@ def _gap(block: Mapping[str, Any]) -> str:
             f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. "
             "The family of this guide is not known, so it is not split."
         )
-    second = "because one network serves all data" if block.get("amortized", True) else "because of training, not its best member"
-    advice = (
-        f"{'A larger encoder or longer' if block.get('amortized', True) else 'Longer'} training would gain more than a richer "
-    )
-    advice += "family."
+    second, more = "because training did not find its best member", "Longer"
+    if block.get("amortized", True):
+        second, more = "because one network serves all data", "A larger encoder or longer"
+    advice = f"{more} training would gain more than a richer family."
     if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
         advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
     if (block["total"] or 0.0) < 0.1:
