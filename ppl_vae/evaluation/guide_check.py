@@ -125,10 +125,8 @@ class GuideCheck:
     def moments(self, name: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
         """Means of a site, their errors and the standard deviations, by the guide, by weights and by the reference."""
         site = self.sites[name]
-        rows = [
-            ("guide", site.loc, site.error, site.scale),
-            ("reweighted", site.reweighted_loc, site.reweighted_error, site.reweighted_scale),
-        ]
+        rows = [("guide", site.loc, site.error, site.scale)]
+        rows += [("reweighted", site.reweighted_loc, site.reweighted_error, site.reweighted_scale)]
         if self.reference is not None and site.reference_loc is not None:
             known = site.reference_loc, site.reference_error, site.reference_scale
             rows.append((self.reference.method, *known))  # type: ignore[arg-type]
@@ -170,10 +168,8 @@ class GuideCheck:
         if self.whole and site.loc.numel() <= _SHOWN:
             for label, *columns in self.moments(name):
                 parts = zip(*(column.flatten().tolist() for column in columns), strict=True)
-                lines.append(
-                    f"  {label:<12}"
-                    + "  ".join(f"{mean:.3g} ± {error:.1g} ({spread:.2g})" for mean, error, spread in parts)
-                )
+                shown = "  ".join(f"{mean:.3g} ± {error:.1g} ({spread:.2g})" for mean, error, spread in parts)
+                lines.append(f"  {label:<12}{shown}")
             if not bool(site.loc_bound.isnan().any()):
                 bounds = "  ".join(f"{value:.2g}" for value in site.loc_bound.flatten().tolist())
                 lines.append(f"  mean off by at most {bounds}, a bound if the guide's draws reach all mass")

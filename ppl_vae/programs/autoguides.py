@@ -14,13 +14,8 @@ _NEEDS = {  # more than a model, so that a name is not enough
     "AutoGuideList": "guide = AutoGuideList(model); guide.append(...)",
     "AutoCallable": "AutoCallable(model, guide)",
 }
-_FAMILIES = {
-    "AutoNormal": "Normal",
-    "AutoDiagonalNormal": "Normal",
-    "AutoNormalMessenger": "Normal",
-    "AutoMultivariateNormal": "FullNormal",
-    "AutoLowRankMultivariateNormal": "LowRankNormal",
-}
+_FAMILIES = dict.fromkeys(("AutoNormal", "AutoDiagonalNormal", "AutoNormalMessenger"), "Normal")
+_FAMILIES |= {"AutoMultivariateNormal": "FullNormal", "AutoLowRankMultivariateNormal": "LowRankNormal"}
 
 
 def guide_names() -> list[str]:

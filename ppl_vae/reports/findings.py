@@ -251,11 +251,9 @@ def _gap(block: Mapping[str, Any]) -> str:
     names = ("total", "error"), *((name, f"{name}_error") for name in ("approximation", "amortization"))
     total, family, network = (figure(block[name], block[error]) for name, error in names)
     least = "" if block["kind"] == "estimate" else "at least "
+    gap = f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}"
     if block.get("family", "") is None:
-        return (
-            f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}. "
-            "The family of this guide is not known, so it is not split."
-        )
+        return f"{gap}. The family of this guide is not known, so it is not split."
     second, more = "because training did not find its best member", "Longer"
     if block.get("amortized", True):
         second, more = "because one network serves all data", "A larger encoder or longer"
@@ -264,8 +262,5 @@ def _gap(block: Mapping[str, Any]) -> str:
         advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
     if (block["total"] or 0.0) < 0.1:
         advice = "There is little to gain."
-    return (
-        f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}: {least}{family} "
-        f"because of the guide's family, {network} {second}. ± is the Monte Carlo error. "
-        f"{advice}"
-    )
+    parts = f"{least}{family} because of the guide's family, {network} {second}"
+    return f"{gap}: {parts}. ± is the Monte Carlo error. {advice}"
