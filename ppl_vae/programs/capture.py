@@ -160,7 +160,8 @@ def _memory(value: Any) -> int | None:
 
 def _has_shape_by_value(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> bool:
     if node.target is aten.index.Tensor:
-        masks = [one for one in node.args[1] if one is not None and not known[one]]  # type: ignore
+        indices: Any = node.args[1]
+        masks = [one for one in indices if one is not None and not known[one]]
         return any(value[one].dtype in (torch.bool, torch.uint8) for one in masks)
     return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
