@@ -1,7 +1,7 @@
 """Columns: what a model of `x` has to know about it beside its number of features."""
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
@@ -39,6 +39,15 @@ class Columns:
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     missing: tuple[float, ...] | None = None
+
+    def only(self, kept: list[int]) -> "Columns":
+        """Some of the columns, which are no picture."""
+        few: dict[str, Any] = {
+            key: None if getattr(self, key) is None else tuple(getattr(self, key)[j] for j in kept)
+            for key in ("names", "kinds", "levels", "missing")
+        }
+        words = {name: each for name, each in (self.categories or {}).items() if name in (few["names"] or ())}
+        return replace(self, count=len(kept), shape=None, categories=words or None, **few)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

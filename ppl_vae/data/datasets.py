@@ -120,11 +120,13 @@ def read_dataset(
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:
-    """Read a table that scikit-learn brings; that of `diabetes` in its own units, without its target."""
+    """Read a table of scikit-learn's; that of `diabetes` in its own units, its target only if `columns` has `y`."""
     options = {"scaled": False} if name == "diabetes" else {}
     bunch = getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")(**options)
     table = Table(name, dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True)))
     if name == "diabetes":
+        if "y" in (roles.columns or ()):
+            table.cells["y"] = bunch.target
         return tables.choose(table, replace(roles, categories=[*(roles.categories or ()), "sex"]))
     y, classes = bunch.target.astype(np.int64), tuple(map(str, bunch.target_names))
     return replace(tables.choose(table, roles), y=y, classes=classes)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,9 @@ class Data:
         validation: The part to choose settings by, or None. It never changes.
         test: The part to evaluate on. It never changes.
         protocol: What was done to the data, ready for JSON. Evaluations compare if `digest`, the SHA-256 of the test
-            part, is equal. `log_volume` (nats per datum) turns a density of `x` into one of the values as stored:
-            log p(stored) = log p(x) - log_volume, for a row without missing entries.
+            part (of the training part if there is no other), is equal. `log_volume` (nats per datum) turns a density of
+            `x` into one of the values as stored: log p(stored) = log p(x) - log_volume, for a row without missing
+            entries.
         transform: From stored values to `x`.
         columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.
         row_numbers: Of each part, the rows (n,) of the source that it holds, counted from 0 without a header.
@@ -96,6 +97,42 @@ class Data:
         if index is not None and len(index) != len(x):
             raise ValueError(f"Expected the {len(index)} rows of the part {part!r}; got {len(x)}.")
         return self.columns.to_table(self.transform.inverse(x), index)
+
+    def with_entries(self, names: Iterable[str]) -> "Data":
+        """Copy of the data whose columns of these names are entries of the batch, (n,), and no longer part of `x`.
+
+        `x` is left out if no column is left for it. Names that no column has, or that the batch has already, are
+        ignored.
+
+        Raises:
+            ValueError: If cells of such a column are missing.
+        """
+        own, asked = self.columns.names or (), set(names) - self.train.keys()
+        taken = [name for name in own if name in asked]
+        kept = [j for j, name in enumerate(own) if name not in taken]
+        if not taken:
+            return self
+        gone = [name for name in taken if self.columns.missing is not None and self.columns.missing[own.index(name)]]
+        if gone:
+            raise ValueError(f"Expected no missing cells in '{gone[0]}', an entry of its own; got some. Drop the rows.")
+
+        def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            x: dict[str, Tensor] = {key: tensors[key][:, kept] for key in ("x", "mask") if key in tensors and kept}
+            others = {key: value for key, value in tensors.items() if key not in ("x", "mask")}
+            return {**x, **others, **{name: tensors["x"][:, own.index(name)] for name in taken}}
+
+        loc, scale = (each[kept] if each.ndim else each for each in (self.transform.loc, self.transform.scale))
+        return replace(
+            self,
+            train=part(self.train),
+            validation=self.validation and part(self.validation),
+            test=part(self.test),
+            stored=None if self.stored is None or not kept else {"x": self.stored["x"][:, kept]},
+            transform=replace(self.transform, loc=loc, scale=scale),
+            columns=self.columns.only(kept),
+            roles={**self.roles, **dict.fromkeys(taken, "entry of its own")},
+            suspects={name: look for name, look in self.suspects.items() if name not in taken},
+        )
 
     def to(self, device: torch.device | str) -> "Data":
         """Copy of the data with every tensor on `device`."""
@@ -180,7 +217,7 @@ def load(
         dequantization: "none", or "uniform": integers plus noise in [0, 1), before the scaling, which then divides by
             the maximum + 1. "standardize" allows for the noise: mean + 1/2, variance + 1/12.
         validation_fraction: The share of the training part that is set aside for validation.
-        test_fraction: The share of a file's rows for testing; named sets have a split of their own.
+        test_fraction: The share of a file's rows for testing, 0 for none; named sets have a split of their own.
         download: Whether a named set may be downloaded.
         dtype: torch.float32 or torch.float64.
 
@@ -200,8 +237,8 @@ def load(
         raise ValueError(f"Expected `dtype` torch.float32 or torch.float64; got {dtype}.")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"Expected `validation_fraction` in [0, 1); got {validation_fraction}.")
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"Expected `test_fraction` in (0, 1); got {test_fraction}.")
+    if not 0 <= test_fraction < 1:
+        raise ValueError(f"Expected `test_fraction` in [0, 1); got {test_fraction}.")
     if binarization != "none" and (scaling == "standardize" or dequantization == "uniform"):
         raise ValueError(
             f'Expected scaling "none" or "unit" and dequantization "none" beside binarization = '
@@ -249,7 +286,7 @@ def load(
         "loc": _summary(transform.loc),
         "scale": _summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
-        "digest": _digest(parts["test"]),
+        "digest": _digest(parts["test" if len(rows["test"]) else "train"]),
         **({"roles": raw.roles} if raw.roles else {}),
         **({"mean_total": mean_total} if mean_total is not None else {}),
     }
@@ -291,7 +328,8 @@ def _split(
     order = np.arange(n) if raw.in_order else shuffled(np.arange(n), "split")
     train, test = order[:n_train], order[n_train:]
     n_validation = round(validation_fraction * n_train)
-    if not len(test) or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
+    no_test = not len(test) and (test_fraction > 0 or raw.n_train is not None)
+    if no_test or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
         raise ValueError(
             f"Expected rows for every part; got {n} rows, which makes {n_train - n_validation} for training, "
             f"{n_validation} for validation (`validation_fraction` = {validation_fraction}) and {len(test)} "

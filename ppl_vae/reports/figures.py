@@ -143,7 +143,7 @@ def draw_diagnostics(results: Results, folder: Path, *, shape: tuple[int, ...] |
     if bool((~results.pareto_k.isnan()).any()):
         caption = "The tail shape k of each datum's weights, in rising order; above 0.5 they have no finite variance."
         album.add("pareto_k.png", tail_shapes(results.pareto_k), caption)
-    if results.gap is not None:
+    if results.gap is not None and results.gap.family is not None:
         caption = "The gap of each datum and its two parts, in rising order of the whole."
         album.add("gap.png", gap_parts(results.gap.approximation, results.gap.amortization), caption)
     if results.calibration is not None:

@@ -10,11 +10,14 @@ from torch import Tensor
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
+from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
+from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.rows import indexed, numbered
 from ppl_vae.programs.target import Target
+from ppl_vae.programs.vae import VAE
 
 MOST_DATA = 1000  # for figures, latents and the training part
 _MOST_EM = 10**8  # products in an iteration of EM
@@ -23,16 +26,34 @@ _MOST_EM = 10**8  # products in an iteration of EM
 def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
     """Choose the part of the data to evaluate: the test part, or the training part if the guide knows no other.
 
-    A guide that asks for `index`, such as a `Table`, has a row for each datum of the training part.
+    A guide that asks for `index`, such as a `Table`, has a row for each datum of the training part. Where the whole
+    data set counts as one datum, that is the training part.
 
     Returns:
         `test` or `train`, and that part.
+
+    Raises:
+        ValueError: If there are no test data, and the program should be evaluated on some.
     """
-    return ("train", numbered(program, data.train)) if indexed(program) else ("test", data.test)
+    if indexed(program):
+        return "train", numbered(program, data.train)
+    if not isinstance(program, VAE) and Target(program, data.train).structure.whole:
+        return "train", data.train
+    if not len(next(iter(data.test.values()))):
+        raise ValueError(
+            "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2."
+        )
+    return "test", data.test
 
 
 def evaluate(
-    target: Target, data: Data, *, samples: int, seed: int = 0, latent: int | None = None
+    target: Target,
+    data: Data,
+    *,
+    samples: int,
+    seed: int = 0,
+    latent: int | None = None,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
     """Measure a trained program on its evaluation split.
 
@@ -42,14 +63,23 @@ def evaluate(
         samples: importance samples per datum.
         seed: of all draws.
         latent: number of latent variables of the PPCA to compare with, None for no PPCA.
+        reference: of a program whose whole data set counts as one datum, to check its guide by.
 
     Returns:
         The blocks `test`, `exact` and `baseline` of a report, `missing` if entries are, and the evidence of each datum.
+        Where the whole data set counts as one datum also `check`, what `check_guide` says.
     """
-    evidence = log_evidence(target, samples=samples, seed=seed)
+    whole = target.structure.whole
+    checked = check_guide(target, samples=samples, seed=seed, reference=reference) if whole else None
+    evidence = log_evidence(target, samples=samples, seed=seed) if checked is None else checked.evidence
     test = evidence.summary()
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None
+    if checked is not None:
+        test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
+        test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
+        blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
+        return finite({**blocks, "check": _check_block(checked)}), evidence
     volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
     if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
         shares = mask.flatten(1).double().mean(0)
@@ -72,6 +102,23 @@ def evaluate(
     if mask is not None:
         blocks["missing"] = _missing(mask, data, evidence)
     return finite(blocks), evidence
+
+
+def _check_block(checked: GuideCheck) -> dict[str, Any]:
+    """What `check_guide` says: in words, and the moments of each latent site."""
+    sites, keys = {}, ("mean", "error", "sd")
+    for name, site in checked.sites.items():
+        moments: dict[str, Any] = {label: dict(zip(keys, each, strict=True)) for label, *each in checked.moments(name)}
+        off = {"mean_error": site.loc_error, "scale_ratio": site.scale_ratio}
+        sites[name] = {**moments, **off, "mean_bound": site.loc_bound, "sd_bound": site.scale_bound}
+    return {
+        "trusted": checked.trusted,
+        "doubtful": checked.doubtful(),
+        "inner": checked.evidence.inner,
+        "sites": sites,
+        "text": str(checked).splitlines(),
+        "words": checked.words,
+    }
 
 
 def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 0) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
         settings = {**spec.svi.model_dump(), "device": str(device), "validation": data.validation}
         history = fit(program, data.to(device), **settings, resume=state, on_epoch=note)
         part, rows = evaluation_split(program, data)
-        say(f"evaluates {len(rows['x']):,} data of the {part} part, with {spec.evaluation.samples:,} samples each")
+        n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
+        say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
         return write_run(folder, spec, program, data, vars(history))
     except KeyboardInterrupt as stop:
         if latest is None:
@@ -385,7 +386,8 @@ def _write_report(
     part, rows = evaluation_split(program, data)
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent)
+    known = reference if target.structure.whole else None
+    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -399,8 +401,9 @@ def _write_report(
             "part": part,
             "features": data.features,
             "columns": data.columns.to_dict(),
-            "n_train": len(data.train["x"]),
-            "n_test": len(data.test["x"]),
+            "whole": target.structure.whole,
+            "n_train": len(next(iter(data.train.values()))),
+            "n_test": len(next(iter(data.test.values()))),
         },
         "train": {**run.report["train"], **trained(target, data, blocks["test"], seed=seed)},
         **blocks,

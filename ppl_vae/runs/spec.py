@@ -24,8 +24,9 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
 from ppl_vae.programs.program import PyroPair, load_network, load_program
-from ppl_vae.programs.rows import indexed, keywords
+from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
+from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs.assembly import assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
@@ -129,13 +130,15 @@ class Spec:
         return replace(self, path=path, **parts)
 
     def load_data(self) -> Data:
-        """Read the data.
+        """Read the data; columns that a program's model asks for by name become entries of the batch.
 
         Raises:
             ValueError: If they cannot be found or read, or do not suit the settings.
         """
         with _blamed(self):
-            return load(**self.to_dict()["data"])
+            data = load(**self.to_dict()["data"])
+        names = [] if self.model.program is None else keywords(load_program(self.model.program).model)  # type: ignore[attr-defined]
+        return data.with_entries(name for name in names if name != "x")
 
     def build(self, data: Data | None = None) -> PyroPair:
         """Construct the program at a starting point fitted to the data, by `svi.seed` alone.
@@ -147,9 +150,8 @@ class Spec:
             ValueError: If the data do not fit the program.
         """
         data = self.load_data() if data is None else data
-        x = data.train["x"]
         with _blamed(self, data):
-            program: Any = self.assemble(columns=data.columns, rows=len(x))
+            program: Any = self.assemble(columns=data.columns, rows=len(next(iter(data.train.values()))))
             if hasattr(program, "initialise"):
                 given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask") if key in data.train}
                 own = [given[key] for key in ("x", "mask") if key in given]
@@ -187,8 +189,9 @@ class Spec:
             ValueError: If data, program and objective do not fit; the message has the `--set` that mends it.
         """
         program = self.build(data) if program is None else program
-        parts = [data.validation, data.train] if indexed(program) else [data.test, data.validation, data.train]
         with _blamed(self, data):
+            name, part = evaluation_split(program, data)
+            parts = [data.validation, data.train] if name == "train" else [part, data.validation, data.train]
             found = check_program(program, data, [part for part in parts if part is not None], self.svi)
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
