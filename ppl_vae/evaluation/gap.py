@@ -168,8 +168,9 @@ def _gap(target: Target, search: Search, truth: Tensor | None, error: Tensor, dr
     """The gap of each datum of a block, from log p(x), if known, and its standard error."""
     with torch.no_grad(), target.running(*search.key, "rows"):
         batch, posterior = target.batch, target.program.posterior
-        context = batch["index" if posterior.wants == "index" else "x"]
-        rows = posterior.unconstrained(context, observed=batch.get("mask"))
+        others = target.program.context("posterior", batch)
+        context = [batch["index"]] if posterior.wants == "index" else [batch["x"], *others]
+        rows = posterior.unconstrained(*context, observed=batch.get("mask"))
         width = posterior.family.start().numel()
     guide = Members(posterior.family, rows)
     best, from_prior, left = guide.start, torch.zeros_like(error, dtype=torch.bool), torch.zeros_like(error)

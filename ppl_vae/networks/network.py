@@ -145,7 +145,7 @@ class Amortized(Network):
         return self.apply_layers(standard if observed is None else torch.where(observed, standard, 0.0))
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
-        """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""
+        """Set the input's shift (c,) and scale, one number or (c,); both are buffers, not learned."""
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 

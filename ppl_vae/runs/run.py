@@ -22,8 +22,8 @@ from ppl_vae.infer.svi import fit, pick_device
 from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
-from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.figures import draw_classes, draw_diagnostics, draw_run
+from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import storage
 from ppl_vae.runs.apply import Applied
@@ -402,6 +402,10 @@ def _write_report(
         **blocks,
     }
     captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []
+    classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
+    if classes is not None:
+        report["classes"] = classes
+        captions |= draw_classes(classes["curve"], partial / "figures")
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report
