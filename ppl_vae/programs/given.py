@@ -69,8 +69,8 @@ class Given(nn.Module):
             if value is None or value.shape[1:] != shape:
                 got, wanted = "none" if value is None else tuple(value.shape), ("n", *shape)
                 raise ValueError(
-                    f"Expected `{key}` of shape ({', '.join(map(str, wanted))}) in the batch, which this VAE is given; got "
-                    f"{got}."
+                    f"Expected `{key}` of shape ({', '.join(map(str, wanted))}) in the batch, which this VAE is given; "
+                    f"got {got}."
                 )
             values, most = _columns(value), torch.tensor(counts, device=value.device)
             wrong = (most > 0) & ((values < 0) | (values >= most) | (values != values.floor()))

@@ -128,7 +128,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
 
 def _draw_classes(target: Target, data: Data, album: _Album, seed: int) -> None:
     """Draw pictures of each class, and the first data under other labels."""
-    program, few, columns = target.program, target.rows(slice(8)), 10
+    program, few, columns, shape = target.program, target.rows(slice(8)), 10, data.shape or ()
     count, own = min(program.given.classes, _CLASSES), {key: few.batch[key] for key in program.given_keys}
     made, decoded = [], []
     for label in range(count):
@@ -139,9 +139,9 @@ def _draw_classes(target: Target, data: Data, album: _Album, seed: int) -> None:
         decoded.append(program.reconstruct(few.batch, given=own | {"y": label}, seed=seed))
     names = [_told(data, {"y": torch.tensor([label])}) for label in range(count)]
     caption = f"The mean of p(x given z and y) for {count} labels y, one draw of z from the prior per column."
-    album.add("classes.png", class_pictures(torch.stack(made), names, data.shape), caption)
+    album.add("classes.png", class_pictures(torch.stack(made), names, shape), caption)
     caption = f"The style of a datum under {count} labels: the mean of p(x given z and y) at one draw of its z."
-    album.add("swaps.png", swaps(few.batch["x"], torch.stack(decoded), names, data.shape), caption)
+    album.add("swaps.png", swaps(few.batch["x"], torch.stack(decoded), names, shape), caption)
 
 
 def _told(data: Data, given: Mapping[str, Tensor]) -> str:

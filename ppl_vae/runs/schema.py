@@ -21,7 +21,8 @@ from ppl_vae.evaluation.class_evidence import PRIORS
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
 from ppl_vae.networks.encoding import WORDS
-from ppl_vae.programs.given import KEYS, ROLES
+from ppl_vae.programs.given import KEYS
+from ppl_vae.programs.given import ROLES as ROLES
 
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
