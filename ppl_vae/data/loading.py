@@ -29,8 +29,8 @@ class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
     `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels, -1 where one is
-    not known; `size_factor` (n,) and `covariates` (n, c) are there if they were asked for; `mask` is boolean as `x`, True
-    where observed, if an entry is missing, where `x` is NaN.
+    not known; `size_factor` (n,) and `covariates` (n, c) are there if they were asked for; `mask` is boolean as `x`,
+    True where observed, if an entry is missing, where `x` is NaN.
 
     Attributes:
         name: The name of the set or file.
@@ -322,9 +322,8 @@ def _withhold(raw: RawData, train: npt.NDArray[np.int64], labelled: int, seed: i
     y, generator = raw.y.copy(), torch.Generator().manual_seed(fold_in(seed, "labelled"))
     order = train[torch.randperm(len(train), generator=generator).numpy()]
     order = order[y[order] >= 0]
-    turn = np.empty(len(order), np.int64)  # of each row, how many of its class come before it
-    for label in np.unique(y[order]):
-        turn[y[order] == label] = np.arange((y[order] == label).sum())
+    order = order[np.argsort(y[order], kind="stable")]
+    turn = np.concatenate([np.arange(count) for count in np.unique(y[order], return_counts=True)[1]])
     y[order[np.argsort(turn, kind="stable")[labelled:]]] = UNLABELLED
     return y
 
@@ -353,13 +352,11 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
         levels = (2,) * n
     elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
         levels = (raw.maximum + 1,) * n
-    given: dict[str, tuple[int, ...]] = (
-        {} if raw.y is None else {"y": (len(raw.classes or ()) or int(raw.y.max()) + 1,)}
-    )
+    given: Any = {} if raw.y is None else {"y": (len(raw.classes or ()) or int(raw.y.max()) + 1,)}
     if raw.covariates is not None:
         given["covariates"] = tuple(map(len, raw.covariate_words.values()))
     known = None if kinds is None else tuple(kinds)
-    return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given or None)
+    return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:

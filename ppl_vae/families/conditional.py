@@ -76,6 +76,11 @@ class Conditional(nn.Module):
             bound, asked = ([tuple(shape) for shape in each] for each in (self.context, shapes))
             raise ValueError(f"Expected a context of shapes {bound}, as built; got {asked}.")
         start = self.family.start()
+        if self.wants == "context" and not shapes:
+            raise ValueError(
+                f"Expected the network Free where nothing is given; got {type(self.network).__name__}. A prior that is "
+                "given a label or covariates is named in `given_to`."
+            )
         if isinstance(self.network, Network):
             if self.context is None and any(True for _ in self.network.parameters()):
                 raise ValueError(

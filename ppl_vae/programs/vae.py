@@ -70,10 +70,9 @@ class VAE(nn.Module):
                 f"{describe_support(prior.family.support)}; got {type(posterior.family).__name__}{tuple(z)}."
             )
         more = {role: (given.size,) if given and role in given.roles else () for role in ROLES}
-        if (prior.context or prior.wants == "context") and not more["prior"]:
+        if prior.context and not more["prior"]:
             raise ValueError(
-                f"Expected a prior without context, since it is given nothing; got one of shapes "
-                f"{[tuple(s) for s in prior.context or ()]} on {type(prior.network).__name__}. Name it in `given_to`."
+                f"Expected a prior without context; got one of shapes {[tuple(s) for s in prior.context]}."
             )
         if any(other is not posterior for other in prior.family.tied):
             raise ValueError(

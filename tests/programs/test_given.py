@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "guide alone": (lambda: Given(y=3, to=["posterior"]), "given to the prior or the likelihood"),
     "unknown part": (lambda: Given(y=3, to=["decoder"]), "Expected `to` to be one of 'prior'"),
     "prior without network": (lambda: vae(Given(y=3, to=["prior"])), "takes a context of size 3"),
-    "network without label": (lambda: vae(None, Conditional(Normal(2), MLP(hidden=[8]))), "Name it in `given_to`"),
+    "network without label": (lambda: vae(None, Conditional(Normal(2), MLP(hidden=[8]))), "is named in `given_to`"),
     "exact guide without label": (
         lambda: linear(Conditional(StandardNormal(2)), ["likelihood"]),
         "Name the posterior in `given_to`",
