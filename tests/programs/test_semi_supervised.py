@@ -58,7 +58,7 @@ def exact() -> tuple[Any, Tensor, Any]:
 
     def joint(x: Tensor) -> Any:
         parts = [multivariate_normal(array(offsets[:, c]), covariance).logpdf(array(x)) for c in range(CLASSES)]
-        return np.stack(parts, 1) + log_prior
+        return np.stack([np.atleast_1d(part) for part in parts], 1) + log_prior
 
     program.encoder, program.classifier = Exact(encode), Exact(lambda x: torch.from_numpy(joint(x)))
     x = draws(6, SIZE)

@@ -92,7 +92,7 @@ def test_labelled_keeps_as_many_of_each_class(table: Path) -> None:
 
 
 def test_a_run_reports_classes_and_comes_back(table: Path, tmp_path: Path) -> None:
-    both = {"latent": 2, "given": ["y", "covariates"], "given_to": ["prior", "likelihood", "posterior"]}
+    both = {"latent": 1, "given": ["y", "covariates"], "given_to": ["prior", "likelihood", "posterior"]}
     given = spec(table, model=both, prior={"family": "Normal", "network": MLP})
     run = fit_spec(given, out=tmp_path / "a", device="cpu")
     again = load_run(tmp_path / "a")
