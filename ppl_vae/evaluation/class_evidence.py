@@ -21,7 +21,6 @@ from ppl_vae.programs.target import Target
 
 PRIORS = ("frequencies", "uniform")
 _BINS = 10
-_LEAST = 25  # draws from which weights have a tail shape
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class ClassEvidence:
     @property
     def margin(self) -> Tensor:
         """How far the best class is ahead of the next one, in nats of log p(x, y), (n,)."""
-        first, second = (self.log_prior + self.log_evidence).topk(2).values.T
-        return first - second
+        return -(self.log_prior + self.log_evidence).topk(2).values.diff(dim=-1).squeeze(-1)
 
     @property
     def uncertain(self) -> Tensor:
@@ -125,15 +123,16 @@ class ClassEvidence:
             `error`, the largest of p(y|x); `curve`, by rising confidence the mean `confidence`, `accuracy`, `se` and
             `n`, in up to ten bins; and `calibration_error`, the mean distance of confidence and accuracy in these.
         """
-        kept = (labels.to(self.floor.device) >= 0) & ~self.outlier
-        confidence, right = self.probability.amax(-1)[kept], (self.best == labels.to(self.best.device))[kept]
-        curve, open_, known = [], self.open & kept, labels.to(self.floor.device) >= 0
+        labels = labels.to(self.best.device)
+        known, curve = labels >= 0, []
+        kept = known & ~self.outlier
+        confidence, right = self.probability.amax(-1)[kept], (self.best == labels)[kept]
         for low in range(_BINS):
             here = (confidence * _BINS).long().clamp_max(_BINS - 1) == low
             if bool(here.any()):
                 curve.append({"confidence": float(confidence[here].mean()), **_rate(right[here])})
         scores = (self.log_prior + self.log_evidence).log_softmax(-1)[known]
-        apart = self.margin[open_]
+        apart = self.margin[self.open & kept]
         return {
             "classes": len(self.log_prior),
             "samples": self.samples,
@@ -142,7 +141,7 @@ class ClassEvidence:
             "open": len(apart),
             "margin": {"median": float(apart.median()), "min": float(apart.min())} if len(apart) else None,
             **_rate(right),
-            "log_score": float(scores.gather(-1, labels.to(scores.device)[known].unsqueeze(-1)).mean()),
+            "log_score": float(scores.gather(-1, labels[known].unsqueeze(-1)).mean()),
             "error": float(self.error.amax()),
             "calibration_error": sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in curve) / max(len(right), 1),
             "curve": curve,
@@ -185,12 +184,11 @@ def class_evidence(
     References:
         Machine-Learning Applications of Algorithmic Randomness (Vovk, Gammerman and Saunders 1999), for the floor.
     """
-    if isinstance(program, Target):
-        target = Target.of(program, x)
-    else:
+    if not isinstance(program, Target):
         batch = as_batch(x)
-        batch["y"] = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
-        target = Target(program, batch)
+        label = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
+        program, x = Target(program, {**batch, "y": label}), None
+    target = Target.of(program, x)
     count = classes or getattr(getattr(target.program, "given", None), "classes", None)
     if count is None or "y" not in target.batch:
         raise ValueError(
@@ -211,10 +209,8 @@ def class_evidence(
 
 def _settled(evidence: Evidence) -> Tensor:
     """Whether the evidence of each datum is an estimate by itself, (n,): stricter than for the mean of a set."""
-    shape = evidence.pareto_k.nan_to_num(-math.inf)  # weights that are equal, or too few, which their spread tells
-    tail = shape + shape_error(shape.clamp_min(-1), evidence.samples) < 0.5
-    few = (evidence.samples < _LEAST) & (evidence.ess < evidence.samples * (1 - 1e-3))
-    return tail & (evidence.mc_se <= 0.5) & ~few
+    shape = evidence.pareto_k.nan_to_num(-1.0)  # of equal weights, or of too few, whose shift is infinite
+    return (shape + shape_error(shape, evidence.samples) < 0.5) & ~evidence.shift.isinf()
 
 
 def _log_prior(prior: str | Sequence[float] | Tensor, count: int, known: Any) -> Tensor:
@@ -223,8 +219,8 @@ def _log_prior(prior: str | Sequence[float] | Tensor, count: int, known: Any) ->
         check_choice("class_prior", prior, PRIORS)
         if prior == "frequencies" and known is None:
             raise ValueError('Expected `known`, labelled data, for class_prior = "frequencies"; got none.')
-    own = torch.ones(count) if prior == "uniform" else prior
-    values = torch.as_tensor(known["y"][known["y"] >= 0].bincount(minlength=count) if prior == "frequencies" else own)
+        prior = torch.ones(count) if prior == "uniform" else known["y"][known["y"] >= 0].bincount(minlength=count)
+    values = torch.as_tensor(prior)
     if values.shape != (count,) or not bool((values >= 0).all() & (values.sum() > 0) & values.isfinite().all()):
         raise ValueError(f"Expected `class_prior` uniform, frequencies or {count} probabilities; got {prior!r}.")
     return (values.double() / values.sum()).log()

@@ -61,14 +61,14 @@ def calibration_curve(curve: Sequence[Mapping[str, Any]], *, ax: Axes | None = N
     if not curve:
         raise ValueError("Expected at least one bin; got none.")
     ax = style.axes_for(ax, (4.5, 4.2))
-    x, y, error = (np.array([each[name] for each in curve]) for name in ("confidence", "accuracy", "se"))
+    x, y, se = (np.array([each[name] for each in curve]) for name in ("confidence", "accuracy", "se"))
     ax.plot([0, 1], [0, 1], color=style.GREY, lw=0.9, label="calibrated")
-    ax.errorbar(x, y, 1.96 * error, color=style.BLUE, fmt="o", capsize=2, label="right, 95 % of its error")
+    ax.errorbar(x, y, 1.96 * se, color=style.BLUE, fmt="o", capsize=2, label="right, 95 % of its error")
     for across, up, each in zip(x, y, curve, strict=True):
         ax.annotate(f"{each['n']:,}", (across, up), (-4, -12), textcoords="offset points", ha="right", fontsize="small")
-    low = min(0.95, x.min(), (y - 1.96 * error).min())
-    ax.set(xlim=(max(low - 0.05, -0.03), 1.03), ylim=(max(low - 0.05, -0.03), 1.03))
-    ax.set(xlabel="probability of the most probable class", ylabel="share of the data that it is right for")
+    limits = max(min(0.9, x.min() - 0.05, (y - 1.96 * se).min() - 0.05), -0.03), 1.03
+    names = {"xlabel": "probability of the most probable class", "ylabel": "share of the data that it is right for"}
+    ax.set(xlim=limits, ylim=limits, **names)
     ax.legend(frameon=False, loc="upper left")
     return ax
 

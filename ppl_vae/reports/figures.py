@@ -155,9 +155,7 @@ def _told(data: Data, given: Mapping[str, Tensor]) -> str:
 def draw_classes(curve: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
     """Draw the calibration of p(y|x), from the block `classes` of a report, and return captions by file name."""
     album = _Album(folder)
-    caption = (
-        "How often the most probable class is right, over its probability; beside each bin the number of its data."
-    )
+    caption = "How often the most probable class is right, over its probability, with the number of data of each bin."
     album.add("class_calibration.png", calibration_curve(curve), caption)
     return album
 

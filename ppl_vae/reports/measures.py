@@ -114,11 +114,9 @@ def measure(target: Target) -> str:
         sites: Any = few.traces(1, 0)[0].nodes
     supports = [getattr(s := sites[name]["fn"].support, "base_constraint", s) for name in few.structure.observed]
     columns = [flag for support in supports for flag in getattr(support, "discrete", [bool(support.is_discrete)])]
-    conditions = [
-        *(["each total"] if any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed) else [])
-    ]
-    conditions += getattr(target.program, "given_keys", [])
-    given = f" given {' and '.join(conditions)}" if conditions else ""
+    totals = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
+    conditions = ["each total"] * totals + getattr(target.program, "given_keys", [])
+    given = " given " * bool(conditions) + " and ".join(conditions)
     if len(set(columns)) == 1:
         return ("probability mass" if columns[0] else "density") + given
     if len(supports) > 1:

@@ -170,15 +170,17 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
     count = Annotated[int, Field(ge=1)]
     data_name = Annotated[str, AfterValidator(_judge_name)]
     read = _keywords(load).keys() - {"dtype"}
-    given: dict[str, Any] = {"given": (_names("given", KEYS), None), "given_to": (_names("given_to", ROLES), None)}
-    prior = Annotated[str | list[float], AfterValidator(partial(_judge_names, "class_prior", PRIORS))]
+    given: dict[str, Any] = {
+        "program": (str | None, None),
+        "given": _names("given", KEYS),
+        "given_to": _names("given_to", ROLES),
+    }
+    priors = _names("class_prior", PRIORS, list[float])
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
-        "model": {
-            "": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None), **given)
-        },
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), **given)},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
-        "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000), class_prior=(prior | None, None))},
+        "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000), class_prior=priors)},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}
@@ -271,16 +273,15 @@ def _judge_encoding(encoding: Encodings) -> Encodings:
     return encoding
 
 
-def _names(key: str, allowed: tuple[str, ...]) -> Any:
-    """One name of some, or several."""
-    return Annotated[str | list[str], AfterValidator(partial(_judge_names, key, allowed))] | None
+def _names(key: str, allowed: tuple[str, ...], several: Any = list[str]) -> Any:
+    """One name of some, or several, or nothing."""
 
+    def judge(names: Any) -> Any:
+        for name in [names] if isinstance(names, str) else names:
+            check_choice(key, name, allowed if isinstance(name, str) else (name,))
+        return names
 
-def _judge_names(key: str, allowed: tuple[str, ...], names: Any) -> Any:
-    for name in [names] if isinstance(names, str) else names:
-        if isinstance(name, str):
-            check_choice(key, name, allowed)
-    return names
+    return Annotated[str | several, AfterValidator(judge)] | None, None
 
 
 def _judge_svi(**keys: Any) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 from pydantic import ValidationError
 from torch.distributions import constraints
 
@@ -36,9 +35,8 @@ from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, re
 
 _OWN = {"latent", "program", "given", "given_to"}  # keys of `model` that are no program's
 _OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
-_TRIAL = Columns(
-    64, (8, 8), levels=(2,) * 64, given={"y": (2,), "covariates": (0,)}
-)  # for what can be built without the data
+# for what can be built without the data
+_TRIAL = Columns(64, (8, 8), levels=(2,) * 64, given={"y": (2,), "covariates": (0,)})
 
 
 @dataclass(frozen=True)
@@ -266,9 +264,8 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
         for role in ROLES:
             if role in raw:
                 yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
-        for key in ("given", "given_to"):
-            if getattr(model, key, None) is not None:
-                yield f"model.{key}: Expected no `{key}` beside model.program, which takes y or covariates by name."
+        for key in {"given", "given_to"} & raw["model"].keys():
+            yield f"model.{key}: Expected no `{key}` beside model.program, which takes y or covariates by name."
         if program is not None and model is not None:
             try:
                 takes = filled(program, features=1, latent=latent, **described(_TRIAL))
@@ -377,9 +374,8 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
 
 def _check_labels(data: Data) -> None:
     """Refuse labels that the training part lacks."""
-    parts = [part["y"] for part in (data.validation, data.test) if part is not None]
-    strange = set(torch.cat(parts).tolist()) - set(data.train["y"].tolist())
-    if strange:
+    parts = [part["y"].tolist() for part in (data.train, data.validation or {"y": data.train["y"]}, data.test)]
+    if strange := {*parts[1], *parts[2]} - {*parts[0]}:
         words = ", ".join(data.classes[label] if data.classes else str(label) for label in sorted(strange))
         raise ValueError(
             f"Expected each label in the training part, for a model that is given labels; got {words} in other parts "
