@@ -29,7 +29,7 @@ class SemiSupervised(nn.Module):
     def __init__(self, features: int, latent: int, *, classes: int = 10, hidden: int = 200, weight: float = 1) -> None:
         super().__init__()
         self.latent, self.classes, self.weight = latent, classes, weight
-        self.logits, self.raw_scale = nn.Parameter(torch.zeros(classes)), nn.Parameter(torch.ones(()))
+        self.logits, self.raw_scale = nn.Parameter(torch.zeros(classes)), nn.Parameter(torch.tensor(-1.0))
         self.classifier = layers(features, hidden, classes)
         self.encoder = layers(features + classes, hidden, 2 * latent)
         self.decoder = layers(latent + classes, hidden, features)

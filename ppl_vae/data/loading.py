@@ -215,8 +215,6 @@ def load(
             f"have neither a scale nor bins: leave out one of the two."
         )
 
-    if labelled is not None:
-        check_int("labelled", labelled)
     roles = Roles(label, id, columns, leave_out, categories, size_factor, separator, covariates, labelled)
     raw = read_dataset(name, root, array, download, roles)
     raw, kept = complete_rows(raw, Path(name).name, missing)
@@ -319,7 +317,11 @@ def _withhold(raw: RawData, train: npt.NDArray[np.int64], labelled: int, seed: i
     """Labels (n,), -1 for the training rows beyond the first ones of each class, in an order by seed."""
     if raw.y is None:
         raise ValueError(f"Expected labels, for `labelled`; got data without any. Name their column: {LABEL}.")
-    y, generator = raw.y.copy(), torch.Generator().manual_seed(fold_in(seed, "labelled"))
+    labelled, y, generator = (
+        check_int("labelled", labelled),
+        raw.y.copy(),
+        torch.Generator().manual_seed(fold_in(seed, "labelled")),
+    )
     order = train[torch.randperm(len(train), generator=generator).numpy()]
     order = order[y[order] >= 0]
     order = order[np.argsort(y[order], kind="stable")]

@@ -186,8 +186,8 @@ def class_evidence(
     """
     if not isinstance(program, Target):
         batch = as_batch(x)
-        label = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
-        program, x = Target(program, {**batch, "y": label}), None
+        any_label = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
+        program, x = Target(program, {**batch, "y": any_label}), None
     target = Target.of(program, x)
     count = classes or getattr(getattr(target.program, "given", None), "classes", None)
     if count is None or "y" not in target.batch:

@@ -37,7 +37,7 @@ class ExactNormal(Family):
         if likelihood.context is None:
             likelihood.bind(tuple(self.event_shape))
         self.tied = (prior, likelihood)  # a tuple, so that neither is registered a second time
-        self.given = sum(shape.numel() for shape in (prior.context or likelihood.context[1:]))
+        self.given = sum(shape.numel() for shape in prior.context or (likelihood.context or ())[1:])
         linear_gaussian(prior, likelihood, torch.zeros(self.given))
 
     def start(self) -> Tensor:

@@ -67,10 +67,9 @@ class Given(nn.Module):
         for key, counts in self.levels.items():
             shape, value = _shape(key, counts), batch.get(key)
             if value is None or value.shape[1:] != shape:
-                got, wanted = "none" if value is None else tuple(value.shape), ("n", *shape)
                 raise ValueError(
-                    f"Expected `{key}` of shape ({', '.join(map(str, wanted))}) in the batch, which this VAE is given; "
-                    f"got {got}."
+                    f"Expected `{key}` of shape (n{f', {len(counts)}' if shape else ''}) in the batch, which this VAE "
+                    f"is given; got {'none' if value is None else tuple(value.shape)}."
                 )
             values, most = _columns(value), torch.tensor(counts, device=value.device)
             wrong = (most > 0) & ((values < 0) | (values >= most) | (values != values.floor()))
@@ -89,9 +88,10 @@ class Given(nn.Module):
         Raises:
             ValueError: If something is missing or does not fit.
         """
-        entries, own = {}, next(self.buffers())
+        entries = {}
         for key, counts in self.levels.items():
             entry = value.get(key) if isinstance(value, Mapping) else value if len(self.levels) == 1 else None
+            own: Any = self.encodings[key].shift
             try:
                 one = torch.as_tensor(entry, device=own.device, dtype=torch.long if key == "y" else own.dtype)
                 entries[key] = one.expand(n, *_shape(key, counts))

@@ -188,9 +188,9 @@ class VAE(nn.Module):
             loc, scale = moments(data, seen)
             spread = scale.square().mean().sqrt()
             shift, unit = loc.flatten(), torch.where(spread > 0, spread, 1.0)
-            if self.context("posterior", batch):
-                others = torch.zeros(self.given.size).to(shift)  # type: ignore[union-attr]
-                shift, unit = torch.cat([shift, others]), torch.cat([unit.expand(len(shift)), others + 1])
+            if given := self.context("posterior", batch):
+                unit = nn.functional.pad(unit.expand(len(shift)), (0, given[0].shape[1]), value=1.0)
+                shift = nn.functional.pad(shift, (0, given[0].shape[1]))
             self.posterior.network.centre(shift, unit)
         for part in (self.prior, self.likelihood, self.posterior):
             part.family.observe(data, seen)

@@ -42,7 +42,9 @@ def swaps(x: Tensor, means: Tensor, names: Sequence[str], shape: Sequence[int]) 
         ValueError: If shapes or names do not fit.
     """
     rows = _named(torch.cat([x.unsqueeze(0), means]), ["data", *names]).swapaxes(0, 1)
-    figure, ax, _, at = style.mosaic(rows.reshape(-1, rows.shape[-1]), shape, rows.shape[1], bottom=0.3, limits=rows)
+    figure, ax, _, at = style.mosaic(
+        rows.reshape(-1, rows.shape[-1]), shape, rows.shape[1], bottom=0.3, limits=rows[:, 0]
+    )
     labels = ["data", *(style.short(name, 8) for name in names)]
     ax.set_xticks(at, labels, rotation=0 if max(map(len, labels)) < 5 else 20)
     return figure
@@ -66,7 +68,8 @@ def calibration_curve(curve: Sequence[Mapping[str, Any]], *, ax: Axes | None = N
     ax.errorbar(x, y, 1.96 * se, color=style.BLUE, fmt="o", capsize=2, label="right, 95 % of its error")
     for across, up, each in zip(x, y, curve, strict=True):
         ax.annotate(f"{each['n']:,}", (across, up), (-4, -12), textcoords="offset points", ha="right", fontsize="small")
-    limits = max(min(0.9, x.min() - 0.05, (y - 1.96 * se).min() - 0.05), -0.03), 1.03
+    low = max(min(0.9, x.min() - 0.05, (y - 1.96 * se).min() - 0.05), -0.03)
+    limits = low, 1 + 0.05 * (1 - low)
     names = {"xlabel": "probability of the most probable class", "ylabel": "share of the data that it is right for"}
     ax.set(xlim=limits, ylim=limits, **names)
     ax.legend(frameon=False, loc="upper left")

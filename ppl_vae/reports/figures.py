@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ class _Album(dict[str, str]):
 
 
 @torch.no_grad()
-def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Path, *, seed: int = 0) -> dict[str, str]:
+def draw_run(
+    target: Target, data: Data, history: Mapping[str, Any], folder: Path, *, classes: Any = None, seed: int = 0
+) -> dict[str, str]:
     """Draw a run: its training, data, latent space and, if known, exact posteriors.
 
     Args:
@@ -56,6 +58,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
         data: all of its data.
         history: bounds of each epoch by name.
         folder: where the figures go.
+        classes: the block `classes` of the report, if there is one.
         seed: of all draws.
 
     Returns:
@@ -64,6 +67,11 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     program, shape, album = target.program, data.shape, _Album(folder)
     curve = training_curve(history["elbo"], history["validation"])
     album.add("training.png", curve, "The bound over the epochs of training.")
+    if classes is not None:
+        caption = (
+            "How often the most probable class is right, over its probability, with the number of data of each bin."
+        )
+        album.add("class_calibration.png", calibration_curve(classes["curve"]), caption)
     part, rows = evaluation_split(program, data)
     whose = "Held-out" if part == "test" else "Training"
     few = target.rows(slice(10))
@@ -91,7 +99,7 @@ def draw_run(target: Target, data: Data, history: Mapping[str, Any], folder: Pat
     latents, given, told = program.prior.family.event_shape.numel(), None, ""
     if program.given is not None:
         given = {key: target.batch[key][:1] for key in program.given_keys}
-        told = f" Given {_told(data, given)}, as the first datum."
+        told = f" Given {', '.join(given)} = {_told(data, given)}, as the first datum."
         if program.given.classes is not None and shape is not None:
             _draw_classes(target, data, album, seed)
     points = codes(target.rows(slice(MOST_DATA)), seed=seed)[0]
@@ -146,18 +154,8 @@ def _draw_classes(target: Target, data: Data, album: _Album, seed: int) -> None:
 
 def _told(data: Data, given: Mapping[str, Tensor]) -> str:
     """What is given of one datum, in words."""
-    if "y" not in given:
-        return "the covariates " + ", ".join(f"{value:g}" for value in given["covariates"].flatten().tolist())
-    label = int(given["y"][0])
-    return data.classes[label] if data.classes else str(label)
-
-
-def draw_classes(curve: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
-    """Draw the calibration of p(y|x), from the block `classes` of a report, and return captions by file name."""
-    album = _Album(folder)
-    caption = "How often the most probable class is right, over its probability, with the number of data of each bin."
-    album.add("class_calibration.png", calibration_curve(curve), caption)
-    return album
+    values = [f"{value:g}" for part in given.values() for value in part.flatten().tolist()]
+    return ", ".join([data.classes[int(given["y"][0])], *values[1:]] if "y" in given and data.classes else values)
 
 
 def draw_diagnostics(results: Results, folder: Path, *, shape: tuple[int, ...] | None = None) -> dict[str, str]:

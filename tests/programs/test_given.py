@@ -68,7 +68,9 @@ def test_covariates_enter_in_units_of_their_spread() -> None:
     assert torch.allclose(seen[:, 0].mean(), torch.tensor(0.0), atol=1e-3)
     assert torch.allclose(seen[:, 0].std(correction=0), torch.tensor(1.0), atol=1e-3)
     assert torch.equal(seen[:, 1:], torch.eye(3)[DATA["y"]])
-    assert program.sample(2, given=known[0]).shape == (2, 5)
+    one, row = program.sample(2, given=known[0]), {"covariates": known[:1]}
+    assert torch.equal(one, program.sample(2, given=row))
+    assert not torch.equal(one, program.sample(2, given=known[0].floor()))
 
 
 def test_the_gap_and_calibration_take_the_label() -> None:
