@@ -39,7 +39,7 @@ def markdown(
     source, rates = files("ppl_vae.reports").joinpath("report.md.jinja"), report["test"]["rates"] or []
     template = jinja2.Template(source.read_text("utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return template.render(
-        report={"missing": None, **report},
+        report=report,
         title=title,
         model=_model(target.program, report["spec"]),
         objective=_objective(report["spec"]["svi"], report["train"]),
