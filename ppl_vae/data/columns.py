@@ -30,6 +30,8 @@ class Columns:
         levels: How many values each can take, 0 if that is not finite; codes run from 0 to `levels - 1`.
         categories: The words of the columns that held text, by name, in the order of their codes.
         missing: The share of each column that is missing in the training part; None if no entry of the data is.
+        given: How many values each column of the batch's other entries can take, 0 for numbers: of the label `y` the
+            number of its classes, of `covariates` one for each column.
     """
 
     count: int
@@ -39,6 +41,7 @@ class Columns:
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     missing: tuple[float, ...] | None = None
+    given: dict[str, tuple[int, ...]] | None = None
 
     def only(self, kept: list[int]) -> "Columns":
         """Some of the columns, which are no picture."""
@@ -53,8 +56,8 @@ class Columns:
         """Plain values, ready for JSON."""
         known = {key: value for key, value in asdict(self).items() if value is not None}
         known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
-        if self.categories is not None:
-            known["categories"] = {name: list(words) for name, words in self.categories.items()}
+        for key in known.keys() & {"categories", "given"}:
+            known[key] = {name: list(each) for name, each in known[key].items()}
         return known
 
     def to_table(self, values: npt.NDArray[Any], index: Any = None) -> "DataFrame":
@@ -71,8 +74,8 @@ class Columns:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        if known.get("categories"):
-            known["categories"] = {key: tuple(words) for key, words in known["categories"].items()}
+        for key in known.keys() & {"categories", "given"}:
+            known[key] = {name: tuple(each) for name, each in known[key].items()}
         return cls(**known)
 
 

@@ -34,7 +34,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 EMBEDDED = (*BUNDLED, "keywords")
 NAMES = ("digits", *EMBEDDED, *TORCHVISION)
 SUFFIXES = (".npy", ".npz", *tables.TEXT, *tables.BINARY)
-_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing")
+_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing", "covariates")
 _LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
 
@@ -74,7 +74,7 @@ def unused_keys(name: str) -> dict[str, str]:
     unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
     unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
     if suffix in (".npy", ".npz"):
-        named = ("id", "columns", "leave_out", "categories")
+        named = ("id", "columns", "leave_out", "categories", "covariates")
         unused |= dict.fromkeys(named, "an array, whose columns have no names")
     if suffix == ".npy":
         unused["label"] = "an array alone"

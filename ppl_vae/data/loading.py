@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_choice
+from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
 from ppl_vae.data.files import RawData, present
-from ppl_vae.data.tables import Roles, check_categories, check_columns, complete_rows, totals
+from ppl_vae.data.tables import LABEL, UNLABELLED, Roles, check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
-    `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels; `size_factor` is
-    (n,) if it was asked for; `mask` is boolean as `x`, True where observed, if an entry is missing, where `x` is NaN.
+    `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels, -1 where one is
+    not known; `size_factor` (n,) and `covariates` (n, c) are there if they were asked for; `mask` is boolean as `x`,
+    True where observed, if an entry is missing, where `x` is NaN.
 
     Attributes:
         name: The name of the set or file.
@@ -45,7 +46,7 @@ class Data:
         row_numbers: Of each part, the rows (n,) of the source that it holds, counted from 0 without a header.
         ids: Of each part, what tells its rows apart (n,), or None: the column `id`, or the paths of pictures.
         classes: The words of `y` in the order of its codes, or None.
-        roles: The role of each column that is no feature: `label`, `id`, `size factor` or `left out`.
+        roles: The role of each column that is no feature: `label`, `id`, `size factor`, `covariate` or `left out`.
         suspects: Features that look like something else, by name: `label`, `id` or `constant`.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
     """
@@ -166,6 +167,8 @@ def load(
     leave_out: list[str] | None = None,
     categories: list[str] | None = None,
     size_factor: str | None = None,
+    covariates: list[str] | None = None,
+    labelled: int | None = None,
     separator: str | None = None,
     missing: str = "refuse",
     seed: int = 0,
@@ -200,6 +203,9 @@ def load(
         categories: Columns to read as words, even if they hold numbers.
         size_factor: By how much a row counts more than the average: a column, or "total", the row's total (of counts)
             over the mean total of the training part.
+        covariates: The columns of a table that become `covariates`: numbers as they are, words as codes.
+        labelled: How many training data keep their label, as many of each class as there are; the other labels become
+            -1, as do missing cells of the label's column, which are refused otherwise. None keeps them all.
         separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` (and, in a `.txt`,
             a space) that gives the first lines equally many cells.
         missing: What becomes of missing cells of a table, or NaN in an array: "refuse" them, "drop rows" that have
@@ -246,12 +252,14 @@ def load(
             f"have neither a scale nor bins: leave out one of the two."
         )
 
-    roles = Roles(label, id, columns, leave_out, categories, size_factor, separator)
+    roles = Roles(label, id, columns, leave_out, categories, size_factor, separator, covariates, labelled)
     raw = read_dataset(name, root, array, download, roles)
     raw, kept = complete_rows(raw, Path(name).name, missing)
     rows = _split(raw, seed, validation_fraction, test_fraction)
     check_columns(raw, rows["train"])
     check_categories(raw, rows["train"])
+    if labelled is not None:
+        raw = replace(raw, y=_withhold(raw, rows["train"], labelled, seed))
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
     factors, mean_total = raw.size_factor, None
@@ -272,6 +280,8 @@ def load(
             parts[part]["y"] = torch.from_numpy(raw.y[index])
         if factors is not None:
             parts[part]["size_factor"] = torch.from_numpy(factors[index]).to(dtype)
+        if raw.covariates is not None:
+            parts[part]["covariates"] = torch.from_numpy(raw.covariates[index]).to(dtype)
     file = Path(name).name
     by = "the set's own" if raw.in_order else "permutation by seed"
     protocol = {
@@ -341,6 +351,23 @@ def _split(
     return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
 
 
+def _withhold(raw: RawData, train: npt.NDArray[np.int64], labelled: int, seed: int) -> npt.NDArray[np.int64]:
+    """Labels (n,), -1 for the training rows beyond the first ones of each class, in an order by seed."""
+    if raw.y is None:
+        raise ValueError(f"Expected labels, for `labelled`; got data without any. Name their column: {LABEL}.")
+    labelled, y, generator = (
+        check_int("labelled", labelled),
+        raw.y.copy(),
+        torch.Generator().manual_seed(fold_in(seed, "labelled")),
+    )
+    order = train[torch.randperm(len(train), generator=generator).numpy()]
+    order = order[y[order] >= 0]
+    order = order[np.argsort(y[order], kind="stable")]
+    turn = np.concatenate([np.arange(count) for count in np.unique(y[order], return_counts=True)[1]])
+    y[order[np.argsort(turn, kind="stable")[labelled:]]] = UNLABELLED
+    return y
+
+
 def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | None:
     """Kinds of the columns of a table: of numbers by their values, of words by their number and order."""
     kinds: list[Kind] = []
@@ -365,7 +392,11 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
         levels = (2,) * n
     elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
         levels = (raw.maximum + 1,) * n
-    return Columns(n, raw.shape, raw.names, None if kinds is None else tuple(kinds), levels, raw.categories or None)
+    given: Any = {} if raw.y is None else {"y": (len(raw.classes or ()) or int(raw.y.max()) + 1,)}
+    if raw.covariates is not None:
+        given["covariates"] = tuple(map(len, raw.covariate_words.values()))
+    known = None if kinds is None else tuple(kinds)
+    return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:

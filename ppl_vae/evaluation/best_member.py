@@ -173,12 +173,15 @@ class Search:
                 centres = u[scores.argmax(0), torch.arange(self.target.n)].to(guide.start)
                 return guide.around(centres, 0.1 * (u - u.mean(0)).transpose(0, 1).to(guide.start))
         with torch.no_grad(), self.target.running(*self.key, "start"):
-            prior = self.program.prior().expand([_STARTS])
+            prior = self.program.prior(*self.program.context("prior", batch))
+            prior = prior.expand([_STARTS, *(prior.batch_shape or [1])])
             draws = prior.sample().to(guide.start)
-            decoded = (self.program.decode(z, **batch) for z in draws.unsqueeze(1).split(self.chunk))
+            decoded = (self.program.decode(z, **batch) for z in draws.split(self.chunk))
             likelihood = torch.cat([p.log_prob(batch["x"]) for p in decoded])  # decodes each draw once, for all data
-            best = (likelihood + prior.log_prob(draws).unsqueeze(1)).argmax(0)
-            return guide.around(draws[best], 0.1 * (draws - draws.mean(0)).expand(len(best), *draws.shape))
+            best = (likelihood + prior.log_prob(draws)).argmax(0)
+            spread = 0.1 * (draws - draws.mean(0)).transpose(0, 1)
+            own = torch.arange(len(best), device=best.device) if len(spread) > 1 else torch.zeros_like(best)
+            return guide.around(draws[best, own], spread.expand(len(best), *spread.shape[1:]))
 
     @torch.no_grad()
     def _newton(self, guide: Members, start: Tensor, word: str, steps: int) -> Tensor:

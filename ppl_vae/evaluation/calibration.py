@@ -125,10 +125,12 @@ def calibrate(
     draws, simulations = check_int("draws", draws), check_int("simulations", simulations, 2)
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be above 0 and below 1; got {level!r}.")
-    if x is None and isinstance(program, VAE):
+    if x is None and isinstance(program, VAE) and program.given is None:
         x = torch.zeros(1, *program.likelihood.family.event_shape)
     if x is None and not isinstance(program, Target):
-        raise ValueError(f"Expected placeholder data `x` for a {type(program).__name__}; only a VAE needs none.")
+        raise ValueError(
+            f"Expected placeholder data `x` for a {type(program).__name__}; a VAE that is given nothing needs none."
+        )
     target = Target.of(program, x)
     if refit is None and _keeps_rows(target, seed):
         raise ValueError(

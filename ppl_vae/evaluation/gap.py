@@ -210,8 +210,9 @@ def _posterior(target: Target, search: Search) -> Members:
     """The answers of the posterior of a `VAE`."""
     with torch.no_grad(), target.running(*search.key, "rows"):
         batch, posterior = target.batch, target.program.posterior
-        context = batch["index" if posterior.wants == "index" else "x"]
-        return Members(posterior.family, posterior.unconstrained(context, observed=batch.get("mask")))
+        others = target.program.context("posterior", batch)
+        context = [batch["index"]] if posterior.wants == "index" else [batch["x"], *others]
+        return Members(posterior.family, posterior.unconstrained(*context, observed=batch.get("mask")))
 
 
 @torch.no_grad()

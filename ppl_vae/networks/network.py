@@ -149,7 +149,7 @@ class Amortized(Network):
         self.bias.copy_(start)  # type: ignore[operator]
 
     def centre(self, shift: Tensor, scale: Tensor) -> None:
-        """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""
+        """Set the input's shift (c,) and scale, one number or (c,); both are buffers, not learned."""
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 

@@ -48,6 +48,7 @@ def describe_diagnostics(report: Mapping[str, Any]) -> list[str]:
         "reference": lambda block: _reference(block, with_gap="gap" not in report),
         "bound": _bound,
         "gap": _gap,
+        "classes": _classes,
         "calibration": lambda block: (
             f"**Calibration**: {block['verdict']} (p = {block['p_value']:.2g} over {block['simulations']} simulations)."
         ),
@@ -245,6 +246,25 @@ def _bound(block: Mapping[str, Any]) -> str:
     shown = sorted({0, len(counts) // 2, len(counts) - 1})
     bounds = ", ".join(f"{figure(block['mean'][at], block['mc_se'][at])} at K = {counts[at]:,}" for at in shown)
     return f"**The bound over the number of samples** K, mean over {counted(block['n'])}: {bounds}."
+
+
+def _classes(block: Mapping[str, Any]) -> str:
+    apart = block["margin"]
+    told = (
+        f"**Classes** by p(y given x), {block['samples']} samples for each of {block['classes']}: right for "
+        f"{figure(block['accuracy'], block['se'])} of {counted(block['n'])}; log p(y given x) is "
+        f"{figure(block['log_score'])} nats at the label, the calibration error {figure(block['calibration_error'])}. "
+        f"Uncertain, since the interval of the difference of two classes holds 0: {block['uncertain']}. Refused as "
+        f"outliers under every class, since 99 % of the {block['known']['part']} data of each have a higher "
+        f"log p(x given y): {block['outliers']}."
+    )
+    if apart is not None:
+        told += (
+            f" For {counted(block['open'])} the evidence of another class is only a lower bound; it would have to be "
+            f"too low by {figure(apart['min'], digits=1)} nats at the least, by {figure(apart['median'], digits=1)} in "
+            "the median, for that class to be the most probable."
+        )
+    return told
 
 
 def _gap(block: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.loading import Data
+from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
@@ -152,20 +153,23 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
 def measure(target: Target) -> str:
     """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units.
 
-    A table of mixed columns has a `mass of columns 1, 4 and a density of the others`, a Multinomial a `probability mass
-    given each total`.
+    Of a conditional VAE it is one `given y`. A table of mixed columns has a `mass of columns 1, 4 and a density of the
+    others`, a Multinomial a `probability mass given each total`.
     """
     few = target.rows(slice(2))
     with torch.no_grad():
         sites: Any = few.traces(1, 0)[0].nodes
     supports = [getattr(s := sites[name]["fn"].support, "base_constraint", s) for name in few.structure.observed]
     columns = [flag for support in supports for flag in getattr(support, "discrete", [bool(support.is_discrete)])]
+    totals = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
+    conditions = ["each total"] * totals + getattr(target.program, "given_keys", [])
+    given = " given " * bool(conditions) + " and ".join(conditions)
     if len(set(columns)) == 1:
-        given = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
-        return "probability mass" + " given each total" * given if columns[0] else "density"
+        return ("probability mass" if columns[0] else "density") + given
     if len(supports) > 1:
         return "mixed"
-    return f"mass of columns {', '.join(str(j) for j, flag in enumerate(columns) if flag)} and a density of the others"
+    masses = ", ".join(str(j) for j, flag in enumerate(columns) if flag)
+    return f"mass of columns {masses} and a density of the others{given}"
 
 
 def finite(value: Any) -> Any:
@@ -225,13 +229,49 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
 
 
 def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | None:
-    """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable."""
-    x, mask = data.train["x"].double(), data.train.get("mask")
-    if measure(target) != "density" or (mask is not None and x.numel() * (latent + 1) ** 2 > _MOST_EM):
+    """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable.
+
+    Beside a conditional VAE it is fitted to what a linear regression of x on what is given leaves.
+    """
+    given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
+    x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
+    large = mask is not None and (given is not None or x.numel() * (latent + 1) ** 2 > _MOST_EM)
+    if not measure(target).startswith("density") or large:
         return None
+    if given is not None:
+        known = [torch.nn.functional.pad(given(part).double(), (1, 0), value=1.0) for part in (data.train, rows)]
+        slope = torch.linalg.pinv(known[0]) @ x
+        x, other = x - known[0] @ slope, other - known[1] @ slope
     try:
         ppca = PPCA.fit(x, latent, mask, tolerance=1e-6)
     except (ValueError, RuntimeError):
         return None
-    rows = evaluation_split(target.program, data)[1]
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(rows["x"].double(), rows.get("mask")).mean())}}
+    return {"ppca": {"log_evidence": float(ppca.log_evidence(other, rows.get("mask")).mean())}}
+
+
+def classify(
+    target: Target, data: Data, *, samples: int, prior: str | list[float] | None = None, seed: int = 0
+) -> dict[str, Any] | None:
+    """Measure the classifier p(y|x) that a model given the label makes by Bayes' rule, on at most 1,000 data.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        samples: importance samples per datum and class, of which 200 at most are taken.
+        prior: of the classes, `frequencies` of the training part by default.
+        seed: of all draws.
+
+    Returns:
+        The block `classes` of a report (see `ClassEvidence.summary`); None for a model without labels, or with a guide
+        that knows the training data alone.
+    """
+    classes = getattr(getattr(target.program, "given", None), "classes", None)
+    if classes is None or indexed(target.program):
+        return None
+    part, known = ("train", data.train) if data.validation is None else ("validation", data.validation)
+    known, few, words = {key: value[:MOST_DATA] for key, value in known.items()}, target.rows(slice(MOST_DATA)), prior
+    if prior in (None, "frequencies"):
+        prior, words = data.train["y"].bincount(minlength=classes).tolist(), "frequencies"
+    options: Any = {"class_prior": prior, "known": known, "seed": seed}
+    block = class_evidence(few, samples=min(samples, 200), **options).summary(few.batch["y"])
+    return finite({**block, "prior": words, "known": {"part": part, "n": len(known["y"])}})  # type: ignore[no-any-return]

@@ -68,7 +68,9 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
         sentence = (inspect.getdoc(type(getattr(program, role).family)) or "").split("\n\n")[0]
         formulas[role] = re.sub(":math:`([^`]*)`", r"$\1$", " ".join(sentence.split()))
     z, x = program.prior.family.event_shape.numel(), program.likelihood.family.event_shape.numel()
-    return {"latents": z, "features": x, "formulas": formulas}
+    words = ", ".join(program.given_keys).replace("covariates", "c")
+    after = {role: words if program.given is not None and role in program.given.roles else "" for role in formulas}
+    return {"latents": z, "features": x, "formulas": formulas, "given": words, "after": after}
 
 
 def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:

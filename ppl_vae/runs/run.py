@@ -23,7 +23,7 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import storage
 from ppl_vae.runs.apply import Applied
@@ -408,7 +408,9 @@ def _write_report(
         "train": {**run.report["train"], **trained(target, data, blocks["test"], seed=seed)},
         **blocks,
     }
-    captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []
+    classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
+    report |= {} if classes is None else {"classes": classes}
+    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report
