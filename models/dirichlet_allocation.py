@@ -25,7 +25,7 @@ class DirichletAllocation(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, topics))
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Words of each document in the order of their numbers, at most `words` at even distances, and which there are."""
+        """Words of each document in order, at most `words` at even distances, and which of them there are."""
         ends, place = x.clamp_min(0).cumsum(-1), torch.arange(self.most, device=x.device)
         total = ends[:, -1:]
         length = total.clamp(max=self.most)
@@ -43,8 +43,9 @@ class DirichletAllocation(nn.Module):
                 pyro.sample("word", dist.Categorical(logits=self.logits[topic]), obs=words)
 
     def guide(self, x: Tensor) -> None:
-        """Draw the shares given the frequencies of words."""
+        """Draw the shares given the frequencies of words: the prior, and a count of words for each topic."""
         pyro.module(unique_name(self), self)
-        seen = self.encoder(x / x.sum(-1, keepdim=True).clamp_min(1))
+        total = x.sum(-1, keepdim=True).clamp_min(1)
+        counts = total.clamp(max=self.most) * self.encoder(x / total).softmax(-1)
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("theta", dist.Dirichlet(softplus(seen) * x.sum(-1, keepdim=True).clamp(1, self.most) + 0.1))
+            pyro.sample("theta", dist.Dirichlet(softplus(self.raw_prior) + counts))

@@ -28,6 +28,7 @@ DISK = (
 )
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
+What = Literal["encode", "reconstruct", "score", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
 SpecPath = Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")]
 Set = Annotated[
@@ -93,6 +94,31 @@ def evaluate(
 
 
 @app.command()
+def apply(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    what: Annotated[What, typer.Argument(help="encode, reconstruct, score, sample, or weights against a skew.")],
+    data: Annotated[Path | None, typer.Argument(help="A table or an array; by default the held-out rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new .csv, .tsv, .parquet or .npz; else printed as CSV.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Rows of `sample`.")] = 1000,
+    samples: Annotated[int | None, typer.Option(help="Importance samples per row of `score`.")] = None,
+    outlier: Annotated[str | None, typer.Option(help="The label of outliers, for the AUROC of `score`.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a fitted model to rows: their codes, reconstruction or score, in the data's own units; or sample rows."""
+    with plainly() as screen:
+        from ppl_vae.runs.apply import carry_out
+        from ppl_vae.runs.run import load_run
+
+        if as_json and out is None:
+            raise ValueError("Expected --out beside --json, which prints one object; got none.")
+        loaded = load_run(run, trust_code=trust_code)
+        found = carry_out(loaded, what, data, out=out, screen=screen, n=n, samples=samples, outlier=outlier)
+        if as_json or out is not None:
+            show(screen, found, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in found.items()))
+
+
+@app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")], as_json: Json = False) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
     with plainly() as screen:
@@ -101,6 +127,32 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")
 
         compared = compare_runs(runs)
         show(screen, compared, as_json, lambda: comparison(compared))
+
+
+@app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A spec.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE,VALUE", help="The values of a key; each VALUE is TOML. Repeatable."),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file with a list of values for each key.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder, new or of the same sweep; runs/sweep-NAME.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs side by side; by default one a core.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Train a run for each combination of settings, side by side, and compare them over data and seeds."""
+    with plainly() as screen:
+        read(spec)
+        from ppl_vae.runs.sweep import parse_grid, run_sweep, told
+
+        values = parse_grid(set_ or [], grid)
+        folder = out or Path("runs") / f"sweep-{spec.stem}"
+        found = run_sweep(spec, values, folder, workers=workers, trust_code=trust_code, say=say)
+        show(screen, found, as_json, lambda: told(found))
+        if found["failed"]:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, but for the length of training."""
+"""The code of the README and the docs runs as it stands, but for the length of training."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,16 @@ import torch
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+PAGES = [page for page in sorted((README.parent / "docs").glob("*.md")) if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_the_docs_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    names = {"__name__": page.stem}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+        exec(compile(block.replace("epochs=100", "epochs=5"), f"{page.name}, block {number + 1}", "exec"), names)
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -19,6 +29,14 @@ def test_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
         code = BLOCKS[block].replace("epochs=300", "epochs=2").replace(", 1000)", ", 50)")
         exec(compile(code, f"README.md, block {block + 1}", "exec"), names)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_code_for_missing_data_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    path = README.parent / "docs" / "missing.md"
+    (code,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    exec(compile(code.replace("epochs=300", "epochs=2").replace("=1000", "=50"), str(path), "exec"), {})
+    assert "alcohol" in capsys.readouterr().out
 
 
 def test_the_commands_stand_in_the_makefile() -> None:

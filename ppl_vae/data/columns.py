@@ -1,10 +1,14 @@
 """Columns: what a model of `x` has to know about it beside its number of features."""
 
+import importlib
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Kind = Literal["real", "positive", "unit", "count", "binary", "category", "ordered"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -43,6 +47,16 @@ class Columns:
         if self.categories is not None:
             known["categories"] = {name: list(words) for name, words in self.categories.items()}
         return known
+
+    def to_table(self, values: npt.NDArray[Any], index: Any = None) -> "DataFrame":
+        """Values (n, x) in the data's own units as a pandas table, with names and words; codes are rounded."""
+        pandas: Any = importlib.import_module("pandas")
+        table = pandas.DataFrame(values, index=index, columns=self.names)
+        for name, words in (self.categories or {}).items():
+            codes = table[name].round().clip(0, len(words) - 1).fillna(-1).astype(int)
+            ordered = self.kinds is not None and self.kinds[table.columns.get_loc(name)] == "ordered"
+            table[name] = pandas.Categorical.from_codes(codes, words, ordered=ordered)
+        return table
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

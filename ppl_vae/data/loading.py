@@ -1,7 +1,6 @@
 """Named data sets and files, as dicts of tensors with leading n, and the protocol that made them."""
 
 import hashlib
-import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -96,13 +95,7 @@ class Data:
         index = None if part is None else self.row_numbers[part] if self.ids[part] is None else self.ids[part]
         if index is not None and len(index) != len(x):
             raise ValueError(f"Expected the {len(index)} rows of the part {part!r}; got {len(x)}.")
-        pandas = importlib.import_module("pandas")
-        table = pandas.DataFrame(self.transform.inverse(x), index=index, columns=self.feature_names)
-        for name, words in (self.columns.categories or {}).items():
-            codes = table[name].round().clip(0, len(words) - 1).fillna(-1).astype(int)
-            ordered = self.columns.kinds is not None and self.columns.kinds[table.columns.get_loc(name)] == "ordered"
-            table[name] = pandas.Categorical.from_codes(codes, words, ordered=ordered)
-        return table
+        return self.columns.to_table(self.transform.inverse(x), index)
 
     def to(self, device: torch.device | str) -> "Data":
         """Copy of the data with every tensor on `device`."""
@@ -224,10 +217,10 @@ def load(
     check_categories(raw, rows["train"])
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
-    factors = raw.size_factor
+    factors, mean_total = raw.size_factor, None
     if factors is None and size_factor is not None:
         check_choice("size_factor", size_factor, ("total",))
-        factors = totals(raw, rows["train"])
+        factors, mean_total = totals(raw, rows["train"])
     stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     incomplete = bool(raw.missing.any())
@@ -258,6 +251,7 @@ def load(
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
         "digest": _digest(parts["test"]),
         **({"roles": raw.roles} if raw.roles else {}),
+        **({"mean_total": mean_total} if mean_total is not None else {}),
     }
     looks = {
         raw.name(j): suspect(raw.name(j), present(raw.x[:, j]), present(raw.x[rows["train"], j]))

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,37 +108,57 @@ def read_table(path: Path, separator: str | None) -> Table:
     """
     if path.suffix.lower() in BINARY:
         return _read_pandas(path)
+    return next(stream_text(path, separator, None))
+
+
+def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator[Table]:
+    """Read a table from text, at most `size` rows at a time.
+
+    Raises:
+        ValueError: If it is no text in UTF-8, has no rows, or a row is longer or shorter than the first.
+    """
     if separator is not None and len(separator) != 1:
         raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
+    usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            text = file.read()
-        usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
-        reader = _reader(text, separator or _find_separator(text, usual))
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+            beginning = "".join(itertools.islice(file, 200))
+            file.seek(0)
+            reader = _reader(file, separator or _find_separator(beginning, usual))
+            rows: Iterator[Any] = ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)
+            first = next(rows, None)
+            header = first[1] if first and None in map(_number, first[1]) else None
+            if first and not header:
+                rows = itertools.chain([first], rows)
+            piece = list(itertools.islice(rows, size))
+            if not first or not piece:
+                raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
+            while piece:
+                yield _text_table(path, header, len(first[1]), piece)
+                piece = list(itertools.islice(rows, size))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"Expected separated text in UTF-8; got {path}: {error}") from error
-    header = rows.pop(0)[1] if rows and None in map(_number, rows[0][1]) else None
-    if not rows:
-        raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-    width = len(header or rows[0][1])
+
+
+def _text_table(path: Path, header: list[str] | None, width: int, rows: list[tuple[int, list[str]]]) -> Table:
     for line, row in rows:
         if len(row) != width:
             raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
-    columns = list(zip(*(row for _, row in rows), strict=True))
+    columns = zip(*(row for _, row in rows), strict=True)
     cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
     named = _named(header or [""] * width, cells, path)
     return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
 
 
-def _reader(text: str, separator: str) -> Any:
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator == " ")
+def _reader(lines: Iterable[str], separator: str) -> Any:
+    return csv.reader(lines, delimiter=separator, skipinitialspace=separator == " ")
 
 
 def _find_separator(text: str, usual: str) -> str:
     """Separator that gives each of the first lines equally many cells, at least two; else the first one."""
     for separator in usual:
-        widths = {len(row) for row in itertools.islice(filter(None, _reader(text, separator)), 20)}
+        rows = filter(None, _reader(io.StringIO(text, newline=""), separator))
+        widths = {len(row) for row in itertools.islice(rows, 20)}
         if len(widths) == 1 and widths != {1}:
             return separator
     return usual[0]
@@ -155,7 +175,14 @@ def _read_pandas(path: Path) -> Table:
         raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
     if not frame.size:
         raise ValueError(f"Expected a table with rows in {path}; got {len(frame)} rows, {frame.shape[1]} columns.")
-    cells, levels, types = _named(frame.columns, [column for _, column in frame.items()], path), {}, pandas.api.types
+    return frame_table(frame, str(path))
+
+
+def frame_table(frame: Any, source: str) -> Table:
+    """A pandas table, with its source for messages."""
+    pandas: Any = importlib.import_module("pandas")
+    types = pandas.api.types
+    cells, levels = _named(frame.columns, [column for _, column in frame.items()], source), {}
     for name, column in cells.items():
         if isinstance(column.dtype, pandas.CategoricalDtype):
             levels[name] = [str(word) for word in column.cat.categories] if column.cat.ordered else []
@@ -164,7 +191,7 @@ def _read_pandas(path: Path) -> Table:
         else:
             gaps = types.is_numeric_dtype(column) and column.isna().any()
             cells[name] = column.to_numpy(np.float64, na_value=np.nan) if gaps else column.to_numpy()
-    return Table(str(path), cells, levels=levels)
+    return Table(source, cells, levels=levels)
 
 
 def choose(table: Table, roles: Roles) -> RawData:
@@ -292,8 +319,8 @@ def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
             )
 
 
-def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Total of each row (n,) over the mean total of the training rows.
+def totals(raw: RawData, train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], float]:
+    """Total of each row (n,) over the mean total of the training rows, and that mean.
 
     Raises:
         ValueError: If a column holds no counts, or a row none but zeros.
@@ -314,7 +341,8 @@ def totals(raw: RawData, train: npt.NDArray[np.int64]) -> npt.NDArray[np.float64
     if not each.all():
         empty = rows_text(raw.lines, np.flatnonzero(each == 0))
         raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
-    return np.asarray(each / each[train].mean())
+    mean = float(each[train].mean())
+    return each / mean, mean
 
 
 def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
@@ -326,7 +354,7 @@ def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float6
     return values, words
 
 
-def _named(names: Iterable[object], cells: list[Any], path: Path) -> dict[str, Any]:
+def _named(names: Iterable[object], cells: list[Any], path: Path | str) -> dict[str, Any]:
     """Columns by their names, or by their number from 1 where they have none."""
     known = [str(name) or f"column {j}" for j, name in enumerate(names, 1)]
     name, count = Counter(known).most_common(1)[0]

@@ -15,12 +15,14 @@ import torch
 import xarray
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.evaluation.pareto import pareto_k
+from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.target import BLOCK, Target
-from ppl_vae.programs.traces import unscaled
+from ppl_vae.programs.traces import Given, unscaled
 
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
@@ -35,7 +37,14 @@ Groups = dict[str, dict[str, Array]]
 
 @torch.no_grad()
 def to_datatree(
-    program: Any, x: Any = None, *, draws: int = 200, seed: int = 0, labels: Any = None, ids: Any = None
+    program: Any,
+    x: Any = None,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+    labels: Any = None,
+    ids: Any = None,
+    reference: Reference | None = None,
 ) -> Any:
     r"""A program's posterior draws, predictions, weights and data as ArviZ's groups.
 
@@ -53,9 +62,12 @@ def to_datatree(
     Where the whole data set counts as one datum there is no dimension `obs`: sites have dimensions of their own, and
     `log_likelihood` has an entry for each observation, so that `arviz.loo` runs.
 
-    There is one chain, of independent draws. R-hat is not defined for them: without `kind="stats"`, `arviz.summary`
-    warns and gives NaN. Nor does `arviz.loo` compare models where each datum has latent variables of its
-    own: use `log_evidence` and its Pareto k.
+    With the `reference` by NUTS its chains stand in place of the guide's draws, and `sample_stats` has `energy`, `lp`
+    and `diverging` instead, so that ArviZ's R-hat, effective sample sizes and BFMI are those of the sampler.
+
+    Without it there is one chain, of independent draws. R-hat is not defined for them: without `kind="stats"`,
+    `arviz.summary` warns and gives NaN. Nor does `arviz.loo` compare models where each datum has latent variables of
+    its own: use `log_evidence` and its Pareto k.
 
     Args:
         program: any program, or a `Target`.
@@ -64,6 +76,7 @@ def to_datatree(
         seed: of the draws; the global random state is left alone.
         labels: a name for each datum, shape (n,).
         ids: coordinates of `obs`, one per datum; 0, 1, ... by default.
+        reference: of the same data, by NUTS; then `draws` is not used.
 
     Returns:
         An `arviz.InferenceData` before ArviZ 1.0, an `xarray.DataTree` since. Numbers are in single precision.
@@ -73,19 +86,30 @@ def to_datatree(
             like a dimension: `chain`, `draw`, `obs`, or `z_dim_0` beside a site `z`.
     """
     target, draws = Target.of(program, x), check_int("draws", draws)
-    n, batch = target.n, target.batch
+    n, batch, chains = target.n, target.batch, 1
+    if reference is not None:
+        if not reference.sample_stats or reference.loc.shape[0] != n:
+            raise ValueError(
+                f"Expected `reference` to be of these {n} data by NUTS; got one of {len(reference.loc)} data by "
+                f"{reference.method}. Make it with reference_posterior(program, x, method='nuts')."
+            )
+        chains = reference.chains
+        draws = len(reference.sample_stats["energy"]) // chains
     for name, given in (("labels", labels), ("ids", ids)):
         if given is not None and len(given) != n:
             raise ValueError(f"Expected `{name}` to have an entry for each of the {n} data; got {len(given)}.")
-    size = draws * sum(value.numel() for value in batch.values() if value.is_floating_point())
+    size = chains * draws * sum(value.numel() for value in batch.values() if value.is_floating_point())
     if size > _NUMBERS:
         raise ValueError(
             f"Expected at most {_NUMBERS:,} numbers of predictions; got {draws} draws of {n} data, {size:,}. Take "
             "fewer draws or part of the data."
         )
-    groups = _join([_block(block, draws, (seed, i * BLOCK)) for i, block in enumerate(target.blocks())], "obs")
-    weights = torch.from_numpy(groups["sample_stats"]["log_weight"][0])
-    groups["sample_stats"] |= {"elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+    if reference is None:
+        groups = _join([_block(block, draws, (seed, i * BLOCK)) for i, block in enumerate(target.blocks())], "obs")
+        weights = torch.from_numpy(groups["sample_stats"]["log_weight"][0])
+        groups["sample_stats"] |= {"elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+    else:
+        groups = _sampled(target, reference, seed)
     first = target.rows(slice(0, 1))
     with first.running(seed, "prior"):
         drawn = first.trace("model", draws, poutine.uncondition)
@@ -102,7 +126,8 @@ def to_datatree(
         "program": type(target.program).__name__,
         "seed": seed,
     }
-    coords = {"chain": [0], "draw": np.arange(draws), "obs": np.arange(n) if ids is None else np.asarray(ids)}
+    rows = np.arange(n) if ids is None else np.asarray(ids)
+    coords = {"chain": np.arange(chains), "draw": np.arange(draws), "obs": rows}
     if target.structure.whole:
         groups["sample_stats"] = {name: array[..., 0] for name, array in groups["sample_stats"].items()}
         del coords["obs"]
@@ -114,16 +139,18 @@ def _block(target: Target, draws: int, key: tuple[int, int]) -> Groups:
     parts = []
     for number, start in enumerate(range(0, draws, _DRAWS)):
         with target.running(key[0], "datatree", key[1], number):
-            drawn, model = _draw(target, min(_DRAWS, draws - start))
+            k = min(_DRAWS, draws - start)
+            guide = target.trace("guide", k)
+            drawn, model = _draw(target, guide, k)
+            drawn["sample_stats"] = {"log_weight": target.log_weights(model, guide, k).cpu()[None].numpy()}
         parts.append(drawn)
     mask = target.batch.get("mask")
     data = {name: _seen(target, model.nodes[name], mask) for name in drawn["posterior_predictive"]}
     return _join(parts, "draw") | {"observed_data": data}
 
 
-def _draw(target: Target, k: int) -> tuple[Groups, Any]:
-    """Draw k times from the current random state; the groups and the model's trace."""
-    guide = target.trace("guide", k)
+def _draw(target: Target, guide: Trace, k: int) -> tuple[Groups, Any]:
+    """Draw k times, with the latents of a trace of the guide; the groups without `sample_stats`, the model's trace."""
     model, again = target.trace("model", k, target.replaying(guide)), target.predict(guide, k)
     sites = _data_sites(target, again)
     names = target.structure.latents + target.structure.enumerated
@@ -131,9 +158,26 @@ def _draw(target: Target, k: int) -> tuple[Groups, Any]:
         "posterior": {name: _array(target, again.nodes[name]) for name in names},
         "posterior_predictive": {name: _array(target, again.nodes[name]) for name in sites},
         "log_likelihood": {name: _scores(target, model, k, name) for name in sites},
-        "sample_stats": {"log_weight": target.log_weights(model, guide, k).cpu()[None].numpy()},
     }
     return groups, model
+
+
+def _sampled(target: Target, reference: Reference, seed: int) -> Groups:
+    """The groups of the chains of NUTS."""
+    assert reference.draws is not None
+    parts, dtype = [], target.dtype or torch.get_default_dtype()
+    for number, z in enumerate(reference.draws.split(_DRAWS)):
+        values = {name: value.to(dtype) for name, value in target.layout.unpack(z).items()}
+        with target.running(seed, "datatree", number):
+            drawn, model = _draw(target, target.trace("guide", len(z), Given(values)), len(z))
+        parts.append(drawn)
+    stats = {name: value.cpu()[None].numpy() for name, value in reference.sample_stats.items()}
+    groups = _join(parts, "draw") | {"sample_stats": stats}
+    for arrays in groups.values():
+        for name, array in arrays.items():
+            arrays[name] = array[0].reshape(-1, reference.chains, *array.shape[2:]).swapaxes(0, 1)
+    mask = target.batch.get("mask")
+    return groups | {"observed_data": {k: _seen(target, model.nodes[k], mask) for k in drawn["posterior_predictive"]}}
 
 
 def _join(parts: list[Groups], dimension: str) -> Groups:
@@ -150,10 +194,7 @@ def _join(parts: list[Groups], dimension: str) -> Groups:
 
 def _data_sites(target: Target, trace: Any) -> list[str]:
     """Names of the observed sites that stand for data."""
-    nodes = ((name, trace.nodes[name]) for name in target.structure.observed)
-    return [
-        name for name, node in nodes if not isinstance(node["fn"], Unit) and not node["infer"].get("_deterministic")
-    ]
+    return [name for name in target.structure.observed if not isinstance(trace.nodes[name]["fn"], Unit)]
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -206,6 +247,7 @@ def _dataset(
             f"Expected sites and data by other names than the dimensions of `{group}`, {', '.join(sorted(taken))}; "
             f"got '{clash[0]}'. Rename it in the program."
         )
+    coords = coords | {"chain": coords["chain"][:1]} if group.startswith("prior") else coords
     return xarray.Dataset(variables, {name: coords[name] for name in lead}, attributes)
 
 

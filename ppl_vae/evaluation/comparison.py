@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.weights import trace_blocks
+from ppl_vae.evaluation.weights import constant, trace_blocks
 from ppl_vae.programs.closed_form import Gaussian, gaussians
 from ppl_vae.programs.target import Target
 
@@ -22,7 +22,8 @@ class Comparison:
         kl: :math:`\mathrm{KL}(q \,\|\, p)` in nats, which equals log p(x) - ELBO.
         wasserstein: the 2-Wasserstein distance, not squared, in units of z. If q or p is not Gaussian, it is that of
             the Gaussians of the same moments, a lower bound (Gelbrich).
-        mean_error: distance of the means, in units of p's marginal standard deviations.
+        mean_error: distance of the means, in units of p's marginal standard deviations. Entries that are constant, as
+            in a Cholesky factor, count neither here nor in `scale_ratio`.
         scale_ratio: geometric mean over the latents of q's marginal standard deviation divided by p's.
         error: standard error of `kl`, from the draws and the reference's log p(x) together; 0 in closed form.
     """
@@ -90,11 +91,12 @@ def compare_posteriors(
         error = torch.hypot(error, doubt)
         kl = truth - elbo
     scale_p, scale_q = (covariance.diagonal(dim1=-2, dim2=-1).sqrt() for _, covariance in (posterior, moments))
+    fixed = constant(posterior[0], scale_p, scale_q)
     return Comparison(
         kl=kl,
         wasserstein=wasserstein(*posterior, *moments),
-        mean_error=((moments[0] - posterior[0]) / scale_p).norm(dim=-1),
-        scale_ratio=(scale_q / scale_p).log().mean(-1).exp(),
+        mean_error=torch.where(fixed, 0.0, (moments[0] - posterior[0]) / scale_p).norm(dim=-1),
+        scale_ratio=(torch.where(fixed, 0.0, (scale_q / scale_p).log()).sum(-1) / (~fixed).sum(-1)).exp(),
         error=error,
     )
 

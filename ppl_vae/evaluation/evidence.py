@@ -248,13 +248,21 @@ def log_evidence(
 
 @torch.no_grad()
 def estimate_evidence(
-    target: Target, samples: int, seed: int, inner: int | None, look: Callable[[int, Draws], None] | None = None
+    target: Target,
+    samples: int,
+    seed: int,
+    inner: int | None,
+    look: Callable[[int, Draws], None] | None = None,
+    first: int = 0,
 ) -> Evidence:
-    """What `log_evidence` returns, with a look at the draws of each block of data, by its number, in passing."""
+    """What `log_evidence` returns, with a look at the draws of each block of data, by its number, in passing.
+
+    Blocks are numbered from `first`, so that a part of a data set has the draws that it has within the whole.
+    """
     samples, inner = check_int("samples", samples), inner_draws(target, inner)
     rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts = []
-    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner)):
+    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner, first), first):
         sums = _Sums(samples, rounding)
         for draws in blocks:
             sums.add(draws.weights, draws.likelihood, draws.bounds)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae._seeds import fork_rng
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.pareto import shape_error
-from ppl_vae.evaluation.weights import Draws
+from ppl_vae.evaluation.weights import Draws, constant
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.programs.param_store import own_params
 from ppl_vae.programs.plates import frames
@@ -53,12 +53,14 @@ class SiteCheck:
     @property
     def loc_error(self) -> Tensor:
         """The guide's mean less the reference's, or without one the reweighted, in their standard deviations."""
-        return (self.loc - self._best(0)) / self._best(1)
+        error = (self.loc - self._best(0)) / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 0.0, error)
 
     @property
     def scale_ratio(self) -> Tensor:
         """The guide's standard deviation divided by the reference's, or without one by the reweighted."""
-        return self.scale / self._best(1)
+        ratio = self.scale / self._best(1)
+        return torch.where(constant(self.loc, self.scale, self._best(1)), 1.0, ratio)
 
     def _best(self, which: int) -> Tensor:
         reweighted = (self.reweighted_loc, self.reweighted_scale)[which]

@@ -1,12 +1,10 @@
 r"""Imputation: draws of missing entries from :math:`p(x_{mis} \mid x_{obs})`."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_vae._checks import check_int
@@ -102,8 +100,9 @@ def impute(program: Any, x: Any = None, samples: int = 1000, *, draws: int = 100
         The draws, with the evidence of the observed entries, which is what `log_evidence` returns.
 
     Raises:
-        ValueError: If the batch has no `mask`, the whole data set counts as one datum, the likelihood is not masked
-            entry by entry as the batch says, or the model gives the observed entries of some datum no density.
+        ValueError: If the batch has no `mask`, the whole data set counts as one datum, latent sites are enumerated, the
+            likelihood is not masked entry by entry as the batch says, or the model gives the observed entries of some
+            datum no density.
 
     References:
         MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets (Mattei and Frellsen 2019), section 3.
@@ -124,6 +123,8 @@ def impute(program: Any, x: Any = None, samples: int = 1000, *, draws: int = 100
         )
     if target.structure.whole or target.structure.sequential:
         raise ValueError("Expected a program of independent data that runs with particles, for imputation.")
+    if names := target.structure.enumerated:
+        raise ValueError(f"Expected latent sites that the guide draws, for imputation; got '{names[0]}', summed out.")
     pools: dict[int, _Pool] = {}
 
     def look(number: int, some: Draws) -> None:
@@ -165,10 +166,10 @@ def _fill(target: Target, z: Tensor, key: tuple[int, ...]) -> Tensor:
     x, mask = target.batch["x"], target.batch["mask"]
     places, parts = _locate(target), []
     for number, some in enumerate(z.split(block_size(target))):
-        at = partial(poutine.condition, data=target.unflatten(some))
+        values = target.unflatten(some)
         filled = x.expand(len(some), *x.shape).flatten(1).clone()
         with target.running(*key, "impute", number):
-            trace = target.trace("model", len(some), at)
+            trace = target.trace("model", len(some), values=values)
             for name, place in places.items():
                 node: Any = trace.nodes[name]
                 shape = node["fn"].batch_shape + node["fn"].event_shape  # (k, *plates, n, *event)

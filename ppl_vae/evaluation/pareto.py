@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float64).tiny
+_LOG_TINY = math.log(_TINY)
+
 
 def tail_length(samples: int) -> int:
     """How many of the weights count as their tail."""
@@ -22,6 +25,9 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     It is the posterior mean under the profile likelihood of the largest :math:`\min(k/5, 3\sqrt{k})` weights (A New and
     Efficient Estimation Method for the Generalized Pareto Distribution, Zhang and Stephens 2009), shrunk weakly towards
     one half.
+
+    Weights that underflow beside the largest are left out of the tail, as those of draws where the density is nought;
+    five are kept at the least.
 
     Weights of discrete latents come in copies. The copies of a value are spread evenly, in logs, over the gap down to
     the next lower one, so that a largest value seen often makes a light tail, and a rare one far above the others a
@@ -44,11 +50,21 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
         return log_weights.new_full((n,), math.nan)
     length = tail_length(samples)
     top = log_weights.topk(length + 1, 0).values
-    top = (top - top[0]).double()
+    top = (top - top[0]).double().clamp_min(_LOG_TINY - 1)
     weights = _spread(top, tolerance).exp()
     excess = (weights[:-1] - weights[-1]).flip(0).T  # (n, tail), ascending
     constant = excess[:, -1] <= 0
-    excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(torch.finfo(torch.float64).tiny))
+    counts = (excess > _TINY).sum(-1).clamp_min(min(5, length))
+    excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(_TINY))
+    k = torch.zeros_like(excess[:, 0])
+    for count in counts.unique().tolist():
+        k[counts == count] = _fit(excess[counts == count, -count:])
+    return torch.where(constant, math.nan, k)
+
+
+def _fit(excess: Tensor) -> Tensor:
+    """Shape of each row's generalised Pareto distribution, (n,), of excesses over a threshold (n, tail), ascending."""
+    length = excess.shape[1]
     grid = 30 + int(math.sqrt(length))
     quartile = excess[:, int(length / 4 + 0.5) - 1].unsqueeze(-1)
     steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device) - 0.5)).sqrt()
@@ -56,8 +72,7 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     shape = torch.stack([torch.log1p(-one.unsqueeze(-1) * excess).mean(-1) for one in theta.T], -1)
     profile = length * (torch.log(-theta / shape) - shape - 1)
     best = (torch.softmax(profile, -1) * theta).sum(-1, keepdim=True)
-    k = torch.log1p(-best * excess).mean(-1)
-    return torch.where(constant, math.nan, (length * k + 10 * 0.5) / (length + 10))
+    return (length * torch.log1p(-best * excess).mean(-1) + 10 * 0.5) / (length + 10)
 
 
 def _spread(top: Tensor, tolerance: Tensor | float) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from ppl_vae.programs.enumeration import Weights
 from ppl_vae.programs.target import BLOCK, Target
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -30,9 +32,9 @@ class Draws(NamedTuple):
     moments: Callable[[], tuple[Tensor, ...]]
 
 
-def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1) -> Iterator[Iterator[Draws]]:
-    """Draws in blocks of data and, within these, of draws."""
-    for number, block in enumerate(target.blocks()):
+def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1, first: int = 0) -> Iterator[Iterator[Draws]]:
+    """Draws in blocks of data, numbered from `first`, and, within these, of draws."""
+    for number, block in enumerate(target.blocks(), first):
         yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
 
 
@@ -41,7 +43,7 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(BLOCK, _ENTRIES // numbers))
+    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
 
 
 def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
@@ -50,7 +52,7 @@ def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner:
             nested = Nested(target, min(size, samples - start), inner, *key, number)
             yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
-    if target.structure.enumerated:
+    if target.structure.enumerated and not target.structure.sequential:
         yield from _weigh_sums(target, samples, size, key)
         return
     for k, model, guide in trace_blocks(target, samples, size, *key):
@@ -68,7 +70,10 @@ def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -
         own = k if structure.latents else 1
         weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
         moments = partial(_summed_moments, target, weights, k)
-        yield Draws(*(each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)), moments)
+        log_weights, likelihood, bounds = (
+            each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
+        )
+        yield Draws(log_weights, likelihood, bounds, moments)
 
 
 def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:
@@ -81,6 +86,11 @@ def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, .
 def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
     z = target.flatten(model)
     return z, z.square(), z, z.square()
+
+
+def constant(loc: Tensor, *scales: Tensor) -> Tensor:
+    """Which entries have no spread but rounding, as the diagonal of a correlation matrix."""
+    return torch.stack(scales).amax(0) <= 1e-13 * loc.abs()
 
 
 def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> Iterator[tuple[int, Trace, Trace]]:

@@ -271,7 +271,8 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
         count = math.log(how.chains)
         parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
         batches.append(batch)
-    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    whole = len(batches) == 1  # whose entries need no leading size
+    joined = batches[0] if whole else {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     lower, upper, lower_error, upper_error = (torch.cat(part) for part in zip(*parts, strict=True))
     return Sandwich(lower, upper, lower_error, upper_error, joined)
 

@@ -81,6 +81,8 @@ def guide_grid(joint: Joint, loc: Tensor, covariance: Tensor) -> DensityGrid:
 def _density(joint: Joint, score: Callable[[Tensor], Tensor], loc: Tensor, covariance: Tensor) -> DensityGrid:
     if joint.size != 2:
         raise ValueError(f"Expected two latent variables, for a plane; got {joint.size}.")
+    if not joint.elementwise:
+        raise ValueError("Expected latent variables on the line or on intervals, for a plane; got a vector on others.")
     grid = _Grid(joint, score, loc, covariance)
     with joint.target.running(0, "plane"), pyro.validation_enabled(False):
         for _ in range(30):

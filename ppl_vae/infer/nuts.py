@@ -66,7 +66,12 @@ class _Sampler:
         self.mean, self.count = torch.zeros_like(self.step), 0
 
     def adapt(self, rate: Tensor) -> None:
-        """Take the acceptance rate of a transition, (n,), into the step size."""
+        """Take the acceptance rates of a transition, (k, n), into the step size.
+
+        Before the scale is known each chain has a step of its own, so that one that starts in a wild place leaves it;
+        from then on all chains of a datum share one, (n,).
+        """
+        rate = rate if self.deepest == _EARLY else rate.mean(0)
         self.count += 1
         self.mean = self.mean + (_RATE - rate - self.mean) / (self.count + 10)
         step = self.centre - 20 * math.sqrt(self.count) * self.mean
@@ -88,7 +93,7 @@ class _Sampler:
         return new._replace(momentum=momentum)
 
     def __call__(self, here: _Point) -> tuple[_Point, Tensor, Tensor]:
-        """Move all chains once; also the acceptance rate of each datum (n,) and which chains diverged (k, n)."""
+        """Move all chains once; also the acceptance rates and which chains diverged, (k, n) each."""
         here = here._replace(momentum=torch.randn_like(here.u))
         left = right = here
         start, total = here.energy, here.momentum
@@ -126,7 +131,7 @@ class _Sampler:
             weight = torch.where(growing, torch.logaddexp(weight, inner), weight)
             total = total + part * growing.unsqueeze(-1)
             live = growing & ~_turns(left.momentum, right.momentum, total)
-        return here, (rate / leaves).mean(0), diverged
+        return here, rate / leaves, diverged
 
 
 def _turns(first: Tensor, last: Tensor, total: Tensor) -> Tensor:
@@ -135,15 +140,17 @@ def _turns(first: Tensor, last: Tensor, total: Tensor) -> Tensor:
     return ((first * total).sum(-1) <= 0) | ((last * total).sum(-1) <= 0)
 
 
-def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
+def sample(
+    joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0
+) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
     """Run NUTS from stratified draws of the prior.
 
     Returns:
-        Draws (draws * chains, n, z) of the latent variables; `r_hat`, `ess`, `ess_tail` and `divergences` of each
-        datum, (n,), and
-        `mcse_mean`, the Monte Carlo standard error of the mean of each latent variable, (n, z); and `contradicted`,
-        (n,), where the mean by draws of the prior, weighed by their likelihood, lies more than five errors away, as it
-        does if no chain is in a mode that weighs.
+        Draws (draws * chains, n, z) of the latent variables, those of all chains at one time side by side; `r_hat`,
+        `ess`, `ess_tail`, `divergences` and `bfmi` of each datum, (n,), and `mcse_mean`, the Monte Carlo standard error
+        of the mean of each latent variable, (n, z); and `contradicted`, (n,), where the mean by draws of the prior,
+        weighed by their likelihood, lies more than five errors away, as it does if no chain is in a mode that weighs;
+        then of each draw `energy`, `lp` and `diverging`, (draws * chains, n).
     """
     with unvalidated(joint, seed):
         path = Path(joint)
@@ -153,14 +160,14 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
         here = sampler.at(start, start)
         ends = {round(part * warmup) for part in _WINDOWS}
         seen: list[Tensor] = []
-        divergences = torch.zeros_like(here.height[0])
+        stats: list[tuple[Tensor, ...]] = []
         for number in range(warmup + draws):
             if number == warmup:
                 sampler.step, sampler.deepest, seen = sampler.average.exp(), _DEEPEST, []
             here, rate, diverged = sampler(here)
             seen.append(here.u)
             if number >= warmup:
-                divergences += diverged.sum(0)
+                stats.append((-here.energy, here.height, diverged))
                 continue
             sampler.adapt(rate)
             if number + 1 in ends and warmup - number > 10:
@@ -172,9 +179,20 @@ def sample(joint: Joint, *, draws: int, warmup: int, chains: int, seed: int = 0)
     share = likelihood.softmax(0)
     loc = torch.einsum("kn,knz->nz", share, places)
     error = torch.einsum("kn,knz->nz", share.square(), (places - loc).square()) + mixing["mcse_mean"].square()
-    apart = ((values.mean(0) - loc).abs() > 5 * error.sqrt()).any(-1)
+    apart = ((values.mean(0) - loc).abs() > 5 * error.sqrt() + 1e-12 * loc.abs()).any(-1)
     contradicted = apart & (share.square().sum(0) < 1 / 25)  # by as many effective draws, or they tell nothing
-    return values, {**mixing, "divergences": divergences, "contradicted": contradicted}
+    told = dict(zip(("energy", "lp", "diverging"), map(torch.cat, zip(*stats, strict=True)), strict=True))
+    told_of_data = {"divergences": told["diverging"].sum(0).to(values), "contradicted": contradicted}
+    return values, {**mixing, "bfmi": _bfmi(told["energy"].unflatten(0, (draws, chains))), **told_of_data}, told
+
+
+def _bfmi(energy: Tensor) -> Tensor:
+    """Least of the chains' energy changes from draw to draw, squared, by the variance, (n,); energy (draws, k, n).
+
+    References:
+        Diagnosing Suboptimal Cotangent Disintegrations in Hamiltonian Monte Carlo (Betancourt 2016), equation 3.
+    """
+    return (energy.diff(dim=0).square().mean(0) / energy.var(0)).amin(0)
 
 
 def _draw(joint: Joint) -> tuple[Tensor, Tensor]:
@@ -220,15 +238,20 @@ def _factor(u: Tensor) -> Tensor:
 
 def _mixing(values: Tensor) -> dict[str, Tensor]:
     """The worst R-hat, rank-normalised and folded, the least effective sample size and the errors of the means."""
+    flat = values.flatten(0, 1)
+    moving = flat.amax(0) - flat.amin(0) > 1e-12 * flat.abs().amax(0)  # (n, z), false of constants
+    moving |= ~moving.any(-1, keepdim=True)
     array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
     with warnings.catch_warnings():  # of the import, and of chains that never move, whose R-hat is NaN
         warnings.simplefilter("ignore")
         import arviz
 
-        r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows in array]
         folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
-        ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in zip(array, folded, strict=True)]
-        tail = [np.min([arviz.ess(one, method="tail") for one in rows]) for rows in array]
-        errors = [[float(arviz.mcse(one)) for one in rows] for rows in array]
-    parts = {"r_hat": r_hat, "ess": ess, "ess_tail": tail, "mcse_mean": errors}
-    return {name: torch.tensor(np.array(part)).to(values) for name, part in parts.items()}
+        chosen = [(rows[some], others[some]) for rows, others, some in zip(array, folded, moving.cpu(), strict=True)]
+        r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows, _ in chosen]
+        ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in chosen]
+        tail = [np.min([arviz.ess(one, method="tail") for one in rows]) for rows, _ in chosen]
+        errors = [float(arviz.mcse(one)) for rows, _ in chosen for one in rows]
+    parts = {"r_hat": r_hat, "ess": ess, "ess_tail": tail}
+    mcse = torch.zeros_like(flat[0]).masked_scatter(moving, torch.tensor(errors).to(values))
+    return {name: torch.tensor(np.array(part)).to(values) for name, part in parts.items()} | {"mcse_mean": mcse}

@@ -142,7 +142,8 @@ class LatticeSum(_Rows):
 
     def change(self, other: "LatticeSum") -> Tensor:
         """Largest change of mean or covariance from another sum, in standard deviations, and what lies beyond, (n,)."""
-        scale = self.covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+        scale = self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        scale = scale.maximum(1e-14 * self.loc.abs()).clamp_min(1e-150)  # of constants, rounding is no change
         loc = ((self.loc - other.loc) / scale).abs().amax(-1)
         square = (self.covariance - other.covariance) / scale.unsqueeze(-1) / scale.unsqueeze(-2)
         return (loc + square.abs().amax((-2, -1)) + self.beyond).nan_to_num(math.inf)

@@ -36,13 +36,14 @@ class Reference:
         log_evidence: log p(x) in nats, (n,); NaN under NUTS.
         error: of `log_evidence`, in nats, (n,): 0 in closed form, an estimated absolute error by quadrature, a
             standard error by sampling, NaN under NUTS.
-        loc: mean of p(z|x), (n, z); several latent sites lie side by side in the model's order.
+        loc: mean of p(z|x), (n, z); several latent sites lie side by side in the model's order, all entries of their
+            values, such as the m shares of a simplex.
         covariance: of p(z|x), (n, z, z).
         method: `"closed-form"`, `"quadrature"`, `"ais"` or `"nuts"`.
         draws: from p(z|x), (k, n, z), by sampling; None otherwise.
         shapes: of the latent sites of one datum, by name.
         converged: whether the method's own checks passed: all data have settled, or NUTS has mixed (R-hat below 1.01,
-            400 effective draws, no divergence, no contradiction).
+            400 effective draws, no divergence, BFMI above 0.3, no contradiction).
         diagnostics: what was checked; tensors have shape (n,). Quadrature has `settled`, the data that reached the
             tolerance in evidence and moments, and `moment_error`, the estimated error of mean and covariance in
             standard deviations; the errors of the others are large or infinite. With one latent variable it searches
@@ -51,9 +52,13 @@ class Reference:
             mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
             whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
             more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `ess_tail` (of the 5 % and
-            95 % quantiles), `r_hat` (rank-normalised and folded, the worst of a datum), `divergences`, `contradicted`
+            95 % quantiles), `r_hat` (rank-normalised and folded, the worst of a datum), `divergences`, `bfmi` (how much
+            the energy changes from draw to draw; chains with less than 0.3 explore the tails slowly), `contradicted`
             (where draws of the prior, weighed by their likelihood, have another mean), `settled` (whether a datum
             passed) and `mcse_mean`, (n, z), the Monte Carlo standard error of `loc`.
+        sample_stats: of each draw of NUTS, (k, n): `energy`, `lp`, both of the unconstrained coordinates, in nats, and
+            `diverging`. `to_datatree(program, x, reference=...)` has them beside the draws.
+        chains: of NUTS; `draws.unflatten(0, (-1, chains))` has the draws of each.
     """
 
     log_evidence: Tensor
@@ -65,6 +70,8 @@ class Reference:
     shapes: Shapes
     converged: bool = True
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    sample_stats: dict[str, Tensor] = field(default_factory=dict)
+    chains: int = 1
 
     @property
     def sites(self) -> dict[str, Tensor]:
@@ -117,7 +124,7 @@ def reference_posterior(
         method = strongest(target)
         settings = {name: value for name, value in settings.items() if name in _settings(method)}
     try:
-        return _METHODS[method](target, joint.shapes, seed=seed, **settings)
+        return _METHODS[method](target, joint, seed=seed, **settings)
     except ValueError as error:
         if method == "closed-form":
             raise ValueError(f"{error} This program allows {others}.") from error
@@ -135,12 +142,12 @@ def strongest(program: Any, x: Any = None) -> Literal["closed-form", "quadrature
     return "closed-form"
 
 
-def _closed_form(target: Target, shapes: Shapes, seed: int) -> Reference:
+def _closed_form(target: Target, first: Joint, seed: int) -> Reference:
     exact = gaussians(target, role="model")
-    return Reference(exact.log_normaliser, exact.error, exact.loc, exact.covariance, "closed-form", None, shapes)
+    return Reference(exact.log_normaliser, exact.error, exact.loc, exact.covariance, "closed-form", None, first.shapes)
 
 
-def _ais(target: Target, shapes: Shapes, seed: int, **settings: Any) -> Reference:
+def _ais(target: Target, first: Joint, seed: int, **settings: Any) -> Reference:
     annealing = annealed_importance(target, seed=seed, **settings)
     chains, n = annealing.shares.shape
     generator = torch.Generator().manual_seed(seed)
@@ -150,15 +157,15 @@ def _ais(target: Target, shapes: Shapes, seed: int, **settings: Any) -> Referenc
     draws, loc_and_covariance = annealing.latents.gather(0, chosen), annealing.moments()
     diagnostics = {name: getattr(annealing, name) for name in ("acceptance", "ess", "settled")}
     converged, value, error = bool(annealing.settled.all()), annealing.log_evidence, annealing.error
-    return Reference(value, error, *loc_and_covariance, "ais", draws, shapes, converged, diagnostics)
+    return Reference(value, error, *loc_and_covariance, "ais", draws, first.shapes, converged, diagnostics)
 
 
 def _quadrature(
-    target: Target, shapes: Shapes, seed: int, *, points: int = 2**20, tolerance: float = 1e-8, entries: int = 2**23
+    target: Target, first: Joint, seed: int, *, points: int = 2**20, tolerance: float = 1e-8, entries: int = 2**23
 ) -> Reference:
     """Sum over a lattice around the posterior, enlarged until it holds the mass and refined until the sum stands."""
     check_int("entries", entries)
-    size = sum(math.prod(shape) for shape in shapes.values())
+    size = first.size
     if check_int("points", points) < 6**size:
         raise ValueError(f"Expected `points` to be at least {6**size}, 6 along each of {size} axes; got {points}.")
     if not tolerance > 0:
@@ -171,24 +178,25 @@ def _quadrature(
             parts.append(integrate(joint, points, tolerance, entries))
     log_evidence, error, loc, covariance, moments, settled = (torch.cat(part) for part in zip(*parts, strict=True))
     diagnostics, converged = {"settled": settled, "moment_error": moments}, bool(settled.all())
-    return Reference(log_evidence, error, loc, covariance, "quadrature", None, shapes, converged, diagnostics)
+    return Reference(log_evidence, error, loc, covariance, "quadrature", None, first.shapes, converged, diagnostics)
 
 
 def _nuts(
-    target: Target, shapes: Shapes, seed: int, *, draws: int = 500, warmup: int = 500, chains: int = 8
+    target: Target, first: Joint, seed: int, *, draws: int = 500, warmup: int = 500, chains: int = 8
 ) -> Reference:
     """Sample the latent variables by NUTS, in double precision."""
     draws, warmup, chains = check_int("draws", draws, 4), check_int("warmup", warmup), check_int("chains", chains)
     if chains < 2:
         raise ValueError("Expected `chains` to be at least 2 under method='nuts', whose R-hat compares them; got 1.")
-    z, diagnostics = sample(Joint(target.to_double()), draws=draws, warmup=warmup, chains=chains, seed=seed)
+    z, diagnostics, stats = sample(Joint(target.to_double()), draws=draws, warmup=warmup, chains=chains, seed=seed)
     loc = z.mean(0)
     covariance = torch.einsum("kny,knz->nyz", z - loc, z - loc) / (len(z) - 1)
     unknown = torch.full_like(loc[:, 0], math.nan)
     settled = (diagnostics["r_hat"] < 1.01) & (diagnostics["ess"] > 400) & (diagnostics["divergences"] == 0)
-    settled &= ~diagnostics["contradicted"]
+    settled &= ~diagnostics["contradicted"] & ~(diagnostics["bfmi"] < 0.3)
     diagnostics["settled"] = settled
-    return Reference(unknown, unknown, loc, covariance, "nuts", z, shapes, bool(settled.all()), diagnostics)
+    moments, passed = (loc, covariance), bool(settled.all())
+    return Reference(unknown, unknown, *moments, "nuts", z, first.shapes, passed, diagnostics, stats, chains)
 
 
 _METHODS: dict[str, Callable[..., Reference]]

@@ -257,8 +257,8 @@ def check_settings(**given: Any) -> None:
         if given.get(key) is not None and given.get(off) == 0:
             raise ValueError(f"Expected `{key}` beside `{off}` alone; got it with {off} = 0, where it has no effect.")
     if judges and "validation" in given and given["validation"] is None:
-        key = ('keep = "best"', 'keep = "last"') if given.get("keep") == "best" else ("patience", "patience = 0")
-        raise ValueError(f"Expected validation data with {key[0]}; got none. Pass `validation` or {key[1]}.")
+        one, other = ('keep = "best"', 'keep = "last"') if given.get("keep") == "best" else ("patience", "patience = 0")
+        raise ValueError(f"Expected validation data with {one}; got none. Pass `validation` or {other}.")
 
 
 def _parameters(target: Target) -> list[Tensor]:

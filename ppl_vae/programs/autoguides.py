@@ -23,7 +23,7 @@ def guide_names() -> list[str]:
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Any:
-    """Make Pyro's autoguide of a name, or take a guide as it is.
+    """Make Pyro's autoguide of a name, for the sites that the model does not enumerate, or take a guide as it is.
 
     Raises:
         ValueError: If there is no autoguide of that name, or it needs more than the model.
@@ -34,7 +34,12 @@ def make_guide(guide: Any, model: Callable[..., Any]) -> Any:
         raise ValueError(f"Expected a guide that needs only the model; {guide} needs more. Pass {_NEEDS[guide]}.")
     if guide not in guide_names():
         raise ValueError(f"Expected `guide` to be one of {', '.join(guide_names())}, or callable; got {guide!r}.")
-    return make_guide(getattr(autoguide, guide)(model), model)
+    return make_guide(getattr(autoguide, guide)(poutine.block(model, hide_fn=_enumerated)), model)
+
+
+def _enumerated(site: Any) -> bool:
+    """Whether the model sums a site out, so that the guide has nothing to draw."""
+    return site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
 class Messenger(nn.Module):

@@ -113,7 +113,7 @@ def _simplify(module: GraphModule, given: Sequence[Tensor], exact: bool) -> None
     for node in graph.nodes:
         fixed = node.target in _SHAPES or all(known[one] for one in node.all_input_nodes)
         known[node] = fixed and node.op != "placeholder" and not _acts(node) and _memory(value[node]) not in changed
-        if not known[node] and _has_shape_by_value(node, value):
+        if not known[node] and _has_shape_by_value(node, value, known):
             raise ValueError("a shape depends on values")
     calls = [node for node in graph.nodes if node.op == "call_function" and isinstance(value[node], Tensor)]
     for number, node in enumerate(calls):
@@ -158,9 +158,11 @@ def _memory(value: Any) -> int | None:
     return value.untyped_storage().data_ptr() if isinstance(value, Tensor) and value.numel() else None
 
 
-def _has_shape_by_value(node: Node, value: dict[Node, Any]) -> bool:
+def _has_shape_by_value(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> bool:
     if node.target is aten.index.Tensor:
-        return any(value[one].dtype in (torch.bool, torch.uint8) for one in node.args[1] if one is not None)  # type: ignore
+        indices: Any = node.args[1]
+        masks = [one for one in indices if one is not None and not known[one]]
+        return any(value[one].dtype in (torch.bool, torch.uint8) for one in masks)
     return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 

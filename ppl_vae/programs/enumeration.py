@@ -83,7 +83,7 @@ def enumerating(function: Callable[..., Any], names: Collection[str], first: int
 
 
 def _marking(function: Callable[..., Any], names: Collection[str]) -> Callable[..., Any]:
-    def marks(site: Any) -> dict[str, Any]:
+    def marks(site: Any) -> Any:
         return {"enumerate": "parallel" if site["name"] in names else None}
 
     return poutine.infer_config(function, marks)  # type: ignore[no-any-return]
@@ -101,18 +101,15 @@ def all_values(
 ) -> tuple[Trace, Trace]:
     """Trace model and guide with all values of the enumerated sites, each with draws of its own of what follows it."""
     particles = pyro.plate("particles", samples, dim=-1 - nesting)
-    guide = poutine.trace(enumerating(particles(program.guide), guided, -2 - nesting))
-    guide = guide.get_trace(**batch_of(program.guide, batch))
+    function = enumerating(particles(program.guide), guided, -2 - nesting)
+    guide = poutine.trace(function).get_trace(**batch_of(program.guide, batch))
     model = enumerating(particles(program.model), {*names} - {*guided}, None)
     return poutine.trace(poutine.replay(model, trace=guide)).get_trace(**batch), guide
 
 
-def drawn_values(
-    function: Callable[..., Any], batch: Batch, given: Mapping[str, Tensor], names: Collection[str], first: int
-) -> dict[str, Tensor]:
-    """Draw the enumerated sites from their posterior given the data and the values of the others."""
-    marked = _marking(poutine.condition(function, data=dict(given)), names)
-    trace: Any = poutine.trace(infer_discrete(marked, first, 1)).get_trace(**batch)
+def drawn_values(function: Callable[..., Any], batch: Batch, names: Collection[str], first: int) -> dict[str, Tensor]:
+    """Draw the enumerated sites of a model from their posterior given the data and what handlers give of the others."""
+    trace: Any = poutine.trace(infer_discrete(_marking(function, names), first, 1)).get_trace(**batch)
     return {name: trace.nodes[name]["value"] for name in names}
 
 
@@ -133,6 +130,8 @@ def log_density(
     """
     nodes: Any = trace.nodes
     summed = [name for name in plain_sites(trace) if "_enumerate_dim" in nodes[name]["infer"]]
+    if summed and hasattr(trace, "alone"):  # stacked traces, whose enumerated dims are no longer where they were
+        return torch.cat([log_density(one, 1, n, names, observed) for one in trace.alone])
     if not summed:
         return traces.log_density(trace, samples, n, names)
     trace.symbolize_dims()

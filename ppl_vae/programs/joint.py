@@ -6,8 +6,10 @@ from typing import Any, Literal
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to, constraints, identity_transform
+from torch.distributions import identity_transform
 
+from ppl_vae.programs.bijections import bijection, limits
+from ppl_vae.programs.latent_vector import Layout
 from ppl_vae.programs.plates import frames
 from ppl_vae.programs.target import Role, Target
 
@@ -15,8 +17,10 @@ from ppl_vae.programs.target import Role, Target
 class Joint:
     r"""The log joint density of a program, and its guide's, as functions of one real vector per datum.
 
-    The latent sites stand side by side in the model's order. A site on the positive numbers enters by its logarithm, a
-    site on an interval by its logit, with the volume that this brings.
+    The latent sites stand side by side in the model's order, each by its unconstrained coordinates and with the volume
+    that these bring: a positive number by its logarithm, one of an interval by its logit, a simplex of m entries by
+    m - 1 numbers, a positive definite matrix by the m (m + 1) / 2 of its Cholesky factor. `latents` gives the values
+    themselves, all entries of them.
 
     Args:
         program: any program with continuous latent sites, or a `Target`.
@@ -25,12 +29,14 @@ class Joint:
     Attributes:
         target: the program and its data.
         n: the number of data.
-        size: the number of latent variables per datum, z.
-        shapes: of each latent site of a datum, without the data plate.
+        size: the number of unconstrained coordinates per datum, u.
+        shapes: of the values of each latent site of a datum, without the data plate.
+        transforms: from coordinates to values, site by site.
         auxiliary: names of the guide's auxiliary sites.
 
     Raises:
-        ValueError: If a latent site is discrete or its support has no simple change of variables.
+        ValueError: If a latent site is discrete, its support has no bijection to vectors, or the bounds of its support
+            depend on other latent variables.
     """
 
     def __init__(self, program: Any, x: Any = None) -> None:
@@ -47,34 +53,59 @@ class Joint:
         nodes: Any = guide.nodes
         self.auxiliary = [name for name in guide.stochastic_nodes if nodes[name]["infer"].get("is_auxiliary")]
         self.transforms, self.shapes, self._events = {}, {}, {}
+        raw: list[tuple[str, Tensor, int]] = []
         for name in structure.latents:
             node: Any = model.nodes[name]
             value: Any = nodes[name]["value"]
-            self.transforms[name] = biject_to(_support(name, node["fn"].support))
+            support = node["fn"].support
+            transform = self.transforms[name] = bijection(name, support)
             inside = -1 - structure.nesting, 0 if structure.whole else -1
             plates = sorted(dim for dim in frames(node).values() if inside[0] < dim < inside[1])
             event = value.shape[value.dim() - node["fn"].event_dim :]
             self._events[name] = len(event)
             batched = value.shape[: value.dim() - len(event)]
             self.shapes[name] = (*(batched[dim] for dim in plates), *event)
+            change = transform.domain.event_dim - transform.codomain.event_dim
+            raw.append((name, value.new_empty(transform.inverse_shape(value.shape)), len(event) + change))
+        self._check_bounds(model)
         target.flatten(guide)
-        self.layout = target.layout
+        self.layout, self.coordinates = target.layout, Layout(raw, self.n)
         self.dtype = torch.promote_types(nodes[structure.latents[0]]["value"].dtype, torch.float32)
-        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+        self.size = sum(value.numel() for _, value, _ in raw) // self.n
 
     def rows(self, chosen: Tensor | slice) -> "Joint":
         """The joint of some of the data: a slice, or a boolean mask of shape (n,)."""
         return Joint(self.target.rows(chosen))
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each latent variable has one coordinate of its own."""
+        return all(transform.domain.event_dim == 0 for transform in self.transforms.values())
+
+    def _check_bounds(self, model: Trace) -> None:
+        """Refuse supports that other latent variables bound, such as Uniform(0, z)."""
+        nodes: Any = model.nodes
+        bounds = {name: list(limits(nodes[name]["fn"].support)) for name in self.transforms}
+        if not any(bounds.values()) or len(bounds) == 1:
+            return
+        with torch.no_grad():
+            others: Any = self.target.traces(1, 1)[0].nodes
+        for name, own in bounds.items():
+            if not all(map(torch.equal, own, limits(others[name]["fn"].support))):
+                raise ValueError(
+                    f"Expected supports that stay the same; the bounds of '{name}' depend on other latent variables. "
+                    "Sample it from fixed bounds, such as 0 and 1, and stretch it in the model."
+                )
+
     def log_probs(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, z)."""
+        """Log p(z) and log p(x|z), each (k, n) in nats and double precision, at vectors u (k, n, u)."""
         values, volume = self._values(u)
         trace = self._trace("model", values)
         prior = self.target.log_density(trace, len(u), self.target.structure.latents)
         return prior + volume, self.target.log_density(trace, len(u), self.target.structure.observed)
 
     def log_guide(self, u: Tensor) -> Tensor:
-        """Log q(z|x), (k, n) in nats, at vectors u (k, n, z)."""
+        """Log q(z|x), (k, n) in nats, at vectors u (k, n, u)."""
         values, volume = self._values(u)
         try:
             return self.target.log_density(self._trace("guide", values), len(u)) + volume
@@ -83,28 +114,28 @@ class Joint:
 
     @torch.no_grad()
     def draw(self, start: Literal["prior", "guide"], k: int) -> Tensor:
-        """Draw k vectors per datum, (k, n, z), from the prior or the guide and the current random state."""
+        """Draw k vectors per datum, (k, n, u), from the prior or the guide and the current random state."""
         return self.vector(self.target.trace("model" if start == "prior" else "guide", k))
 
     def vector(self, trace: Trace) -> Tensor:
-        """The vectors (k, n, z) of a trace that has particles."""
+        """The vectors (k, n, u) of a trace that has particles."""
         nodes: Any = trace.nodes
         return self._pack({name: nodes[name]["value"].to(self.dtype) for name in self.shapes})
 
     def place(self, z: Tensor) -> Tensor:
-        """The vectors u, (k, n, z), at which the latent variables are z, (k, n, z)."""
+        """The vectors u, (k, n, u), at which the latent variables are z, (k, n, z)."""
         return self._pack({name: value.to(self.dtype) for name, value in self.layout.unpack(z).items()})
 
     def latents(self, u: Tensor) -> Tensor:
         """The latent variables, (k, n, z) in double precision, at vectors u."""
-        values = self.layout.unpack(u)
+        values = self.coordinates.unpack(u)
         return self.layout.pack({name: self.transforms[name](value) for name, value in values.items()}).double()
 
     def _pack(self, values: dict[str, Tensor]) -> Tensor:
-        return self.layout.pack({name: self.transforms[name].inv(value) for name, value in values.items()})
+        return self.coordinates.pack({name: self.transforms[name].inv(value) for name, value in values.items()})
 
     def _values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
-        values, volume = self.layout.unpack(u), 0.0
+        values, volume = self.coordinates.unpack(u), 0.0
         for name, raw in values.items():
             transform = self.transforms[name]
             if transform != identity_transform:
@@ -116,26 +147,3 @@ class Joint:
 
     def _trace(self, role: Role, values: dict[str, Tensor]) -> Trace:
         return self.target.trace(role, len(next(iter(values.values()))), values=values)
-
-
-def _support(name: str, support: Any) -> Any:
-    """Elementwise constraint of a latent site's support, or a refusal that names the site."""
-    inner = support
-    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
-        inner = inner.base_constraint
-    if inner.is_discrete:
-        raise ValueError(
-            f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete. What takes any "
-            "site is log_evidence(program, x, samples)."
-        )
-    if inner in (constraints.real, constraints.real_vector):
-        return constraints.real
-    if inner in (constraints.positive, constraints.nonnegative):
-        return constraints.positive
-    if isinstance(inner, constraints.interval):
-        low, high = torch.as_tensor(inner.lower_bound), torch.as_tensor(inner.upper_bound)
-        if bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all()):
-            return constraints.interval(low.flatten()[0], high.flatten()[0])
-    raise ValueError(
-        f"Expected latent sites on the real or the positive numbers, or on one interval; got '{name}' on {support}."
-    )

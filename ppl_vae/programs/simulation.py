@@ -44,11 +44,7 @@ def simulate(program: Any, x: Any = None) -> tuple[Batch, Tensor]:
     masks = {"mask": torch.ones_like(batch["mask"])} if "mask" in batch else {}  # hidden entries may be filled
     with pyro.validation_enabled(False), mode(target.program):
         trace = poutine.trace(target.program.model).get_trace(**{**filled(numbers), **masks})
-    where = {
-        name: _entries(name, trace.nodes[name], len(flat))
-        for name in target.structure.observed
-        if not trace.nodes[name]["infer"].get("_deterministic")
-    }
+    where = {name: _entries(name, trace.nodes[name], len(flat)) for name in target.structure.observed}
     seen = torch.cat([index.flatten() for index in where.values()])
     if len(seen.unique()) != len(seen):
         raise ValueError("Expected each entry of the data to be observed once; some are observed at several sites.")

@@ -119,7 +119,11 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
 def _whole(program: Any, batch: Batch, seen: Structure, seed: int) -> Structure:
     """Structure where the whole data set counts as one datum, which says whether particles go side by side."""
     if seen.enumerated:
-        _check_enumerated(program, batch, seen, seed)
+        try:
+            _check_enumerated(program, batch, seen, seed)
+        except BrokenContract:
+            _check_enumerated(program, batch, seen, seed, particles=0)
+            return replace(seen, sequential=True)
         return seen
     sequential = not _vectorises(program, batch, seen, seed)
     return replace(seen, sequential=sequential, local=None if sequential else seen.local)
@@ -279,33 +283,40 @@ def _nesting(pair: tuple[Trace, Trace]) -> int:
 
 def _kl_term(q: Any, p: Any) -> str:
     try:
-        kl_divergence(q["fn"], p["fn"])
+        with torch.enable_grad():  # by which torch has that of exponential families, such as Wishart's
+            kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return "sampled"
     return "analytic"
 
 
-def _check_enumerated(program: Any, batch: Batch, seen: Structure, seed: int) -> None:
-    """Check that the values of enumerated sites go side by side, and that two draws do so with them.
+def _check_enumerated(program: Any, batch: Batch, seen: Structure, seed: int, particles: int = 2) -> None:
+    """Check that the values of enumerated sites go side by side, and that particles, if any, do so with them.
 
     Raises:
         BrokenContract: If the program fails on dims left of its plates, or its densities are not those of single draws.
     """
     first, n = next(iter(batch.values())), 1 if seen.whole else len(next(iter(batch.values())))
     left, names = -1 - seen.nesting, seen.enumerated
+
+    def score(function: Any, values: dict[str, Tensor], samples: int, first: int) -> Tensor:
+        return log_density(summed_trace(function, batch, values, names, first), samples, n)
+
     try:
         with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device_and_dtype(program, first)[0]):
             own: Any = _traces(twin, batch, seed)[0].nodes  # also so that lazy parameters are made without particles
-            particles = pyro.plate("particles", 2, dim=left)
-            guide: Any = poutine.trace(particles(twin.guide)).get_trace(**batch_of(twin.guide, batch)).nodes
+            score(twin.model, {name: own[name]["value"] for name in seen.latents}, 1, left)
+            if not particles:
+                return
+            plate = pyro.plate("particles", particles, dim=left)
+            guide: Any = poutine.trace(plate(twin.guide)).get_trace(**batch_of(twin.guide, batch)).nodes
             given = {name: guide[name]["value"] for name in seen.latents}
-            model = summed_trace(particles(twin.model), batch, given, names, left - 1)
-            for number, together in enumerate(log_density(model, 2, n)):
+            for number, together in enumerate(score(plate(twin.model), given, particles, left - 1)):
                 one = {name: value[number].reshape(own[name]["value"].shape) for name, value in given.items()}
-                alone = log_density(summed_trace(twin.model, batch, one, names, left), 1, n)[0]
-                if not _same(together, alone, batch):
+                if not _same(together, score(twin.model, one, 1, left)[0], batch):
                     raise ValueError("the density of two draws side by side is not that of each alone")
-            Weights(*all_values(twin, batch, 2, seen.nesting, names, seen.enumerated_by_guide), 2, n, seen.observed)
+            pair = all_values(twin, batch, particles, seen.nesting, names, seen.enumerated_by_guide)
+            Weights(*pair, particles, n, seen.observed)
     except (*_FAILED, AssertionError) as error:
         raise BrokenContract(
             f"Expected a program that runs with the values of {', '.join(names)} side by side, in dims left of all "

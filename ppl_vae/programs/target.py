@@ -128,10 +128,9 @@ class Target:
             return 1
 
         def count() -> int:
-            with torch.no_grad():
-                pair = self.rows(slice(0, 1)).all_values(1, 0)
-                sites = [site for trace in pair for site in (trace.nodes[name] for name in plain_sites(trace))]
-                return max(unscaled(site).numel() for site in sites)
+            with torch.no_grad(), self.running(0):
+                trace = self.rows(slice(0, 1)).trace("model", 1)
+                return max(unscaled(trace.nodes[name]).numel() for name in plain_sites(trace))
 
         return self.cached("width", count)
 
@@ -193,16 +192,20 @@ class Target:
 
         Enumerated sites are drawn from their posterior given these and the data.
         """
-        names, values = self.structure.enumerated, self.values(guide)
-        if not names:
-            replay = self.replaying(guide)
+        structure, replay = self.structure, self.replaying(guide)
+        if not structure.enumerated:
             return self.trace("model", samples, lambda function: poutine.uncondition(replay(function)))
+
+        def anew(function: Any, first: int) -> Trace:
+            drawn = Given(drawn_values(function, self.batch, structure.enumerated, first))
+            return poutine.trace(poutine.uncondition(drawn(function))).get_trace(**self.batch)
+
+        first = -1 - structure.nesting
         with torch.no_grad(), mode(self.program):
-            first = -2 - self.structure.nesting
-            values |= drawn_values(self._beside("model", samples), self.batch, values, names, first)
-            given = Given(values)
-            anew = self._beside("model", samples, lambda function: poutine.uncondition(given(function)))
-            return poutine.trace(anew).get_trace(**self.batch)  # type: ignore[no-any-return]
+            if structure.sequential:
+                one = partial(anew, first=first)
+                return trace_in_turn(one, replay(self.program.model), samples, structure.latents)
+            return anew(self._beside("model", samples, replay), first - 1)
 
     def replay(self, seed: int) -> tuple[Trace, Trace]:
         """Trace the model and the guide that it replays, without particles or gradients."""
@@ -210,8 +213,8 @@ class Target:
             guide = poutine.trace(self.program.guide).get_trace(**batch_of(self.program.guide, self.batch))
             model, names = poutine.replay(self.program.model, trace=guide), self.structure.enumerated
             if names:
-                first, given = -1 - self.structure.nesting, self.values(guide)
-                model = Given(given | drawn_values(self.program.model, self.batch, given, names, first))(model)
+                model = Given(self.values(guide))(self.program.model)
+                model = Given(drawn_values(model, self.batch, names, -1 - self.structure.nesting))(model)
             return poutine.trace(model).get_trace(**self.batch), guide
 
     def trace(
@@ -240,17 +243,20 @@ class Target:
         function = getattr(self.program, role)
         batch = batch_of(function, self.batch)
         names = structure.enumerated if role == "model" else structure.enumerated_by_guide
+        first = -1 - structure.nesting
+
+        def trace(function: Any, first: int) -> Trace:
+            plain: Any = None if names and values is not None else poutine.trace(function).get_trace(**batch)
+            if not names:
+                return plain  # type: ignore[no-any-return]
+            drawn = {} if plain is None else drawn_sites(plain)
+            given = {name: node["value"] for name, node in drawn.items() if name not in names}
+            return summed_trace(function, batch, given, names, first)
+
         with mode(self.program):
             if structure.sequential:
-                return trace_in_turn(handler(function), batch, samples, structure.latents)
-            beside = self._beside(role, samples, handler)
-            if values is None or not names:
-                trace = poutine.trace(beside).get_trace(**batch)
-            if not names:
-                return trace  # type: ignore[no-any-return]
-            drawn = {} if values is not None else drawn_sites(trace)
-            given = {name: node["value"] for name, node in drawn.items() if name not in names}
-            return summed_trace(beside, batch, given, names, -2 - structure.nesting)
+                return trace_in_turn(partial(trace, first=first), handler(function), samples, structure.latents)
+            return trace(self._beside(role, samples, handler), first - 1)
 
     def _beside(self, role: Role, samples: int, handler: Callable[[Any], Any] = lambda function: function) -> Any:
         """The model or the guide, under a handler, with particles."""

@@ -1,12 +1,13 @@
 """Traces: what can be read off any Pyro program, whatever its latent sites and inner plates."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Normal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -16,6 +17,7 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.rows import check_numbered, indexed, keywords, numbered
 
 Batch = dict[str, Tensor]
+_CHUNK = 64  # entries of a whole data set that are summed in their own precision
 
 
 def check_batch(program: Any, batch: Mapping[str, Tensor], *, check: bool = True) -> Batch:
@@ -77,9 +79,11 @@ def aligned(batch: Mapping[str, Tensor]) -> bool:
 
 
 def plain_sites(trace: Trace, names: Iterable[str] | None = None) -> list[str]:
-    """The sites of a trace, all by default, without those by which Pyro subsamples a plate."""
+    """The sites of a trace, all by default, without deterministic ones and those by which Pyro subsamples a plate."""
     names = [*trace.stochastic_nodes, *trace.observation_nodes] if names is None else names
-    return [name for name in names if type(trace.nodes[name]["fn"]).__name__ != "_Subsample"]
+    nodes: Any = trace.nodes
+    found = [name for name in names if type(nodes[name]["fn"]).__name__ != "_Subsample"]
+    return [name for name in found if not nodes[name]["infer"].get("_deterministic")]
 
 
 def trace_pair(program: Any, batch: Mapping[str, Tensor], samples: int, nesting: int) -> tuple[Trace, Trace]:
@@ -133,27 +137,46 @@ class _OneOf(Messenger):
             message["value"] = message["value"][self.number]
 
 
-def trace_in_turn(function: Callable[..., Any], batch: Batch, samples: int, latents: Iterable[str]) -> Trace:
+def trace_in_turn(trace: Callable[[Callable[..., Any]], Trace], function: Any, samples: int, latents: Any) -> Trace:
     """Trace a model or guide that cannot have particles once for each, and stack the traces along a first dim.
 
-    Values that handlers give to the latent sites are stacked likewise.
+    Args:
+        trace: makes one trace of a function.
+        function: the model or guide. Values that handlers give to its latent sites are stacked likewise.
+        samples: the number of particles.
+        latents: names of the latent sites.
     """
-    traces = [poutine.trace(_OneOf(number, latents)(function)).get_trace(**batch) for number in range(samples)]
-    stacked = traces[0].copy()
-    stack: Any = stacked.nodes
+    traces = [trace(_OneOf(number, latents)(function)) for number in range(samples)]
+    stacked: Any = traces[0].copy()
+    stacked.alone, stack = traces, stacked.nodes
     for name in plain_sites(stacked):
         nodes: Any = [trace.nodes[name] for trace in traces]
         scores = torch.stack([unscaled(node) for node in nodes])
         stack[name] = {**nodes[0], "value": torch.stack([node["value"] for node in nodes]), "unscaled": scores}
-    return stacked
+    return stacked  # type: ignore[no-any-return]
 
 
 def unscaled(site: Any) -> Tensor:
     """Log probabilities of a site, with its mask but without its scale."""
     if "unscaled" in site:
         return site["unscaled"]  # type: ignore[no-any-return]
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    plain = type(site["fn"]) is Normal and not site["args"] and not site["kwargs"]
+    log_prob = normal(site) if plain else site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return pyro.distributions.util.scale_and_mask(log_prob, 1.0, site["mask"])  # type: ignore[no-any-return]
+
+
+def normal(site: Any) -> Tensor:
+    """Log density of a normal site, without gradients in one piece of memory.
+
+    A scale that is the same for many entries costs no more than its own, which `Normal.log_prob` expands.
+    """
+    loc, scale = site["fn"].loc, site["fn"].scale
+    for dim in range(scale.dim()):
+        scale = scale.narrow(dim, 0, 1) if scale.stride(dim) == 0 and scale.shape[dim] > 1 else scale
+    apart, constant = site["value"] - loc, scale.log() + 0.5 * math.log(2 * math.pi)
+    if torch.is_grad_enabled():
+        return (apart / scale).square() * -0.5 - constant
+    return apart.div_(scale).square_().mul_(-0.5).sub_(constant)
 
 
 def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None = None) -> Tensor:
@@ -171,5 +194,10 @@ def log_density(trace: Trace, samples: int, n: int, names: Iterable[str] | None 
     total = torch.zeros(samples, n, dtype=torch.float64)
     for name in plain_sites(trace, names):
         log_prob = unscaled(trace.nodes[name])
-        total = total.to(log_prob.device) + log_prob.double().reshape(samples, -1, n).sum(1)
+        parts = log_prob.reshape(samples, -1, n)
+        if n == 1 and parts.shape[1] > _CHUNK:  # in double precision from partial sums on, which is faster
+            even = parts.shape[1] // _CHUNK * _CHUNK
+            sums = parts[:, :even].reshape(samples, -1, _CHUNK).sum(-1, keepdim=True)
+            parts = torch.cat([sums, parts[:, even:]], 1)
+        total = total.to(log_prob.device) + parts.sum(1, dtype=torch.float64)
     return total

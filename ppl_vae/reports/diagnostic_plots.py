@@ -1,6 +1,7 @@
 """Plots of diagnostics: bounds, tails, gaps and ranks."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,34 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
     ax.set(xscale="log", xlabel="samples K", ylabel="bound of log p(x), nats per datum")
     ax.ticklabel_format(axis="y", useOffset=False)
     return ax
+
+
+def sweep_results(found: Mapping[str, Any]) -> Figure:
+    """Show log p(x) of each setting of a sweep, ± 2 errors over seeds where there are several, best above.
+
+    Args:
+        found: from `runs.sweep.summarise`.
+    """
+    rows = sorted(found["settings"], key=lambda row: row["log_evidence"]["mean"])
+    style.check_some(len(rows))
+    figure = Figure((7.2, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
+    ax = style.bare(figure.subplots())
+    for place, row in enumerate(rows):
+        value, bound = row["log_evidence"], row["log_evidence"]["kind"] == "lower bound"
+        error = 2 * math.hypot(value["se_seeds"] or 0.0, value["mc_se"])
+        ax.errorbar(value["mean"], place, xerr=error, color=style.BLUE, marker=">" if bound else "o", capsize=3, ms=5)
+        if row["ppca"] is not None:
+            ax.plot(row["ppca"], place, marker="d", ms=5, ls="", mfc="none", color=style.VERMILLION)
+        ax.annotate(f"{row['seconds']:.0f} s", (1.01, place), xycoords=("axes fraction", "data"), va="center", size=8)
+    names = [", ".join(f"{key} = {value}" for key, value in row["values"].items()) or "as it is" for row in rows]
+    ax.set_yticks(range(len(rows)), [style.short(name, 44) for name in names], fontsize="small")
+    ax.plot([], [], "o", color=style.BLUE, label="estimate")
+    ax.plot([], [], ">", color=style.BLUE, label="lower bound")
+    ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
+    ax.set(xlabel="log p(x), nats per held-out datum; ± 2 errors over seeds", ylim=(-0.6, len(rows) - 0.4))
+    ax.ticklabel_format(axis="x", useOffset=False)
+    style.legend_above(ax)
+    return figure
 
 
 def tail_shapes(pareto_k: Tensor, *, ax: Axes | None = None) -> Axes:

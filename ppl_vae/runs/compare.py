@@ -51,8 +51,7 @@ def _measures(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "the likelihood's figure", f"a {a['measure']}", f"a {b['measure']}"
     for key in ("name", "binarization", "scaling", "dequantization", "seed"):
         yield f"data.{key}", json.dumps(a["protocol"].get(key)), json.dumps(b["protocol"].get(key))
-    split, other = a["protocol"]["split"], b["protocol"]["split"]
-    for key in dict.fromkeys([*split, *other]):
-        yield f"the split's {key}", split.get(key, 0), other.get(key, 0)
+    for key in ("by", "n_test"):
+        yield f"the split's {key}", a["protocol"]["split"].get(key), b["protocol"]["split"].get(key)
     yield "the part that was evaluated", a["part"], b["part"]
     yield "the digest of the test data", a["protocol"]["digest"][:12], b["protocol"]["digest"][:12]

@@ -1,6 +1,7 @@
 """Runs: train what a spec says, evaluate it, and keep the result in a run directory, written as a whole."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,12 @@ from ppl_vae.reports.figures import draw_diagnostics, draw_run
 from ppl_vae.reports.measures import evaluate, evaluation_split, measure, trained
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import storage
+from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import programs, read
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,46 @@ class Run:
     def __post_init__(self) -> None:
         if isinstance(self.program, nn.Module):
             self.program.eval()
+
+    def encode(self, data: Any = None) -> "DataFrame":
+        """Mean and standard deviation of the latent variables of each row, by the guide.
+
+        Args:
+            data: rows in the data's own units: the path of a table or an array, a pandas table, or an array (n, x); or
+                a batch dict as the program takes it. By default the run's held-out rows.
+
+        Raises:
+            ValueError: If columns are missing or of another type, or hold words that the training data lack.
+        """
+        return self._table("encode", self._source(data))
+
+    def reconstruct(self, data: Any = None) -> "DataFrame":
+        """Mean of p(x'|z) over draws of z from the guide, in the data's own units; arguments as of `encode`."""
+        return self._table("reconstruct", self._source(data))
+
+    def score(self, data: Any = None, samples: int | None = None) -> "DataFrame":
+        """Log p(x) of each row in nats, with error, kind and tail probability; arguments as of `encode`.
+
+        Args:
+            data: as of `encode`.
+            samples: importance samples per row, by default as in the spec.
+        """
+        return self._table("score", self._source(data), samples)
+
+    def sample(self, n: int) -> "DataFrame":
+        """New rows from the model, in the data's own units."""
+        return self._table("sample", n)
+
+    def weights(self, data: Any = None, *, smoothing: float = 0.01, bins: int = 10) -> "DataFrame":
+        """Weights by which rows whose codes are rare count more; see `Applied.weights`."""
+        return self._table("weights", self._source(data), smoothing=smoothing, bins=bins)
+
+    def _source(self, data: Any) -> Any:
+        return self.spec.load_data() if data is None else data
+
+    def _table(self, what: str, *given: Any, **options: Any) -> "DataFrame":
+        tables = [one.table for one in getattr(Applied.of(self), what)(*given, **options)]
+        return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
 
 
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
@@ -367,5 +412,6 @@ def _write_report(
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
     table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
-    storage.write_tensors(table, partial / "evidence.safetensors")
+    scaling = {f"transform.{name}": torch.as_tensor(getattr(data.transform, name)) for name in ("loc", "scale")}
+    storage.write_tensors(table | scaling, partial / "evidence.safetensors")
     return dataclasses.replace(run, report=report)

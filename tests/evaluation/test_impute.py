@@ -76,8 +76,10 @@ def oracle_of(name: str) -> tuple[Any, dict[str, Tensor], Array, Array]:
     return twin.program, twin.batch, b, w @ w.T + np.diag(s**2)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.4])
-@pytest.mark.parametrize("name", ["masked", "picture", "masked_plate"])
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("masked", 1.0), ("picture", 1.0), ("masked_plate", 1.0), ("masked", 1.4), ("masked_plate", 1.4)],
+)
 def test_moments_are_those_of_gaussian_conditioning(name: str, factor: float) -> None:
     program, batch, mean, covariance = oracle_of(name)
     x, mask = array(batch["x"]).reshape(6, -1), batch["mask"].flatten(1).numpy()
@@ -146,9 +148,9 @@ def test_full_covariances_are_conditioned_exactly(family: Any) -> None:
 
 def test_intervals_cover_hidden_values_at_their_rate() -> None:
     vae = linear_vae(StandardNormal(3), Normal(7, scale="feature"))
-    x = vae.sample(1000, seed=3)
-    mask = torch.rand(1000, 7) > 0.3
-    found = impute(vae, {"x": x.masked_fill(~mask, NAN), "mask": mask}, 200, draws=399, seed=4)
+    x = vae.sample(500, seed=3)
+    mask = torch.rand(500, 7) > 0.3
+    found = impute(vae, {"x": x.masked_fill(~mask, NAN), "mask": mask}, 100, draws=199, seed=4)
     low, high = found.quantile(0.05), found.quantile(0.95)
     assert bool((low < high)[~mask].all())
 
@@ -204,18 +206,17 @@ def table() -> tuple[VAE, dict[str, Tensor], Columns]:
     return VAE(Conditional(StandardNormal(2)), *parts), {"x": x.masked_fill(~mask, NAN), "mask": mask}, columns
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mixed_columns_stay_in_their_supports(dtype: torch.dtype) -> None:
+def test_mixed_columns_stay_in_their_supports() -> None:
     vae, batch, columns = table()
     vae.initialise(batch)
     history = fit(vae, batch, epochs=3, batch_size=20)
     assert np.isfinite(history.elbo).all()
-    found = impute(vae.to(dtype), batch, 100, draws=40)
-    assert found.draws.dtype == dtype
-    assert bool(vae.likelihood.family.support.check(found.draws).all())
-    assert set(found.draws[..., 1].unique().tolist()) == {0.0, 1.0, 2.0}
+    for dtype in (torch.float64, torch.float32):
+        found = impute(vae.to(dtype), batch, 60, draws=40)
+        assert found.draws.dtype == dtype
+        assert bool(vae.likelihood.family.support.check(found.draws).all())
+        assert set(found.draws[..., 1].unique().tolist()) == {0.0, 1.0, 2.0}
     best = found.completed(columns)
-    assert set(best[:, 1].tolist()) <= {0.0, 1.0, 2.0}
     counts = torch.stack([(found.draws[..., 1] == code).sum(0) for code in range(3)])
     assert torch.equal(counts.gather(0, best[None, :, 1].long())[0], counts.amax(0))
     assert torch.equal(best[:, 0], found.mean[:, 0])
@@ -266,6 +267,13 @@ def no_mask(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.unsqueeze(-1), x.new_ones(3)).to_event(1), obs=x)
 
 
+def mixture(x: Tensor, mask: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-1):
+        c = pyro.sample("c", dist.Categorical(x.new_ones(2)), infer={"enumerate": "parallel"})
+        likelihood = dist.Normal(c.to(x).unsqueeze(-1), x.new_ones(3)).mask(mask)
+        pyro.sample("x", likelihood.to_event(1), obs=torch.where(mask, x, 0.0))
+
+
 def test_what_cannot_be_imputed_is_refused_by_name() -> None:
     x = torch.tensor([[1.0, NAN, 3.0], [NAN, 0.5, 1.0]])
     batch = {**mask_missing(x), "y": torch.tensor([0, 1])}
@@ -275,6 +283,10 @@ def test_what_cannot_be_imputed_is_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             impute(Stranger(how), batch, 10, draws=2)
+    with pytest.raises(ValueError, match="Expected latent sites that the guide draws, for imputation; got 'c'"):
+        impute(Program(mixture, lambda x, mask: None), mask_missing(x), 10, draws=2)
+    with pytest.raises(ValueError, match="Expected a program of independent data"):
+        impute(Program(Stranger("by entry").model, Stranger("by entry").guide, data_plate=None), batch, 10, draws=2)
     program = Program(no_mask, no_mask)
     with pytest.raises(ValueError, match=r"Expected a model that takes `mask` .*; got one that takes x"):
         log_evidence(program, mask_missing(x), 10)

@@ -26,6 +26,7 @@ from ppl_vae import (
     reference_posterior,
 )
 from ppl_vae.evaluation import calibrate, pareto_k, to_datatree
+from ppl_vae.infer.annealing import bidirectional
 
 N, NOISE = 30, 0.5
 GENERATOR = np.random.default_rng(0)
@@ -417,3 +418,37 @@ def test_arviz_reads_global_sites_and_compares_by_loo(model: Callable[..., Any])
     assert float(arviz.loo(tree).elpd_loo) < 0
     program, data, _ = hierarchy(True)
     assert to_datatree(program, data, draws=150)["posterior"]["m"].shape == (1, 150)  # a scalar
+
+
+def test_what_is_deterministic_is_no_site_of_its_own() -> None:
+    def model(x: Tensor) -> None:
+        noise = pyro.deterministic("noise", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, noise), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.2**0.5))
+
+    target = Target(Program(model, guide), torch.tensor([[0.3], [-1.0]]))
+    assert not target.structure.whole
+    assert target.structure.observed == ("x",)
+    assert_allclose(log_weights(target, samples=3), np.tile(stats.norm(0, 1.25**0.5).logpdf([0.3, -1.0]), (3, 1)))
+
+
+def test_batches_with_scalars_are_simulated_and_bounded() -> None:
+    def model(y: Tensor, top: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(m * top, 1.0), obs=y)
+
+    data = {"y": torch.zeros(4), "top": torch.tensor(2.0)}
+    sandwich = bidirectional(Program(model), data, chains=8, temperatures=20)
+    assert sandwich.batch["top"] == 2
+    y = sandwich.batch["y"].numpy()
+    truth = stats.multivariate_normal(np.zeros(4), 4 * np.ones((4, 4)) + np.eye(4)).logpdf(y)
+    assert float(sandwich.lower) - 5 * float(sandwich.lower_error) < truth
+    assert truth < float(sandwich.upper) + 5 * float(sandwich.upper_error)
+    assert float(sandwich.gap) < 1

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
-from ppl_vae import VAE, Conditional, data, exact_log_evidence, exact_posterior, fit, log_evidence, log_weights
+from ppl_vae import VAE, Conditional, Target, data, exact_log_evidence, exact_posterior, fit, log_evidence, log_weights
 from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.programs.program import load_program
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "models").glob("*.py"))
 WHOLE = ("eight_schools", "regression")  # whose latent variables are shared by all data
 OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+ENUMERATED = ("mixture", "hidden_markov", "dirichlet_allocation")
 SIZES = {"features": 4, "latent": 3, "hidden": 6, "top": 2}  # sizes that a constructor may ask for
 
 
@@ -36,6 +37,11 @@ def settings():
 
 
 CASES = settings()
+TRAINED = [
+    pytest.param(*case.values, elbo, id=f"{case.id}-{elbo.__name__}")
+    for case in CASES
+    for elbo in ([TraceEnum_ELBO] if case.values[0].stem in ENUMERATED else OBJECTIVES.values())
+]
 EXACT = [case for case in CASES if any(case.values[1].values())]
 
 
@@ -88,29 +94,27 @@ def test_no_file_is_known_to_the_library():
             assert not [text for text in strings if isinstance(text, str) and f"models/{path.name}" in text], source
 
 
-@pytest.mark.parametrize("elbo", OBJECTIVES)
-@pytest.mark.parametrize(("path", "chosen"), CASES)
+@pytest.mark.parametrize(("path", "chosen", "elbo"), TRAINED)
 def test_fit_moves_every_parameter(path, chosen, elbo):
     x, program = rows(), build(path, chosen)
     before = parameters(program)
-    history = fit(program, x, elbo=elbo, epochs=30, batch_size=5, learning_rate=0.02, particles=2)
+    history = fit(program, x, elbo=elbo.__name__, epochs=30, batch_size=5, learning_rate=0.02, particles=2)
     assert all_moved(program, before)
     assert sum(history.elbo[-5:]) > sum(history.elbo[:5])
     assert len(pyro.get_param_store()) == 0
 
 
-@pytest.mark.parametrize("elbo", OBJECTIVES)
-@pytest.mark.parametrize(("path", "chosen"), CASES)
+@pytest.mark.parametrize(("path", "chosen", "elbo"), TRAINED)
 def test_stock_svi_moves_every_parameter_of_its_own_program_only(path, chosen, elbo):
     x, program, other = rows(), build(path, chosen), build(path, chosen, seed=1)
     before, untouched = parameters(program), parameters(other)
     nesting = structure(program, {"x": x}).nesting
-    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.02}), OBJECTIVES[elbo](max_plate_nesting=nesting))
+    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.02}), elbo(max_plate_nesting=nesting))
     losses = [svi.step(x) for _ in range(60)]
     assert all_moved(program, before)
     assert sum(losses[-10:]) < sum(losses[:10])
     assert all(torch.equal(p, untouched[name]) for name, p in other.named_parameters())
-    second = SVI(other.model, other.guide, pyro.optim.Adam({"lr": 0.02}), OBJECTIVES[elbo](max_plate_nesting=nesting))
+    second = SVI(other.model, other.guide, pyro.optim.Adam({"lr": 0.02}), elbo(max_plate_nesting=nesting))
     middle = parameters(program)
     second.step(x)
     assert all_moved(other, untouched)
@@ -170,6 +174,40 @@ def test_two_level_evidence_is_a_normal():
     covariance = w @ (a @ a.T + s**2 * torch.eye(3)) @ w.T + t**2 * torch.eye(4)
     truth = torch.distributions.MultivariateNormal(b, covariance).log_prob(x)
     torch.testing.assert_close(log_weights(program, x, 3), truth.expand(3, 12))
+
+
+def test_all_discrete_programs_have_the_density_of_sums_by_hand():
+    x = rows()
+    program = build(ROOT / "models" / "mixture.py", {})
+    scale = torch.nn.functional.softplus(program.raw_scale) + 1e-2
+    terms = torch.distributions.Normal(program.loc, scale).log_prob(x[:, None]).sum(-1)
+    truth = (program.logits.log_softmax(-1) + terms).logsumexp(-1).detach()
+    torch.testing.assert_close(log_weights(program, x, 2), truth.expand(2, 12), rtol=0, atol=1e-10)
+    torch.testing.assert_close(exact_log_evidence(program, x), truth, rtol=0, atol=1e-10)
+    program = build(ROOT / "models" / "hidden_markov.py", {})
+    scale = torch.nn.functional.softplus(program.raw_scale) + 1e-2
+    seen = torch.distributions.Normal(program.loc, scale).log_prob(x.reshape(12, 4, 1, 1)).sum(-1)  # (n, steps, states)
+    with torch.no_grad():
+        program.moves += torch.randn_like(program.moves)
+    moves = program.moves.log_softmax(-1)
+    alpha = moves[-1] + seen[:, 0]
+    for t in range(1, 4):
+        alpha = (alpha[:, :, None] + moves[:-1]).logsumexp(1) + seen[:, t]
+    truth = alpha.logsumexp(-1).detach()
+    torch.testing.assert_close(log_weights(program, x, 2), truth.expand(2, 12), rtol=0, atol=1e-10)
+
+
+def test_latent_dirichlet_allocation_scores_words_by_shares_of_topics():
+    counts = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 30.0, 10.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    program = build(ROOT / "models" / "dirichlet_allocation.py", {})
+    words, there = program.read(counts)
+    kept = torch.stack([torch.bincount(w[t], minlength=4) for w, t in zip(words.T, there.T, strict=True)])
+    assert kept.tolist() == [[3, 0, 1, 2], [0, 15, 5, 0], [0, 0, 0, 0]]  # 20 words at the most, in proportion
+    theta = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(3, 4)
+    topics = program.logits.detach().softmax(-1)
+    prior = torch.distributions.Dirichlet(torch.nn.functional.softplus(program.raw_prior.detach())).log_prob(theta)
+    truth = prior + (kept * (theta @ topics).log()).sum(-1)
+    torch.testing.assert_close(Target(program, counts).score_sites("model", {"theta": theta[None]})[0], truth)
 
 
 def test_state_space_evidence_is_a_normal():
@@ -255,8 +293,9 @@ def test_a_copy_is_a_program_of_its_own(path, chosen):
     x, program = rows(), build(path, chosen)
     twin = copy.deepcopy(program)
     before = parameters(program)
-    SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    elbo = TraceEnum_ELBO(max_plate_nesting=2) if path.stem in ENUMERATED else Trace_ELBO()
+    SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(x)
     middle = parameters(program)
-    SVI(twin.model, twin.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    SVI(twin.model, twin.guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(x)
     assert all_moved(twin, before)
     assert all(torch.equal(p, middle[name]) for name, p in program.named_parameters())
