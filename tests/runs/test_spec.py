@@ -471,7 +471,12 @@ def test_the_schema_covers_every_family_and_network():
     assert schema["additionalProperties"] is False
     named = {d["properties"]["family"]["const"] for d in schema["$defs"].values() if "family" in d["properties"]}
     assert named == {*families.__all__, *networks.__all__}
-    assert schema["$defs"]["Svi"]["properties"]["schedule"]["enum"] == ["constant", "one-cycle", "cosine", "cosine-restarts"]
+    assert schema["$defs"]["Svi"]["properties"]["schedule"]["enum"] == [
+        "constant",
+        "one-cycle",
+        "cosine",
+        "cosine-restarts",
+    ]
 
 
 def test_components_are_listed_by_role():
