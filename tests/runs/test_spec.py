@@ -122,7 +122,7 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
         ({"svi.learning_rate": 0}, "svi.learning_rate: Expected `learning_rate` to be a positive number; got 0"),
         ({"svi.clip": -1}, "svi.clip: Expected `clip` to be 0 (off) or a positive number; got -1"),
         ({"svi.seed": -1}, "svi.seed: Expected a seed"),
-        ({"svi.schedule": "cosin"}, 'or "cosine"; got "cosin". Did you mean cosine?'),
+        ({"svi.schedule": "cosin"}, '"cosine" or "cosine-restarts"; got "cosin". Did you mean cosine?'),
         ({"svi.epoch": 3}, "got the unknown key epoch = 3. Did you mean epochs?"),
         ({"svi": 3}, "svi: Expected a table; got 3."),
         ({"svi.epochs.x": 3}, "svi.epochs: Expected a whole number"),
@@ -471,7 +471,12 @@ def test_the_schema_covers_every_family_and_network():
     assert schema["additionalProperties"] is False
     named = {d["properties"]["family"]["const"] for d in schema["$defs"].values() if "family" in d["properties"]}
     assert named == {*families.__all__, *networks.__all__}
-    assert schema["$defs"]["Svi"]["properties"]["schedule"]["enum"] == ["constant", "one-cycle", "cosine"]
+    assert schema["$defs"]["Svi"]["properties"]["schedule"]["enum"] == [
+        "constant",
+        "one-cycle",
+        "cosine",
+        "cosine-restarts",
+    ]
 
 
 def test_components_are_listed_by_role():
