@@ -430,10 +430,16 @@ def test_what_cannot_be_enumerated_is_refused_by_name():
 
 def test_objectives_are_refused_where_the_bound_would_be_wrong():
     x = data()
+
+    def learned(x):
+        pyro.param("learned", lambda: torch.zeros(1))
+        mixture(x)
+
     with pytest.raises(ValueError, match="elbo = 'TraceEnum_ELBO' for a model that enumerates 'y'"):
-        fit(Program(mixture, nothing), x, epochs=1)
+        fit(Program(learned, nothing), x, epochs=1)
 
     def plain(x):
+        pyro.param("learned", lambda: torch.zeros(1))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
             pyro.sample("x", dist.Normal(z[..., None], 1.0).expand(z.shape + (2,)).to_event(1), obs=x)
