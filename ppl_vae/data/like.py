@@ -53,6 +53,7 @@ class Reader:
         array: key in an `.npz` file.
         seed: of the noise, where the data are binarised or dequantised.
         missing: whether missing cells become a `mask`; else they are refused.
+        classes: the words of the label, where the model is given it.
     """
 
     columns: Columns
@@ -65,14 +66,16 @@ class Reader:
     array: str | None = None
     seed: int = 0
     missing: bool = False
+    classes: tuple[str, ...] | None = None
 
-    def pieces(self, source: Any, size: int = PIECE) -> Iterator[Piece]:
+    def pieces(self, source: Any, size: int = PIECE, *, label: bool = True) -> Iterator[Piece]:
         """Read a source, at most `size` rows at a time.
 
         Args:
             source: the path of a table or an array; a pandas table; an array (n, x) in the data's own units; a batch
                 dict of tensors as the program takes it, which is passed on as it is; or `Data`, for their test part.
             size: rows of a piece.
+            label: whether a table has to have the label that the model is given.
 
         Raises:
             ValueError: If a column is missing or of another type, or holds words that the training data lack; or if the
@@ -91,7 +94,7 @@ class Reader:
         start = 0
         tables = self._tables(source, size)
         for part in self._arrays(source, size) if tables is None else tables:
-            piece = self._matched(part, start) if isinstance(part, Table) else self._array(part, start)
+            piece = self._matched(part, start, label) if isinstance(part, Table) else self._array(part, start)
             start += len(piece.index)
             yield piece
         if not start:
@@ -172,12 +175,13 @@ class Reader:
     def _name(self, column: int) -> str:
         return str(column + 1) if self.columns.names is None else repr(self.columns.names[column])
 
-    def _matched(self, table: Table, start: int) -> Piece:
+    def _matched(self, table: Table, start: int, label: bool) -> Piece:
         """Rows of a table, its columns found by name, or by place where they have none."""
         names = self.columns.names or tuple(list(table.cells)[: self.columns.count])
         if self.columns.names is None and len(table.cells) != self.columns.count:
             raise ValueError(f"Expected {self.columns.count} columns in {table.source}; got {len(table.cells)}.")
         needed = [*names, *([self.size_factor] if self.size_factor not in (None, "total") else [])]
+        needed += [str(self.label)] if label and self.classes is not None else []
         if lacking := [name for name in needed if name not in table.cells]:
             close = difflib.get_close_matches(lacking[0], table.cells, 1)
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -190,6 +194,8 @@ class Reader:
         n = len(values)
         if self.size_factor not in (None, "total"):
             batch["size_factor"] = torch.from_numpy(table.column(str(self.size_factor))[0]).to(batch["x"].dtype)
+        if label and self.classes is not None:
+            batch["y"] = torch.from_numpy(self._column(table, str(self.label), self.classes)).long()
         index = np.arange(start, start + n) if self.id not in table.cells else np.asarray(table.cells[self.id])
         return Piece(batch, index, np.asarray(table.cells[self.label]) if self.label in table.cells else None)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,7 +17,9 @@ from ppl_vae._checks import check_int
 from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.like import PIECE, Piece, Reader
+from ppl_vae.data.loading import Data
 from ppl_vae.data.transforms import Transform
+from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.impute import impute
 from ppl_vae.evaluation.latents import codes
@@ -31,7 +33,7 @@ from ppl_vae.runs.results import Result, as_result, check_new, write, write_text
 if TYPE_CHECKING:
     pass
 
-WHATS = ("encode", "reconstruct", "score", "impute", "sample", "weights")
+WHATS = ("encode", "reconstruct", "score", "impute", "predict", "sample", "weights")
 _DRAWS = 100  # of the guide for each row, in a reconstruction
 
 
@@ -46,6 +48,8 @@ class Applied:
         samples: importance samples per row of a score, by default.
         seed: of all draws.
         piece: rows that are read at a time, a multiple of 100, so that scores are those of all rows at once.
+        data: loads the data that the program was fitted to.
+        class_prior: of the classes, for a conditional model; by default the frequencies of the training part.
     """
 
     program: Any
@@ -54,6 +58,8 @@ class Applied:
     samples: int = 1000
     seed: int = 0
     piece: int = PIECE
+    data: Callable[[], Data] | None = None
+    class_prior: Any = None
 
     @classmethod
     def of(cls, run: Any) -> "Applied":
@@ -78,9 +84,12 @@ class Applied:
             array=getattr(data, "array", None),
             seed=run.spec.svi.seed,
             missing=getattr(data, "missing", "refuse") == "model",
+            classes=tuple(known["classes"]) if "y" in getattr(run.program, "given_keys", ()) else None,
         )
         held_out = kept["log_evidence"].double() if known["part"] == "test" else None
-        return cls(run.program, reader, held_out, run.spec.evaluation.samples, run.spec.svi.seed)
+        prior = getattr(run.spec.evaluation, "class_prior", None)
+        options = {"data": run.spec.load_data, "class_prior": prior}
+        return cls(run.program, reader, held_out, run.spec.evaluation.samples, run.spec.svi.seed, **options)
 
     @property
     def columns(self) -> Columns:
@@ -196,6 +205,32 @@ class Applied:
             yield Result(arrays, piece.index, table.assign(**trust))
 
     @torch.no_grad()
+    def predict(self, source: Any, samples: int | None = None) -> Iterator[Result]:
+        """The class of each row by p(y|x), of a model that is given the label, with the error of its probability.
+
+        `uncertain` rows have a rival within the errors; an `outlier` is explained by no class, and is predicted none.
+        """
+        if getattr(getattr(self.program, "given", None), "classes", None) is None or self.data is None:
+            raise ValueError('Expected a model that is given the label, [model] given = "y", for predict; got another.')
+        data, samples = self.data(), self.samples if samples is None else check_int("samples", samples)
+        known, prior = data.train if data.validation is None else data.validation, self.class_prior
+        if prior in (None, "frequencies"):
+            prior = data.train["y"].bincount(minlength=self.program.given.classes).tolist()
+        options: Any = {"class_prior": prior, "known": {key: value[:1000] for key, value in known.items()}}
+        words = np.array([*(data.classes or map(str, range(self.program.given.classes))), "none"])
+        for number, piece in enumerate(self.reader.pieces(source, self.piece, label=False)):
+            batch = {key: value for key, value in piece.batch.items() if key != "y"}
+            found = class_evidence(self.program, batch, samples, seed=fold_in(self.seed, "predict", number), **options)
+            best, blocks = found.best.unsqueeze(1), {"p": ([f"p({word})" for word in words[:-1]], found.probability)}
+            blocks["error"] = ["error"], found.error.gather(1, best)
+            result = as_result(piece.index, blocks)
+            chosen = {"prediction": words[found.prediction.numpy(force=True)]}
+            flags = {name: getattr(found, name).numpy(force=True) for name in ("uncertain", "outlier")}
+            yield Result(
+                result.arrays | chosen | flags, piece.index, result.table.assign(**chosen, **flags), piece.labels
+            )
+
+    @torch.no_grad()
     def sample(self, n: int) -> Iterator[Result]:
         """New rows from the model, in the data's own units."""
         check_int("n", n)
@@ -295,7 +330,7 @@ def carry_out(
         out: a new file.
         screen: the stream, where there is no file.
         n: rows of `sample`.
-        samples: importance samples per row of `score` and `impute`.
+        samples: importance samples per row of `score`, `impute` and `predict`.
         outlier: the label of outliers, for the AUROC of `score`.
 
     Returns:
@@ -312,7 +347,7 @@ def carry_out(
         results = applied.sample(n)
     else:
         source = run.spec.load_data() if source is None else source
-        options = (samples,) if what in ("score", "impute") else ()
+        options = (samples,) if what in ("score", "impute", "predict") else ()
         results = getattr(applied, what)(source, *options)
 
     def seen() -> Iterator[Result]:

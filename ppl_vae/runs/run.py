@@ -83,6 +83,10 @@ class Run:
         """The rows with their missing cells filled, and how far to trust them; arguments as of `score`."""
         return self._table("impute", self._source(data), samples)
 
+    def predict(self, data: Any = None, samples: int | None = None) -> "DataFrame":
+        """The class of each row by p(y|x), with the error of its probability; arguments as of `score`."""
+        return self._table("predict", self._source(data), samples)
+
     def sample(self, n: int) -> "DataFrame":
         """New rows from the model, in the data's own units."""
         return self._table("sample", n)
@@ -402,6 +406,7 @@ def _write_report(
             "features": data.features,
             "columns": data.columns.to_dict(),
             "whole": target.structure.whole,
+            **({} if data.classes is None else {"classes": list(data.classes)}),
             "n_train": len(next(iter(data.train.values()))),
             "n_test": len(next(iter(data.test.values()))),
         },

@@ -183,6 +183,54 @@ def test_missing_cells_are_filled_as_by_gaussian_conditioning(run):
     np.testing.assert_allclose(found["grams"].drop("r3").drop("r5"), frame["grams"].drop([3, 5]), rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    draw = np.random.default_rng(3)
+    kind = draw.integers(0, 2, N)
+    frame = pd.DataFrame({"a": kind * 3 + draw.normal(size=N), "b": -kind + draw.normal(size=N)})
+    frame["kind"] = np.array(["cat", "dog"])[kind]
+    frame.to_csv(folder / "kinds.csv", index=False)
+    torch.set_default_dtype(torch.float32)
+    data = {"name": str(folder / "kinds.csv"), "label": "kind", "scaling": "standardize"}
+    fit_spec(spec(folder / "kinds.csv", data=data, model={"latent": 1, "given": "y"}), out=folder / "run", device="cpu")
+    return load_run(folder / "run"), frame
+
+
+def test_classes_are_those_of_the_discriminant(conditional):
+    run, frame = conditional
+    found = run.predict(frame.drop(columns="kind"))
+    data = run.spec.load_data()
+    x = torch.from_numpy((frame[["a", "b"]].to_numpy() - data.transform.loc) / data.transform.scale).float()
+    each = [exact_log_evidence(run.program, {"x": x, "y": torch.full((N,), y)}) for y in (0, 1)]
+    prior = (data.train["y"].bincount().double() / len(data.train["y"])).log()
+    exact = (torch.stack(each, 1) + prior).softmax(1)[:, 1].numpy()
+    assert (np.abs(found["p(dog)"] - exact) < 6 * found["error"] + 1e-3).all()
+    right = found["prediction"].to_numpy() == frame["kind"].to_numpy()
+    assert right.mean() > 0.8
+    assert (found["prediction"][found["outlier"]] == "none").all()
+    far = frame.head(1).assign(a=60.0)
+    assert run.predict(far)["prediction"].item() == "none"
+
+
+def test_a_label_that_the_model_is_given_is_read_from_the_table(conditional):
+    run, frame = conditional
+    codes = run.encode(frame.head(40))
+    data = run.spec.load_data()
+    x = torch.from_numpy((frame[["a", "b"]].to_numpy() - data.transform.loc) / data.transform.scale).float()[:40]
+    y = torch.tensor([int(kind == "dog") for kind in frame["kind"][:40]])
+    np.testing.assert_allclose(codes["z"], run.encode({"x": x, "y": y})["z"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got 'dgo'.*Did you mean 'dog'"):
+        run.encode(frame.head(2).assign(kind="dgo"))
+    with pytest.raises(ValueError, match="lacks 'kind'"):
+        run.encode(frame.drop(columns="kind"))
+
+
+def test_a_model_without_labels_predicts_none(run):
+    with pytest.raises(ValueError, match='given = "y"'):
+        run.predict()
+
+
 def test_a_sampled_table_reads_back_with_its_kinds(mixed, tmp_path):
     run, frame = mixed
     carry_out(run, "sample", n=400, out=tmp_path / "new.csv")
