@@ -20,6 +20,7 @@ adversary: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/vectorised.py
+	$(BIN)/python benchmarks/hierarchical.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -27,7 +27,7 @@ class Regression:
         with pyro.plate("data", len(y), subsample_size=subsample_size) as rows:
             mean = (x[rows] * weight).sum(-1) + intercept
             fn = dist.Bernoulli(logits=mean) if scale is None else dist.Normal(mean, scale)
-            pyro.sample("y", fn, obs=y[rows])
+            pyro.sample("y", fn, obs=y[rows].to(x))
 
     def guide(self, x: Tensor, y: Tensor) -> None:
         """Independent normals, log-normal for the noise."""

@@ -17,6 +17,7 @@ from .infer.reference import reference_posterior as reference_posterior
 from .infer.svi import fit as fit
 from .programs.closed_form import exact_log_evidence as exact_log_evidence
 from .programs.closed_form import exact_posterior as exact_posterior
+from .programs.given import Given as Given
 from .programs.linear_models import PPCA as PPCA
 from .programs.program import Program as Program
 from .programs.program import unique_name as unique_name

@@ -28,7 +28,7 @@ DISK = (
 )
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
-What = Literal["encode", "reconstruct", "score", "sample", "weights"]
+What = Literal["encode", "reconstruct", "score", "impute", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
 SpecPath = Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")]
 Set = Annotated[
@@ -96,11 +96,11 @@ def evaluate(
 @app.command()
 def apply(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    what: Annotated[What, typer.Argument(help="encode, reconstruct, score, sample, or weights against a skew.")],
+    what: Annotated[What, typer.Argument(help="encode, reconstruct, score, impute, sample, or weights.")],
     data: Annotated[Path | None, typer.Argument(help="A table or an array; by default the held-out rows.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new .csv, .tsv, .parquet or .npz; else printed as CSV.")] = None,
     n: Annotated[int, typer.Option("-n", help="Rows of `sample`.")] = 1000,
-    samples: Annotated[int | None, typer.Option(help="Importance samples per row of `score`.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Importance samples per row of `score` and `impute`.")] = None,
     outlier: Annotated[str | None, typer.Option(help="The label of outliers, for the AUROC of `score`.")] = None,
     trust_code: Trust = False,
     as_json: Json = False,

@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
-from ppl_vae import VAE, Conditional, Program
+from ppl_vae import VAE, Conditional, Given, Program
 from ppl_vae.families import ExactNormal, FullNormal, Normal, StandardNormal
 from ppl_vae.networks import Linear
 from ppl_vae.programs.program import load_program
@@ -290,6 +290,52 @@ def masked_plate() -> Twin:
     return Twin(Program(model, guide), {"x": x, "mask": mask}, *oracle.truth(array(x), mask.numpy()))
 
 
+def given_classes() -> Twin:
+    """A label of three classes, given to all parts: each class has a mean and a covariance of its own."""
+    x, y, mask = draws(7, 5), torch.arange(7) % 3, draws(7, 5, seed=2) > -1.5
+    vae = given_vae(3)
+    parts = [class_oracle(vae, label).truth(array(x), mask.numpy()) for label in range(3)]
+    own = [np.stack([parts[label][part][row] for row, label in enumerate(y.tolist())]) for part in range(3)]
+    return Twin(vae, {"x": x, "y": y, "mask": mask}, *own)
+
+
+def given_covariates() -> Twin:
+    """A number and a code, given to the likelihood, which they shift."""
+    prior, likelihood = Conditional(Normal(2)), Conditional(Normal(4, scale=0.5), Linear(), context=(2, 4))
+    given = Given(covariates=[0, 3])
+    vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood)), given).double()
+    randomise(vae)
+    known = torch.stack([10 * draws(6, seed=3) + 50, torch.arange(6).double() % 3], 1)
+    given.fit({"covariates": known})
+    number = array(known[:, 0])
+    seen = np.concatenate([((number - number.mean()) / number.std())[:, None], np.eye(3)[known[:, 1].long()]], 1)
+    x, weight, bias = draws(6, 4), array(vae.likelihood.network.weight), array(vae.likelihood.network.bias)
+    raw = array(vae.prior.network.value)
+    oracle = Dense(raw[:2], np.diag(positive(torch.tensor(raw[2:])) ** 2), weight[:, :2], bias, np.full(4, 0.25))
+    return Twin(vae, {"x": x, "covariates": known}, *oracle.truth(array(x) - seen @ weight[:, 2:].T))
+
+
+def given_vae(classes: int, size: int = 5, latent: int = 2) -> VAE:
+    """Quadratic discriminant analysis as a VAE with the exact guide, with random weights."""
+    prior = Conditional(FullNormal(latent), Linear(), context=classes)
+    likelihood = Conditional(Normal(size, scale="feature"), Linear(), context=(latent, classes))
+    given = Given(y=classes, to=["prior", "likelihood", "posterior"])
+    vae = VAE(prior, likelihood, Conditional(ExactNormal(prior, likelihood)), given).double()
+    randomise(vae)
+    return vae
+
+
+def class_oracle(vae: Any, label: int) -> Dense:
+    """Read the model of one class of such a VAE into arrays."""
+    z, network, raw = vae.prior.family.event_shape[0], vae.likelihood.network, vae.prior.network
+    values = array(raw.weight)[:, label] + array(raw.bias)
+    tril = np.zeros((z, z))
+    tril[np.tril_indices(z)] = values[z:]
+    np.fill_diagonal(tril, np.logaddexp(0.0, tril.diagonal()) + FLOOR)
+    weight, noise = array(network.weight), positive(vae.likelihood.family.raw_scale) ** 2
+    return Dense(values[:z], tril @ tril.T, weight[:, :z], array(network.bias) + weight[:, z + label], noise)
+
+
 TWINS: dict[str, Callable[[], Twin]] = {
     builder.__name__: builder
     for builder in (
@@ -308,6 +354,8 @@ TWINS: dict[str, Callable[[], Twin]] = {
         two_level,
         state_space,
         inner_plate,
+        given_classes,
+        given_covariates,
     )
 }
 

@@ -1,7 +1,7 @@
 """Columns: what a model of `x` has to know about it beside its number of features."""
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
@@ -30,6 +30,8 @@ class Columns:
         levels: How many values each can take, 0 if that is not finite; codes run from 0 to `levels - 1`.
         categories: The words of the columns that held text, by name, in the order of their codes.
         missing: The share of each column that is missing in the training part; None if no entry of the data is.
+        given: How many values each column of the batch's other entries can take, 0 for numbers: of the label `y` the
+            number of its classes, of `covariates` one for each column.
     """
 
     count: int
@@ -39,13 +41,23 @@ class Columns:
     levels: tuple[int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     missing: tuple[float, ...] | None = None
+    given: dict[str, tuple[int, ...]] | None = None
+
+    def only(self, kept: list[int]) -> "Columns":
+        """Some of the columns, which are no picture."""
+        few: dict[str, Any] = {
+            key: None if getattr(self, key) is None else tuple(getattr(self, key)[j] for j in kept)
+            for key in ("names", "kinds", "levels", "missing")
+        }
+        words = {name: each for name, each in (self.categories or {}).items() if name in (few["names"] or ())}
+        return replace(self, count=len(kept), shape=None, categories=words or None, **few)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         known = {key: value for key, value in asdict(self).items() if value is not None}
         known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
-        if self.categories is not None:
-            known["categories"] = {name: list(words) for name, words in self.categories.items()}
+        for key in known.keys() & {"categories", "given"}:
+            known[key] = {name: list(each) for name, each in known[key].items()}
         return known
 
     def to_table(self, values: npt.NDArray[Any], index: Any = None) -> "DataFrame":
@@ -62,8 +74,8 @@ class Columns:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        if known.get("categories"):
-            known["categories"] = {key: tuple(words) for key, words in known["categories"].items()}
+        for key in known.keys() & {"categories", "given"}:
+            known[key] = {name: tuple(each) for name, each in known[key].items()}
         return cls(**known)
 
 

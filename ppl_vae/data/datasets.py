@@ -34,7 +34,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 EMBEDDED = (*BUNDLED, "keywords")
 NAMES = ("digits", *EMBEDDED, *TORCHVISION)
 SUFFIXES = (".npy", ".npz", *tables.TEXT, *tables.BINARY)
-_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing")
+_ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing", "covariates")
 _LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
 
@@ -74,7 +74,7 @@ def unused_keys(name: str) -> dict[str, str]:
     unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
     unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
     if suffix in (".npy", ".npz"):
-        named = ("id", "columns", "leave_out", "categories")
+        named = ("id", "columns", "leave_out", "categories", "covariates")
         unused |= dict.fromkeys(named, "an array, whose columns have no names")
     if suffix == ".npy":
         unused["label"] = "an array alone"
@@ -120,11 +120,13 @@ def read_dataset(
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:
-    """Read a table that scikit-learn brings; that of `diabetes` in its own units, without its target."""
+    """Read a table of scikit-learn's; that of `diabetes` in its own units, its target only if `columns` has `y`."""
     options = {"scaled": False} if name == "diabetes" else {}
     bunch = getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")(**options)
     table = Table(name, dict(zip(map(str, bunch.feature_names), bunch.data.T, strict=True)))
     if name == "diabetes":
+        if "y" in (roles.columns or ()):
+            table.cells["y"] = bunch.target
         return tables.choose(table, replace(roles, categories=[*(roles.categories or ()), "sex"]))
     y, classes = bunch.target.astype(np.int64), tuple(map(str, bunch.target_names))
     return replace(tables.choose(table, roles), y=y, classes=classes)

@@ -33,6 +33,8 @@ class RawData:
         classes: The words of `y`, in the order of its codes, or None.
         ids: What tells the rows apart (n,), or None.
         size_factor: By how much each row counts more than the average (n,), or None.
+        covariates: What else is known of each row, (n, c), words as codes, or None.
+        covariate_words: The words of each of these columns by name, none for one of numbers.
         roles: The role of each column that is no feature.
         lines: The line of each row in a text file (n,), or None.
     """
@@ -52,6 +54,8 @@ class RawData:
     classes: tuple[str, ...] | None = None
     ids: npt.NDArray[Any] | None = None
     size_factor: npt.NDArray[np.float64] | None = None
+    covariates: npt.NDArray[np.float64] | None = None
+    covariate_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     lines: npt.NDArray[np.int64] | None = None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_choice
+from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
 from ppl_vae.data.datasets import read_dataset
 from ppl_vae.data.files import RawData, present
-from ppl_vae.data.tables import Roles, check_categories, check_columns, complete_rows, totals
+from ppl_vae.data.tables import LABEL, UNLABELLED, Roles, check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Data:
     """A data set in its parts, each a dict of tensors with leading n, and the protocol that made them.
 
-    `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels; `size_factor` is
-    (n,) if it was asked for; `mask` is boolean as `x`, True where observed, if an entry is missing, where `x` is NaN.
+    `x` is (n, x) of the dtype asked for, words as codes; `y` is (n,) of int64 if the set has labels, -1 where one is
+    not known; `size_factor` (n,) and `covariates` (n, c) are there if they were asked for; `mask` is boolean as `x`,
+    True where observed, if an entry is missing, where `x` is NaN.
 
     Attributes:
         name: The name of the set or file.
@@ -37,14 +38,15 @@ class Data:
         validation: The part to choose settings by, or None. It never changes.
         test: The part to evaluate on. It never changes.
         protocol: What was done to the data, ready for JSON. Evaluations compare if `digest`, the SHA-256 of the test
-            part, is equal. `log_volume` (nats per datum) turns a density of `x` into one of the values as stored:
-            log p(stored) = log p(x) - log_volume, for a row without missing entries.
+            part (of the training part if there is no other), is equal. `log_volume` (nats per datum) turns a density of
+            `x` into one of the values as stored: log p(stored) = log p(x) - log_volume, for a row without missing
+            entries.
         transform: From stored values to `x`.
         columns: The columns of `x`: names, kinds, levels, categories, and the picture that a row flattens.
         row_numbers: Of each part, the rows (n,) of the source that it holds, counted from 0 without a header.
         ids: Of each part, what tells its rows apart (n,), or None: the column `id`, or the paths of pictures.
         classes: The words of `y` in the order of its codes, or None.
-        roles: The role of each column that is no feature: `label`, `id`, `size factor` or `left out`.
+        roles: The role of each column that is no feature: `label`, `id`, `size factor`, `covariate` or `left out`.
         suspects: Features that look like something else, by name: `label`, `id` or `constant`.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
     """
@@ -97,6 +99,42 @@ class Data:
             raise ValueError(f"Expected the {len(index)} rows of the part {part!r}; got {len(x)}.")
         return self.columns.to_table(self.transform.inverse(x), index)
 
+    def with_entries(self, names: Iterable[str]) -> "Data":
+        """Copy of the data whose columns of these names are entries of the batch, (n,), and no longer part of `x`.
+
+        `x` is left out if no column is left for it. Names that no column has, or that the batch has already, are
+        ignored.
+
+        Raises:
+            ValueError: If cells of such a column are missing.
+        """
+        own, asked = self.columns.names or (), set(names) - self.train.keys()
+        taken = [name for name in own if name in asked]
+        kept = [j for j, name in enumerate(own) if name not in taken]
+        if not taken:
+            return self
+        gone = [name for name in taken if self.columns.missing is not None and self.columns.missing[own.index(name)]]
+        if gone:
+            raise ValueError(f"Expected no missing cells in '{gone[0]}', an entry of its own; got some. Drop the rows.")
+
+        def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            x: dict[str, Tensor] = {key: tensors[key][:, kept] for key in ("x", "mask") if key in tensors and kept}
+            others = {key: value for key, value in tensors.items() if key not in ("x", "mask")}
+            return {**x, **others, **{name: tensors["x"][:, own.index(name)] for name in taken}}
+
+        loc, scale = (each[kept] if each.ndim else each for each in (self.transform.loc, self.transform.scale))
+        return replace(
+            self,
+            train=part(self.train),
+            validation=self.validation and part(self.validation),
+            test=part(self.test),
+            stored=None if self.stored is None or not kept else {"x": self.stored["x"][:, kept]},
+            transform=replace(self.transform, loc=loc, scale=scale),
+            columns=self.columns.only(kept),
+            roles={**self.roles, **dict.fromkeys(taken, "entry of its own")},
+            suspects={name: look for name, look in self.suspects.items() if name not in taken},
+        )
+
     def to(self, device: torch.device | str) -> "Data":
         """Copy of the data with every tensor on `device`."""
         moved: dict[str, Any] = {
@@ -129,6 +167,8 @@ def load(
     leave_out: list[str] | None = None,
     categories: list[str] | None = None,
     size_factor: str | None = None,
+    covariates: list[str] | None = None,
+    labelled: int | None = None,
     separator: str | None = None,
     missing: str = "refuse",
     seed: int = 0,
@@ -163,6 +203,9 @@ def load(
         categories: Columns to read as words, even if they hold numbers.
         size_factor: By how much a row counts more than the average: a column, or "total", the row's total (of counts)
             over the mean total of the training part.
+        covariates: The columns of a table that become `covariates`: numbers as they are, words as codes.
+        labelled: How many training data keep their label, as many of each class as there are; the other labels become
+            -1, as do missing cells of the label's column, which are refused otherwise. None keeps them all.
         separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` (and, in a `.txt`,
             a space) that gives the first lines equally many cells.
         missing: What becomes of missing cells of a table, or NaN in an array: "refuse" them, "drop rows" that have
@@ -180,7 +223,7 @@ def load(
         dequantization: "none", or "uniform": integers plus noise in [0, 1), before the scaling, which then divides by
             the maximum + 1. "standardize" allows for the noise: mean + 1/2, variance + 1/12.
         validation_fraction: The share of the training part that is set aside for validation.
-        test_fraction: The share of a file's rows for testing; named sets have a split of their own.
+        test_fraction: The share of a file's rows for testing, 0 for none; named sets have a split of their own.
         download: Whether a named set may be downloaded.
         dtype: torch.float32 or torch.float64.
 
@@ -200,8 +243,8 @@ def load(
         raise ValueError(f"Expected `dtype` torch.float32 or torch.float64; got {dtype}.")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"Expected `validation_fraction` in [0, 1); got {validation_fraction}.")
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"Expected `test_fraction` in (0, 1); got {test_fraction}.")
+    if not 0 <= test_fraction < 1:
+        raise ValueError(f"Expected `test_fraction` in [0, 1); got {test_fraction}.")
     if binarization != "none" and (scaling == "standardize" or dequantization == "uniform"):
         raise ValueError(
             f'Expected scaling "none" or "unit" and dequantization "none" beside binarization = '
@@ -209,12 +252,14 @@ def load(
             f"have neither a scale nor bins: leave out one of the two."
         )
 
-    roles = Roles(label, id, columns, leave_out, categories, size_factor, separator)
+    roles = Roles(label, id, columns, leave_out, categories, size_factor, separator, covariates, labelled)
     raw = read_dataset(name, root, array, download, roles)
     raw, kept = complete_rows(raw, Path(name).name, missing)
     rows = _split(raw, seed, validation_fraction, test_fraction)
     check_columns(raw, rows["train"])
     check_categories(raw, rows["train"])
+    if labelled is not None:
+        raw = replace(raw, y=_withhold(raw, rows["train"], labelled, seed))
     kinds = _infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
     factors, mean_total = raw.size_factor, None
@@ -235,6 +280,8 @@ def load(
             parts[part]["y"] = torch.from_numpy(raw.y[index])
         if factors is not None:
             parts[part]["size_factor"] = torch.from_numpy(factors[index]).to(dtype)
+        if raw.covariates is not None:
+            parts[part]["covariates"] = torch.from_numpy(raw.covariates[index]).to(dtype)
     file = Path(name).name
     by = "the set's own" if raw.in_order else "permutation by seed"
     protocol = {
@@ -249,7 +296,7 @@ def load(
         "loc": _summary(transform.loc),
         "scale": _summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
-        "digest": _digest(parts["test"]),
+        "digest": _digest(parts["test" if len(rows["test"]) else "train"]),
         **({"roles": raw.roles} if raw.roles else {}),
         **({"mean_total": mean_total} if mean_total is not None else {}),
     }
@@ -291,7 +338,8 @@ def _split(
     order = np.arange(n) if raw.in_order else shuffled(np.arange(n), "split")
     train, test = order[:n_train], order[n_train:]
     n_validation = round(validation_fraction * n_train)
-    if not len(test) or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
+    no_test = not len(test) and (test_fraction > 0 or raw.n_train is not None)
+    if no_test or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
         raise ValueError(
             f"Expected rows for every part; got {n} rows, which makes {n_train - n_validation} for training, "
             f"{n_validation} for validation (`validation_fraction` = {validation_fraction}) and {len(test)} "
@@ -301,6 +349,23 @@ def _split(
         return {"train": train, "test": test}
     train = shuffled(train, "split-validation")
     return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
+
+
+def _withhold(raw: RawData, train: npt.NDArray[np.int64], labelled: int, seed: int) -> npt.NDArray[np.int64]:
+    """Labels (n,), -1 for the training rows beyond the first ones of each class, in an order by seed."""
+    if raw.y is None:
+        raise ValueError(f"Expected labels, for `labelled`; got data without any. Name their column: {LABEL}.")
+    labelled, y, generator = (
+        check_int("labelled", labelled),
+        raw.y.copy(),
+        torch.Generator().manual_seed(fold_in(seed, "labelled")),
+    )
+    order = train[torch.randperm(len(train), generator=generator).numpy()]
+    order = order[y[order] >= 0]
+    order = order[np.argsort(y[order], kind="stable")]
+    turn = np.concatenate([np.arange(count) for count in np.unique(y[order], return_counts=True)[1]])
+    y[order[np.argsort(turn, kind="stable")[labelled:]]] = UNLABELLED
+    return y
 
 
 def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | None:
@@ -327,7 +392,11 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
         levels = (2,) * n
     elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
         levels = (raw.maximum + 1,) * n
-    return Columns(n, raw.shape, raw.names, None if kinds is None else tuple(kinds), levels, raw.categories or None)
+    given: Any = {} if raw.y is None else {"y": (len(raw.classes or ()) or int(raw.y.max()) + 1,)}
+    if raw.covariates is not None:
+        given["covariates"] = tuple(map(len, raw.covariate_words.values()))
+    known = None if kinds is None else tuple(kinds)
+    return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
 
 
 def _digest(part: Mapping[str, Tensor]) -> str:

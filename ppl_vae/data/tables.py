@@ -22,6 +22,8 @@ from ppl_vae.data.files import RawData, encode, intensity, rows_text
 TEXT = (".csv", ".tsv", ".txt")
 BINARY = (".parquet", ".feather")
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
+LABEL = """--set 'data.label="NAME"'"""  # what names the column of labels
+UNLABELLED = -1  # in `y`, where the label is not known
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 
 
@@ -36,6 +38,8 @@ class Roles:
     categories: Sequence[str] | None = None
     size_factor: str | None = None
     separator: str | None = None
+    covariates: Sequence[str] | None = None
+    labelled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ def choose(table: Table, roles: Roles) -> RawData:
         ("label", "label", [roles.label]),
         ("id", "id", [roles.id]),
         ("size factor", "size_factor", [size]),
+        ("covariate", "covariates", roles.covariates or ()),
         ("left out", "leave_out", roles.leave_out or ()),
         ("feature", "columns", roles.columns or ()),
         ("", "categories", roles.categories or ()),
@@ -240,9 +245,10 @@ def choose(table: Table, roles: Roles) -> RawData:
         lines=table.lines,
     )
     if roles.label:
-        values, words = _complete(table, roles.label, "label")
-        where = f"column {roles.label!r} of {table.source}"
-        y, classes = (values.astype(np.int64), words) if words else encode(values, where)
+        values, words = table.column(roles.label) if roles.labelled else _complete(table, roles.label, "label")
+        where, known = f"column {roles.label!r} of {table.source}", ~np.isnan(values)
+        y = np.full(len(values), UNLABELLED)
+        y[known], classes = (values[known], words) if words else encode(values[known], where)
         raw = replace(raw, y=y, classes=classes)
     if roles.id:
         raw = replace(raw, ids=np.asarray(table.cells[roles.id]))
@@ -251,6 +257,10 @@ def choose(table: Table, roles: Roles) -> RawData:
         if words or not (values > 0).all():
             raise ValueError(f"Expected numbers above 0 as size factors in column {size!r} of {table.source}.")
         raw = replace(raw, size_factor=values)
+    if roles.covariates:
+        read = {name: _complete(table, name, "covariate") for name in roles.covariates}
+        words_of = {name: words for name, (_, words) in read.items()}
+        raw = replace(raw, covariates=np.stack([each for each, _ in read.values()], 1), covariate_words=words_of)
     return raw
 
 
@@ -279,7 +289,8 @@ def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.N
             f"Expected no missing cells in {file}; got some in {listed}: {rows_text(raw.lines, np.flatnonzero(gone))}. "
             f"To go on, {', or '.join(remedies)}."
         )
-    rows: dict[str, Any] = {key: getattr(raw, key) for key in ("x", "y", "ids", "size_factor", "lines")}
+    keys = ("x", "y", "ids", "size_factor", "covariates", "lines")
+    rows: dict[str, Any] = {key: getattr(raw, key) for key in keys}
     rows = {key: value if value is None else value[kept] for key, value in rows.items()}
     return replace(raw, **rows), kept
 
@@ -306,8 +317,11 @@ def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
     Raises:
         ValueError: With the words, their column and rows.
     """
-    for name, words in raw.categories.items():
-        codes = raw.x[:, (raw.names or ()).index(name)]
+    columns = [(name, words, raw.x[:, (raw.names or ()).index(name)]) for name, words in raw.categories.items()]
+    if raw.covariates is not None:
+        pairs = zip(raw.covariate_words.items(), raw.covariates.T, strict=True)
+        columns += [(name, words, codes) for (name, words), codes in pairs if words]
+    for name, words, codes in columns:
         other = np.flatnonzero(~np.isin(codes, codes[train]) & ~np.isnan(codes))
         if len(other):
             strange = sorted({words[int(code)] for code in codes[other]})

@@ -6,6 +6,8 @@ from .bounds import BoundCurve as BoundCurve
 from .bounds import bound_curve as bound_curve
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
+from .class_evidence import ClassEvidence as ClassEvidence
+from .class_evidence import class_evidence as class_evidence
 from .comparison import Comparison as Comparison
 from .comparison import compare_posteriors as compare_posteriors
 from .evidence import Evidence as Evidence

@@ -19,7 +19,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae.evaluation.pareto import pareto_k
+from ppl_vae._seeds import fork_rng
+from ppl_vae.evaluation.pareto import pareto_k, pareto_smoothed
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import Given, unscaled
@@ -27,7 +28,9 @@ from ppl_vae.programs.traces import Given, unscaled
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
 _DIMENSIONS = {  # that the variables of a group begin with
-    **dict.fromkeys(("posterior", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")),
+    **dict.fromkeys(
+        ("posterior", "reweighted", "posterior_predictive", "log_likelihood", "sample_stats"), ("chain", "draw", "obs")
+    ),
     **dict.fromkeys(("prior", "prior_predictive"), ("chain", "draw")),
     **dict.fromkeys(("observed_data", "constant_data"), ("obs",)),
 }
@@ -51,9 +54,11 @@ def to_datatree(
     | group | variables | dimensions |
     |---|---|---|
     | `posterior` | each latent site, by q(z\|x); enumerated ones by p(y\|z, x) | chain, draw, obs, ... |
+    | `reweighted` | the same draws, resampled by their smoothed importance weights | chain, draw, obs, ... |
     | `posterior_predictive` | each observed site, drawn anew | chain, draw, obs, ... |
     | `log_likelihood` | each observed site, nats, summed over its entries | chain, draw, obs |
     | `sample_stats` | `log_weight`, nats | chain, draw, obs |
+    | | `resampled`, the draws that make up `reweighted` | chain, draw, obs |
     | | `elbo`, nats, and `pareto_k` of those weights | obs |
     | `prior`, `prior_predictive` | the same by p(z) p(x\|z), with the first datum's covariates | chain, draw, ... |
     | `observed_data` | each observed site; NaN where masked | obs, ... |
@@ -61,6 +66,10 @@ def to_datatree(
 
     Where the whole data set counts as one datum there is no dimension `obs`: sites have dimensions of their own, and
     `log_likelihood` has an entry for each observation, so that `arviz.loo` runs.
+
+    Resampling by weights whose tail is smoothed (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and
+    Gabry 2024) turns the guide's draws into draws of the posterior as far as they reach: trust `reweighted` where
+    `pareto_k` is below 0.7. To compare models by such draws, take these entries of `log_likelihood` too.
 
     With the `reference` by NUTS its chains stand in place of the guide's draws, and `sample_stats` has `energy`, `lp`
     and `diverging` instead, so that ArviZ's R-hat, effective sample sizes and BFMI are those of the sampler.
@@ -107,7 +116,12 @@ def to_datatree(
     if reference is None:
         groups = _join([_block(block, draws, (seed, i * BLOCK)) for i, block in enumerate(target.blocks())], "obs")
         weights = torch.from_numpy(groups["sample_stats"]["log_weight"][0])
-        groups["sample_stats"] |= {"elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+        with fork_rng(seed, "resample", device=torch.device("cpu")):
+            shares = pareto_smoothed(weights).softmax(0).nan_to_num(1.0)
+            chosen = torch.multinomial(shares.T, draws, replacement=True).T.numpy()  # (k, n)
+        groups["reweighted"] = {name: _pick(array, chosen) for name, array in groups["posterior"].items()}
+        own = {"resampled": chosen[None], "elbo": weights.mean(0).numpy(), "pareto_k": pareto_k(weights).numpy()}
+        groups["sample_stats"] |= own
     else:
         groups = _sampled(target, reference, seed)
     first = target.rows(slice(0, 1))
@@ -160,6 +174,13 @@ def _draw(target: Target, guide: Trace, k: int) -> tuple[Groups, Any]:
         "log_likelihood": {name: _scores(target, model, k, name) for name in sites},
     }
     return groups, model
+
+
+def _pick(array: Array, chosen: Array) -> Array:
+    """The chosen draws (k, n) of each datum of (1, k, n, ...), or where the whole is one datum, of (1, k, ...)."""
+    if chosen.shape[1] == 1:
+        return array[:, chosen[:, 0]]
+    return np.take_along_axis(array, chosen.reshape(1, *chosen.shape, *(1,) * (array.ndim - 3)), 1)
 
 
 def _sampled(target: Target, reference: Reference, seed: int) -> Groups:

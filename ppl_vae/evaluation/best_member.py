@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from ppl_vae.families.family import Family
 from ppl_vae.infer.closest_normal import Density, closest_normal, polish
 from ppl_vae.infer.hmc import slope
 from ppl_vae.programs.capture import Captured
+from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.target import Target
 
 _STARTS = 300  # draws of the prior; a search starts at the best
@@ -81,15 +83,33 @@ class Search:
         target: the program, a `VAE`, and the block.
         key: of all draws.
         entries: how many numbers the draws may hold at a time.
+        real: the density of any other program, over its latent variables side by side on the real line.
     """
 
-    def __init__(self, target: Target, key: tuple[int, int], entries: int) -> None:
-        self.target, self.program, self.key, self.entries = target, target.program, key, entries
-        self.joint = Captured(lambda z: (target.score_sites("model", {"z": z}),))
-        self.both = Captured(partial(_value_and_slope, target))
-        self.steep = Captured(lambda z: _value_and_slope(target, z)[1:])
-        room = max(1, entries // target.batch["x"].numel())
+    def __init__(self, target: Target, key: tuple[int, int], entries: int, real: Joint | None = None) -> None:
+        self.target, self.program, self.key, self.entries, self.real = target, target.program, key, entries, real
+        self.event = target.program.prior.family.event_shape if real is None else torch.Size([real.size])
+        score = self._score(torch.arange(target.n, device=target.device))
+        self.joint = Captured(lambda z: (score(z),))
+        self.both = Captured(partial(_value_and_slope, score))
+        self.steep = Captured(lambda z: _value_and_slope(score, z)[1:])
+        room = max(1, entries // (target.n * (target.features if real else target.batch["x"][0].numel())))
         self.chunk = max(k for k in range(1, min(_CHECKS, room) + 1) if _CHECKS % k == 0)  # so that all have one shape
+
+    def _score(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Log density (k, m) at z (k, m, *event) of m of the data."""
+        real, n = self.real, self.target.n
+        if real is None:
+            target = self.target if len(rows) == n else self.target.rows(rows)
+            return lambda z: target.score_sites("model", {"z": z})
+
+        def score(u: Tensor) -> Tensor:
+            if len(rows) < n:  # a guide with one row per datum takes no part of the data
+                u = u.new_zeros(len(u), n, *u.shape[2:]).index_copy(1, rows, u)
+            prior, likelihood = real.log_probs(u)
+            return (prior + likelihood)[:, rows]
+
+        return score
 
     @torch.no_grad()
     def log_weights(self, members: Members, parameters: Tensor, draws: int, word: str) -> Tensor:
@@ -146,13 +166,22 @@ class Search:
     def _prior(self, guide: Members) -> Tensor:
         """Start at the prior's draw that explains each datum best, with a tenth of the prior's spread."""
         batch = self.target.batch
+        if self.real is not None:
+            with torch.no_grad(), pyro.validation_enabled(False), self.target.running(*self.key, "start"):
+                u = self.real.draw("prior", _STARTS)
+                scores = torch.cat([self.joint(part)[0] for part in u.split(self.chunk)]).nan_to_num(-math.inf)
+                centres = u[scores.argmax(0), torch.arange(self.target.n)].to(guide.start)
+                return guide.around(centres, 0.1 * (u - u.mean(0)).transpose(0, 1).to(guide.start))
         with torch.no_grad(), self.target.running(*self.key, "start"):
-            prior = self.program.prior().expand([_STARTS])
+            prior = self.program.prior(*self.program.context("prior", batch))
+            prior = prior.expand([_STARTS, *(prior.batch_shape or [1])])
             draws = prior.sample().to(guide.start)
-            decoded = (self.program.decode(z, **batch) for z in draws.unsqueeze(1).split(self.chunk))
+            decoded = (self.program.decode(z, **batch) for z in draws.split(self.chunk))
             likelihood = torch.cat([p.log_prob(batch["x"]) for p in decoded])  # decodes each draw once, for all data
-            best = (likelihood + prior.log_prob(draws).unsqueeze(1)).argmax(0)
-            return guide.around(draws[best], 0.1 * (draws - draws.mean(0)).expand(len(best), *draws.shape))
+            best = (likelihood + prior.log_prob(draws)).argmax(0)
+            spread = 0.1 * (draws - draws.mean(0)).transpose(0, 1)
+            own = torch.arange(len(best), device=best.device) if len(spread) > 1 else torch.zeros_like(best)
+            return guide.around(draws[best, own], spread.expand(len(best), *spread.shape[1:]))
 
     @torch.no_grad()
     def _newton(self, guide: Members, start: Tensor, word: str, steps: int) -> Tensor:
@@ -166,8 +195,8 @@ class Search:
 
     def _density(self, rows: Tensor) -> Density:
         """Log density of some of the data and its gradient at flat z; they are captured anew."""
-        n, event = len(rows), self.program.prior.family.event_shape
-        both = self.both if n == self.target.n else Captured(partial(_value_and_slope, self.target.rows(rows)))
+        n, event = len(rows), self.event
+        both = self.both if n == self.target.n else Captured(partial(_value_and_slope, self._score(rows)))
         chunk, dtype = max(self.chunk * self.target.n // n, 1), self.target.dtype or torch.get_default_dtype()
 
         def density(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,11 +247,11 @@ class Search:
         return 0.5 * (slopes * units).double().square().sum(1)
 
 
-def _value_and_slope(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_slope(score: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """Log p(x, z) and its gradient in z."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        value = target.score_sites("model", {"z": z})
+        value = score(z)
         return value.detach(), slope(value, z)
 
 

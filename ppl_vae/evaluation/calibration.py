@@ -9,19 +9,24 @@ Perreault-Levasseur 2023); and log p(x, z), which takes in x as well (Simulation
 Computation: The Choice of Test Quantities Shapes Sensitivity, Modrak et al. 2023).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fork_rng
+from ppl_vae.infer.svi import fit, parameters_of
 from ppl_vae.networks.table import Table
+from ppl_vae.programs.param_store import copied
 from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import BLOCK, Target
+from ppl_vae.programs.traces import batch_of, drawn_sites
 from ppl_vae.programs.vae import VAE
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
@@ -80,7 +85,14 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    program: Any, x: Any = None, *, draws: int = 99, simulations: int = 1000, level: float = 1e-3, seed: int = 0
+    program: Any,
+    x: Any = None,
+    *,
+    draws: int = 99,
+    simulations: int = 1000,
+    level: float = 1e-3,
+    refit: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Calibration:
     r"""Test a program's guide on data of its model, by simulation-based calibration and by coverage.
 
@@ -91,6 +103,9 @@ def calibrate(
         draws: the guide's draws of each simulation, L.
         simulations: pairs (z, x) drawn from the model, s.
         level: probability with which the verdict fails an exact guide.
+        refit: settings of `fit`, such as `{"epochs": 500}`, by which a copy of the guide is trained anew on each
+            simulated data set, from where it is now, the model unchanged. So a guide that does not read its data, such
+            as an autoguide, is tested together with its training. Each refit takes all of `x`, and gives n simulations.
         seed: of all draws; the global random state is left alone.
 
     Returns:
@@ -102,26 +117,33 @@ def calibrate(
             observed values.
 
     References:
-        Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. The reference point of a simulation is one
+        Talts et al. (2018), algorithm 1; Lemos et al. (2023), algorithm 2. With `refit`, Yes, but Did It Work?:
+        Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman 2018), section 3.2. The reference point of
+        a simulation is one
         more draw of the guide.
     """
     draws, simulations = check_int("draws", draws), check_int("simulations", simulations, 2)
     if not 0 < level < 1:
         raise ValueError(f"Expected `level` to be above 0 and below 1; got {level!r}.")
-    if x is None and isinstance(program, VAE):
+    if x is None and isinstance(program, VAE) and program.given is None:
         x = torch.zeros(1, *program.likelihood.family.event_shape)
     if x is None and not isinstance(program, Target):
-        raise ValueError(f"Expected placeholder data `x` for a {type(program).__name__}; only a VAE needs none.")
+        raise ValueError(
+            f"Expected placeholder data `x` for a {type(program).__name__}; a VAE that is given nothing needs none."
+        )
     target = Target.of(program, x)
-    if _keeps_rows(target, seed):
+    if refit is None and _keeps_rows(target, seed):
         raise ValueError(
             "Expected a guide that reads the data; this one draws the same whatever they are, or keeps one row per "
-            "datum, and simulated data have none. Compare it with a reference on its own data: compare_posteriors."
+            'datum, and simulated data have none. Train it anew for each simulation, refit={"epochs": 500}, or compare '
+            "it with a reference on its own data: compare_posteriors."
         )
-    parts, block_size = [], 1 if target.structure.whole else BLOCK
+    parts, block_size = [], 1 if target.structure.whole else BLOCK if refit is None else target.n
+    simulations = simulations if refit is None else -(-simulations // block_size) * block_size
     for number, rows in enumerate((torch.arange(simulations, device=target.device) % target.n).split(block_size)):
-        batch, truth = simulate_twice(target.rows(rows), seed, "simulate", number)
-        block = target.with_batch(batch)
+        part = target.rows(rows) if refit is None else target
+        batch, truth = simulate_twice(part, seed, "simulate", number)
+        block = target.with_batch(batch) if refit is None else _refitted(target, batch, {"seed": number, **refit})
         with block.running(seed, "guide", number):
             reference, *drawn = block.draws(draws + 1)
             z = torch.stack([truth, *drawn])
@@ -142,6 +164,25 @@ def calibrate(
         draws=draws,
         level=level,
     )
+
+
+@torch.enable_grad()
+def _refitted(target: Target, batch: Any, settings: Mapping[str, Any]) -> Target:
+    """A copy of a program whose guide is trained anew on other data; what its model learned stays."""
+    twin = Target(copied(target.program), batch)
+    with twin.running("refit"):
+        tensors = parameters_of(twin)
+        guide = poutine.trace(twin.program.guide).get_trace(**batch_of(twin.program.guide, twin.batch))
+        given = {name: node["value"].detach() for name, node in drawn_sites(guide).items()}
+        model = poutine.trace(poutine.condition(twin.program.model, given)).get_trace(**twin.batch)
+        score: Any = model.log_prob_sum()
+        slopes = (
+            torch.autograd.grad(score, tensors, allow_unused=True) if score.requires_grad else [None] * len(tensors)
+        )
+    own = [tensor for tensor, slope in zip(tensors, slopes, strict=True) if slope is None]
+    options: dict[str, Any] = {"device": str(target.device), "progress": False, "batch_size": target.n, **settings}
+    fit(twin, parameters=own, **options)
+    return twin
 
 
 def _keeps_rows(target: Target, seed: int) -> bool:

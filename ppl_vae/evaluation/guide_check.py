@@ -39,6 +39,9 @@ class SiteCheck:
         reference_scale: likewise.
         loc_bound: most that the guide's mean can be off if the guide's draws reach all mass; NaN where not known.
         scale_bound: the same of its standard deviation.
+        error: standard error of `loc`, by the draws.
+        reweighted_error: standard error of `reweighted_loc`; not to be relied on where k-hat is above 1/2.
+        reference_error: error of `reference_loc`: 0 in closed form, estimated by quadrature, a standard error by draws.
     """
 
     loc: Tensor
@@ -49,6 +52,9 @@ class SiteCheck:
     reference_scale: Tensor | None
     loc_bound: Tensor
     scale_bound: Tensor
+    error: Tensor
+    reweighted_error: Tensor
+    reference_error: Tensor | None = None
 
     @property
     def loc_error(self) -> Tensor:
@@ -116,8 +122,18 @@ class GuideCheck:
         }
         return dict(sorted(off.items(), key=lambda pair: -pair[1])[:most])
 
+    def moments(self, name: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+        """Means of a site, their errors and the standard deviations, by the guide, by weights and by the reference."""
+        site = self.sites[name]
+        rows = [("guide", site.loc, site.error, site.scale)]
+        rows += [("reweighted", site.reweighted_loc, site.reweighted_error, site.reweighted_scale)]
+        if self.reference is not None and site.reference_loc is not None:
+            known = site.reference_loc, site.reference_error, site.reference_scale
+            rows.append((self.reference.method, *known))  # type: ignore[arg-type]
+        return rows
+
     def __str__(self) -> str:
-        """Figures, then what to trust."""
+        """Figures, then what to trust: of a site with few entries each mean ± its error (standard deviation)."""
         evidence = self.evidence
         n, summary = len(evidence.elbo), evidence.summary()
         bound, value = summary["elbo"], summary["log_evidence"]
@@ -129,29 +145,31 @@ class GuideCheck:
             + (f" with {evidence.inner} of the local latents each" if evidence.inner > 1 else ""),
             f"  ELBO          {bound['mean']:.3f} {spread}",
             f"  log evidence  {value['mean']:.3f} {how} ({value['kind']})",
-            f"  Pareto k-hat  {_k(self.pareto_k)}" + ("" if self.whole else " at the most"),
+            f"  Pareto k-hat  {_k(self.pareto_k)}" + (_k_error(evidence) if self.whole else " at the most"),
             f"  effective     {float(evidence.ess.min()):.0f} of {evidence.samples} draws"
             + ("" if self.whole else " at the least"),
         ]
         if not self.whole and (worst := evidence.worst())["n"]:
             lines.append(f"  doubtful data {worst['n']}, the worst in rows {', '.join(map(str, worst['rows'][:5]))}")
         lines += [line for name, site in self.sites.items() for line in self._site(name, site)]
-        if self.reference is not None:
-            lines.append(self._checked(self.reference))
-        return "\n".join([*lines, *self.notes, self._verdict()])
+        return "\n".join([*lines, *self.words])
+
+    @property
+    def words(self) -> list[str]:
+        """Whether the reference passed its checks, what else to know, and last what to trust."""
+        checked = [] if self.reference is None else [self._checked(self.reference)]
+        return [*checked, *self.notes, self._verdict()]
 
     def _site(self, name: str, site: SiteCheck) -> list[str]:
         """Lines of a site: its moments, or if it has many, by how much they are off."""
-        columns = [("guide", site.loc, site.scale), ("reweighted", site.reweighted_loc, site.reweighted_scale)]
-        if site.reference_loc is not None and site.reference_scale is not None and self.reference is not None:
-            columns.append((self.reference.method, site.reference_loc, site.reference_scale))
         off = f"off by up to {float(site.loc_error.abs().max()):.2f} standard deviations"
         ratio = f"{float(site.scale_ratio.min()):.2f} to {float(site.scale_ratio.max()):.2f} times as wide"
         lines = [f"{name}: {off}, {ratio}"]
         if self.whole and site.loc.numel() <= _SHOWN:
-            for label, loc, scale in columns:
-                pairs = zip(loc.flatten().tolist(), scale.flatten().tolist(), strict=True)
-                lines.append(f"  {label:<12}" + "  ".join(f"{mean:.3g} ({spread:.2g})" for mean, spread in pairs))
+            for label, *columns in self.moments(name):
+                parts = zip(*(column.flatten().tolist() for column in columns), strict=True)
+                shown = "  ".join(f"{mean:.3g} ± {error:.1g} ({spread:.2g})" for mean, error, spread in parts)
+                lines.append(f"  {label:<12}{shown}")
             if not bool(site.loc_bound.isnan().any()):
                 bounds = "  ".join(f"{value:.2g}" for value in site.loc_bound.flatten().tolist())
                 lines.append(f"  mean off by at most {bounds}, a bound if the guide's draws reach all mass")
@@ -160,6 +178,9 @@ class GuideCheck:
     def _checked(self, reference: Reference) -> str:
         passed = "passed" if reference.converged else "did not pass"
         mixing = ""
+        if self.whole and bool(reference.log_evidence.isfinite().all()):
+            value, error = float(reference.log_evidence), float(reference.error)
+            mixing = f": log p(x) = {value:.3f}" + (f" ± {error:.1g}" if error else "")
         if "r_hat" in reference.diagnostics:
             r_hat, ess, lost = (reference.diagnostics[name] for name in ("r_hat", "ess", "divergences"))
             mixing = f": R-hat {float(r_hat.max()):.3f}, {float(ess.min()):.0f} effective draws, {int(lost.sum())} "
@@ -184,6 +205,11 @@ class GuideCheck:
             f"Trust the reweighted moments with care: k-hat is {k}, so they converge slowly and the log evidence is a "
             "lower bound. The guide itself differs from them as shown."
         )
+
+
+def _k_error(evidence: Evidence) -> str:
+    error = float(shape_error(evidence.pareto_k, evidence.samples))
+    return "" if math.isnan(error) else f" ± {error:.2f}"
 
 
 def _k(value: float) -> str:
@@ -247,17 +273,27 @@ def check_guide(
     if isinstance(reference, str):
         reference = reference_posterior(target, method=reference, seed=seed)  # type: ignore[arg-type]
     bounds = _bounds(evidence, columns[0], columns[1], columns[4], _local(target))
-    error = columns[1] / evidence.samples**0.5  # of the guide's mean by its draws
-    if reference is not None and _disagrees(reference, columns[0], bounds[0], error):
+    errors = columns[1] / evidence.samples**0.5, columns[5]
+    if reference is not None and _disagrees(reference, columns[0], bounds[0], errors[0]):
         bounds = [torch.full_like(bound, math.nan) for bound in bounds]
         notes.append("No bounds: the reference lies beyond them, so the guide's draws do not reach all mass.")
-    known = [None, None] if reference is None else [reference.loc, _scales(reference)]
-    sites = _by_site(target, [*columns[:4], *known, *bounds])
+    known = [None] * 3 if reference is None else [reference.loc, _scales(reference), _error(reference)]
+    sites = _by_site(target, [*columns[:4], *known[:2], *bounds, *errors, known[2]])
     return GuideCheck(evidence, sites, reference, target.structure.whole, tuple(notes))
 
 
 def _scales(reference: Reference) -> Tensor:
     return reference.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def _error(reference: Reference) -> Tensor:
+    """Error of a reference's means, (n, z)."""
+    checks, scale = reference.diagnostics, _scales(reference)
+    if "mcse_mean" in checks:
+        return checks["mcse_mean"]  # type: ignore[no-any-return]
+    if "moment_error" in checks:
+        return scale * checks["moment_error"].unsqueeze(-1)
+    return scale / checks["ess"].sqrt().unsqueeze(-1) if "ess" in checks else torch.zeros_like(scale)
 
 
 class _Moments:
@@ -268,8 +304,7 @@ class _Moments:
         if not hasattr(self, "origin"):
             self.origin, self.count = first[0], 0
             self.top = torch.full_like(draws.weights[0], -math.inf)
-            self.plain, self.weighted = torch.zeros(5, *first[0].shape).to(first), torch.zeros(3, *first[0].shape)
-            self.weighted = self.weighted.to(first)
+            self.plain, self.weighted, self.squared = (torch.zeros(m, *first[0].shape).to(first) for m in (5, 3, 3))
         top = torch.maximum(self.top, draws.weights.amax(0)).nan_to_num(0.0, neginf=-1e300)
         share = (draws.weights - top).exp().unsqueeze(-1)
         apart, near = first - self.origin, local - self.origin
@@ -277,17 +312,22 @@ class _Moments:
         powers = [apart, second - shift[0], apart**2, apart**3, apart**4]
         self.plain += torch.stack([power.sum(0) for power in powers])
         sums = [share.expand_as(near).sum(0), (share * near).sum(0), (share * (local_second - shift[1])).sum(0)]
-        self.weighted = self.weighted * (self.top - top).exp().unsqueeze(-1) + torch.stack(sums)
+        twice = [(share**2 * near**power).sum(0) for power in range(3)]
+        lower = (self.top - top).exp().unsqueeze(-1)
+        self.weighted = self.weighted * lower + torch.stack(sums)
+        self.squared = self.squared * lower**2 + torch.stack(twice)
         self.top, self.count = top, self.count + len(first)
 
     def figures(self) -> tuple[Tensor, ...]:
-        """Mean and standard deviation by the guide and by weights, and the guide's fourth central moment, (n, z)."""
+        """Mean and deviation by guide and weights, the guide's fourth moment, the weighted mean's error, (n, z)."""
         mean, second, square, cube, fourth = self.plain / self.count
         total, near, near_second = self.weighted
         near, near_second = near / total, near_second / total
         scales = [(a - b.square()).clamp_min(0).sqrt() for a, b in ((second, mean), (near_second, near))]
         central = fourth - 4 * mean * cube + 6 * mean.square() * square - 3 * mean**4
-        return self.origin + mean, scales[0], self.origin + near, scales[1], central.clamp_min(0)
+        spread = self.squared[2] - 2 * near * self.squared[1] + near.square() * self.squared[0]
+        error = spread.clamp_min(0).sqrt() / total
+        return self.origin + mean, scales[0], self.origin + near, scales[1], central.clamp_min(0), error
 
 
 def _bounds(evidence: Evidence, loc: Tensor, scale: Tensor, fourth: Tensor, local: Tensor) -> list[Tensor]:
@@ -337,7 +377,8 @@ def _untrained(target: Target, seed: int) -> bool:
 
         def names() -> set[str]:
             own = {name for name, _ in twin.named_parameters()} if isinstance(twin, torch.nn.Module) else set()
-            return own | {*own_params(twin)["params"], *pyro.get_param_store().keys()}
+            stored = {*own_params(twin)["params"], *pyro.get_param_store().keys()}
+            return own | {name for name in stored if "$$$" not in name}  # those of modules are there from the start
 
         before = names()
         with fork_rng(seed, device=target.device):

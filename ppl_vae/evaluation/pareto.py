@@ -44,10 +44,31 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     References:
         Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 3 and appendix C.
     """
-    samples = len(log_weights) if samples is None else samples
+    return _tail(log_weights, len(log_weights) if samples is None else samples, tolerance)[0]
+
+
+def pareto_smoothed(log_weights: Tensor) -> Tensor:
+    """Log weights (k, n) whose largest are replaced by the quantiles of their generalised Pareto tail, in their order.
+
+    They are as they were below 25 samples, if the tail is constant, or if some of it underflows.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2024), section 2.
+    """
+    samples, length = len(log_weights), tail_length(len(log_weights))
+    shape, scale = _tail(log_weights, samples, 1e-9)
+    top = log_weights.double().topk(min(length + 1, samples), 0)
+    levels = (torch.arange(len(top.values) - 1, 0, -1, device=shape.device).double().unsqueeze(-1) - 0.5) / length
+    excess = scale * torch.expm1(-shape * torch.log1p(-levels)) / shape
+    tail = ((top.values[-1] - top.values[0]).exp() + excess).log().clamp_max(0.0) + top.values[0]
+    return torch.where(scale.isnan(), log_weights.double(), log_weights.double().scatter(0, top.indices[:-1], tail))
+
+
+def _tail(log_weights: Tensor, samples: int, tolerance: Tensor | float) -> Tensor:
+    """Shape of the tail of each datum and its scale relative to the largest weight, (2, n)."""
     n = log_weights.shape[1]
     if samples < 25:
-        return log_weights.new_full((n,), math.nan)
+        return log_weights.new_full((2, n), math.nan)
     length = tail_length(samples)
     top = log_weights.topk(length + 1, 0).values
     top = (top - top[0]).double().clamp_min(_LOG_TINY - 1)
@@ -56,14 +77,15 @@ def pareto_k(log_weights: Tensor, samples: int | None = None, tolerance: Tensor 
     constant = excess[:, -1] <= 0
     counts = (excess > _TINY).sum(-1).clamp_min(min(5, length))
     excess = torch.where(constant.unsqueeze(-1), 1.0, excess.clamp_min(_TINY))
-    k = torch.zeros_like(excess[:, 0])
+    found = torch.zeros_like(excess[:, :2].T)
     for count in counts.unique().tolist():
-        k[counts == count] = _fit(excess[counts == count, -count:])
-    return torch.where(constant, math.nan, k)
+        found[:, counts == count] = _fit(excess[counts == count, -count:])
+    found[1, counts < length] = math.nan
+    return torch.where(constant, math.nan, found)
 
 
 def _fit(excess: Tensor) -> Tensor:
-    """Shape of each row's generalised Pareto distribution, (n,), of excesses over a threshold (n, tail), ascending."""
+    """Shape and scale, (2, n), of each row's generalised Pareto distribution, of ascending excesses (n, tail)."""
     length = excess.shape[1]
     grid = 30 + int(math.sqrt(length))
     quartile = excess[:, int(length / 4 + 0.5) - 1].unsqueeze(-1)
@@ -72,7 +94,8 @@ def _fit(excess: Tensor) -> Tensor:
     shape = torch.stack([torch.log1p(-one.unsqueeze(-1) * excess).mean(-1) for one in theta.T], -1)
     profile = length * (torch.log(-theta / shape) - shape - 1)
     best = (torch.softmax(profile, -1) * theta).sum(-1, keepdim=True)
-    return (length * torch.log1p(-best * excess).mean(-1) + 10 * 0.5) / (length + 10)
+    k = torch.log1p(-best * excess).mean(-1)
+    return torch.stack([(length * k + 10 * 0.5) / (length + 10), -k / best.squeeze(-1)])
 
 
 def _spread(top: Tensor, tolerance: Tensor | float) -> Tensor:

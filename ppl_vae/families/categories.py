@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from ppl_vae.families.distributions import elementwise
 from ppl_vae.families.family import Family, positive, unconstrained
@@ -65,11 +65,14 @@ class Levels(Family):
 
     @abstractmethod
     def logits(self, parameters: Tensor) -> Tensor:
-        """Logits, shape (*batch, most levels, *event), and -inf for levels that a feature lacks."""
+        """Log probabilities, shape (*batch, most levels, *event), and -inf for levels that a feature lacks."""
 
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         dims = len(self.event_shape)
-        return elementwise(_Levels(logits=self.logits(parameters).movedim(-1 - dims, -1)), dims, mask, self.support)
+        logits = self.logits(parameters).movedim(-1 - dims, -1)
+        levels = _Levels(logits=logits)
+        levels.logits = logits  # as they are, which are normalised
+        return elementwise(levels, dims, mask, self.support)
 
     def frequencies(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Share of each level, shape (most levels, *event), a half added to each count."""
@@ -96,7 +99,7 @@ class Categorical(Levels):
         return self.frequencies(x, mask).log()[self.valid]
 
     def logits(self, parameters: Tensor) -> Tensor:
-        return _scatter(parameters, self.valid, -math.inf)
+        return _scatter(parameters, self.valid, -math.inf).log_softmax(-1 - len(self.event_shape))
 
 
 class OrderedCategorical(Levels):
@@ -125,10 +128,10 @@ class OrderedCategorical(Levels):
     def logits(self, parameters: Tensor) -> Tensor:
         raw = _scatter(self.raw_cutpoints, self.valid[1:], math.inf)
         gaps, end = positive(raw[1:]), torch.full_like(raw[:1], math.inf)
-        edges = torch.cat([-end, torch.cat([raw[:1], gaps]).cumsum(0), end])
-        place = parameters.unflatten(-1, (1, *self.event_shape))
+        above = torch.cat([raw[:1], gaps]).cumsum(0) - parameters.unflatten(-1, (1, *self.event_shape))
+        below, dims = logsigmoid(above), (0, 0) * len(self.event_shape)
         inner = torch.log(-torch.expm1(-torch.cat([end, gaps, end])))  # as in a logistic in bins: nothing cancels
-        return logsigmoid(edges[1:] - place) + logsigmoid(place - edges[:-1]) + inner
+        return pad(below, (*dims, 0, 1)) + pad(below - above, (*dims, 1, 0)) + inner
 
     @torch.no_grad()
     def _cut(self, frequencies: Tensor) -> None:
@@ -141,5 +144,7 @@ def _scatter(values: Tensor, where: Tensor, fill: float) -> Tensor:
     """Values (*batch, p) at the p places of `where` that are true, in their order."""
     if not values.shape[-1]:
         return values.new_full((*values.shape[:-1], *where.shape), fill)
+    if values.shape[-1] == where.numel():
+        return values.unflatten(-1, where.shape)
     place = (where.flatten().cumsum(0) - 1).clamp_min(0).reshape(where.shape)
     return torch.where(where, values[..., place], fill)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ppl_vae.families.family import Family
 from ppl_vae.networks.encoding import Encoding
-from ppl_vae.networks.network import Network, join
+from ppl_vae.networks.network import Amortized, Network, join
 
 
 class Conditional(nn.Module):
@@ -21,8 +21,8 @@ class Conditional(nn.Module):
             and all batch dimensions in one. Its output starts wherever its last layer does, unless the module has a
             method `restart(start)` that sets it to parameters (p,), which `VAE.initialise` calls.
         context: The shapes of what it is conditioned on; an int is short for a 1-tuple. A `VAE` fills them in.
-        encoding: What the network sees of the context's columns; by default the columns as they are. The posterior of a
-            `VAE` takes the encoding that suits the likelihood.
+        encoding: What the network sees of the first context's columns; by default the columns as they are. The
+            posterior of a `VAE` takes the encoding that suits the likelihood.
 
     Raises:
         TypeError: If `family` is not a family or `network` not a module.
@@ -76,14 +76,22 @@ class Conditional(nn.Module):
             bound, asked = ([tuple(shape) for shape in each] for each in (self.context, shapes))
             raise ValueError(f"Expected a context of shapes {bound}, as built; got {asked}.")
         start = self.family.start()
+        if self.wants == "context" and not shapes:
+            raise ValueError(
+                f"Expected the network Free where nothing is given; got {type(self.network).__name__}. A prior that is "
+                "given a label or covariates is named in `given_to`."
+            )
         if isinstance(self.network, Network):
             if self.context is None and any(True for _ in self.network.parameters()):
                 raise ValueError(
                     f"Expected a network of its own for each conditional; got a {type(self.network).__name__} that "
                     f"is built already. Write it anew, or use copy.deepcopy before it is built."
                 )
-            size = sum(shape.numel() for shape in shapes)
-            self.network.build(size if self.encoding is None else self._encoded(size, self.encoding), start)
+            first, *others = [shape.numel() for shape in shapes] or [0]
+            size = (first if self.encoding is None else self._encoded(first, self.encoding)) + sum(others)
+            self.network.build(size, start)
+            if others and isinstance(self.network, Amortized):
+                self.network.scale = torch.ones(size)  # the contexts may differ in their units
         self.context = shapes
         self._width = start.numel()
         return self
@@ -93,7 +101,7 @@ class Conditional(nn.Module):
 
         Args:
             context: As many tensors as were bound; if the network wants the index, the index of each datum instead.
-            observed: Boolean, as the one context; where it is false, the entry is unknown and does not count.
+            observed: Boolean, as the first context; where it is false, the entry is unknown and does not count.
         """
         if self.context is None:
             raise ValueError(
@@ -103,9 +111,14 @@ class Conditional(nn.Module):
         if not self.context or self.wants == "index":
             return network(*context)
         joined = join(context, self.context)
-        seen = None if observed is None else join([observed], self.context)
+        seen = None if observed is None else join([observed], self.context[:1])
         if self.encoding is not None:
-            joined, seen = self.encoding(joined, seen)
+            width = len(self.encoding.words)
+            first, seen = self.encoding(joined[..., :width], seen)
+            joined = torch.cat([first, joined[..., width:]], -1)
+        if seen is not None and seen.shape[-1] < joined.shape[-1]:
+            others = joined.shape[-1] - seen.shape[-1]
+            seen = torch.cat([seen, seen.new_ones(*seen.shape[:-1], others)], -1)
         if isinstance(network, Network):
             return network(joined) if seen is None else network(joined, seen)
         joined = joined if seen is None else torch.where(seen, joined, 0.0)

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae._checks import check_int
-from ppl_vae.families.distributions import Entry
+from ppl_vae.families.distributions import Entry, thin
 from ppl_vae.families.elementwise import Elementwise, Source
 
 
@@ -75,14 +75,14 @@ class _NegativeBinomial(Entry):
     support = constraints.nonnegative_integer
 
     def log_density(self, value: Tensor) -> Tensor:
-        r, ratio = self.dispersion, self.rate / self.dispersion
-        total = r + value
+        r = thin(self.dispersion)
         near, far = r.clamp_max(50), r.clamp_min(50)
         exact = (near + value).lgamma() - near.lgamma() - value * near.log()
         part = torch.log1p(value / far)  # Stirling's series, for r > 50, where those of the gamma function cancel
-        series = (far + value - 0.5) * part - value + (1 / (far + value) - 1 / far) / 12
-        rising = torch.where(r < 50, exact, series - ((far + value) ** -3 - far**-3) / 360 * (r >= 50))
-        return rising - (value + 1).lgamma() - total * ratio.log1p() + torch.xlogy(value, self.rate)
+        inverse = 1 / (far + value)
+        series = (far + value - 0.5) * part - value + (inverse - 1 / far) / 12 - (inverse**3 - far**-3) / 360
+        rising = torch.where(r < 50, exact, series) - (value + 1).lgamma()
+        return rising - (r + value) * (self.rate / r).log1p() + torch.xlogy(value, self.rate)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():

@@ -104,6 +104,18 @@ class Entry(TorchDistribution):
         return like.new_empty(self._extended_shape(sample_shape)).uniform_().clamp(info.tiny, 1 - info.eps / 2)
 
 
+def thin(value: Tensor) -> Tensor:
+    """An expanded tensor with one entry where it repeats itself, so that what is made of it is computed once."""
+    return value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]
+
+
+class SameFamily(dist.MixtureSameFamily):
+    """Pyro's mixture, whose weights are not normalised a second time."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (self.component_distribution.log_prob(self._pad(value)) + self.mixture_distribution.logits).logsumexp(-1)
+
+
 class Mixture(dist.MixtureOfDiagNormals):
     """Pyro's mixture of diagonal normals, with moments, and with draws of any shape under any batch."""
 
@@ -134,9 +146,7 @@ class Marginal(FullCovariance):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Marginal":
         new = super().expand(batch_shape, self._get_checked_instance(Marginal, _instance))
-        new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-        new.whole = self.whole.expand(torch.Size(batch_shape))
-        return new
+        return _seeing(new, self.observed, self.whole)
 
     def draw_hidden(self, value: Tensor, seen: Tensor) -> Tensor:
         """Draw hidden entries given the others, as the function of this name."""
@@ -155,8 +165,13 @@ def full_covariance(loc: Tensor, scale_tril: Tensor, mask: Tensor | None) -> Ful
     apart = torch.diag_embed((~mask).to(loc.dtype) / (2 * math.pi))
     covariance = torch.where(both, scale_tril @ scale_tril.mT, 0.0) + apart
     marginal = Marginal(loc.expand(mask.shape), scale_tril=torch.linalg.cholesky(covariance))
-    marginal.observed = mask
-    marginal.whole = FullCovariance(loc.expand(mask.shape), scale_tril=scale_tril, validate_args=False)
+    return _seeing(marginal, mask, FullCovariance(loc, scale_tril=scale_tril, validate_args=False))  # type: ignore[no-any-return]
+
+
+def _seeing(marginal: Any, observed: Tensor, whole: Any) -> Any:
+    """A marginal that knows which entries are observed, and the normal that it is of."""
+    shape = marginal.batch_shape
+    marginal.observed, marginal.whole = observed.expand(shape + marginal.event_shape), whole.expand(shape)
     return marginal
 
 
@@ -178,10 +193,7 @@ class LowRank(dist.LowRankMultivariateNormal):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRank":
         new = super().expand(batch_shape, self._get_checked_instance(LowRank, _instance))
-        if self.observed is not None:
-            new.observed = self.observed.expand(torch.Size(batch_shape) + self.event_shape)
-            new.whole = self.whole.expand(torch.Size(batch_shape))
-        return new
+        return new if self.observed is None else _seeing(new, self.observed, self.whole)
 
     def draw_hidden(self, value: Tensor, seen: Tensor) -> Tensor:
         """Draw hidden entries given the others, as the function of this name."""
@@ -198,11 +210,10 @@ def low_rank(loc: Tensor, factor: Tensor, diagonal: Tensor, mask: Tensor | None)
     if mask is None:
         return LowRank(loc, factor, diagonal)
     mask = mask.expand(torch.broadcast_shapes(loc.shape, mask.shape))
-    whole = LowRank(loc.expand(mask.shape), factor, diagonal, validate_args=False)
+    whole = LowRank(loc, factor, diagonal, validate_args=False)
     diagonal = torch.where(mask, diagonal, 1 / (2 * math.pi))
     marginal = LowRank(loc.expand(mask.shape), torch.where(mask.unsqueeze(-1), factor, 0.0), diagonal)
-    marginal.observed, marginal.whole = mask, whole
-    return marginal
+    return _seeing(marginal, mask, whole)  # type: ignore[no-any-return]
 
 
 @register_kl(FullCovariance, dist.Independent)

@@ -164,12 +164,12 @@ class Family(nn.Module, ABC):
                 f"in a way that has no marginals in closed form; got a mask. {remedy}"
             )
 
-    def _vector(self) -> int:
-        """Size of an event, which must be a vector."""
-        if len(self.event_shape) > 1:
+    def _vector(self, least: int = 1) -> int:
+        """Size of an event, which must be a vector with some entries at least."""
+        if len(self.event_shape) > 1 or self.event_shape[0] < least:
             raise ValueError(
-                f"Expected {type(self).__name__} to have a vector for its event; got shape "
-                f"{tuple(self.event_shape)}. Flatten it."
+                f"Expected {type(self).__name__} to have a vector{f' of {least} entries or more' * (least > 1)} for "
+                f"its event; got shape {tuple(self.event_shape)}.{' Flatten it.' * (len(self.event_shape) > 1)}"
             )
         return self.event_shape[0]
 

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from ppl_vae._checks import check_int
-from ppl_vae.families.distributions import Entry, elementwise
+from ppl_vae.families.distributions import Entry, SameFamily, elementwise, thin
 from ppl_vae.families.elementwise import Elementwise, Source
 from ppl_vae.families.family import Family, moments, positive, unconstrained
 from ppl_vae.families.supports import Steps
@@ -28,11 +28,12 @@ class _DiscretizedLogistic(Entry):
 
     def log_density(self, value: Tensor) -> Tensor:
         """With logistic function s, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)), in which nothing cancels."""
-        half = 0.5 / (self.levels - 1)
+        half = 0.5 / (thin(self.levels) - 1)
         low, high = value < half, value > 1 - half
-        below = torch.where(high, 0.0, logsigmoid((value + half - self.loc) / self.scale))
-        above = torch.where(low, 0.0, logsigmoid((self.loc - value + half) / self.scale))
-        width = torch.log(-torch.expm1(-2 * half / self.scale))
+        place, reach = (value - self.loc) / self.scale, half / self.scale
+        below = torch.where(high, 0.0, logsigmoid(reach + place))
+        above = torch.where(low, 0.0, logsigmoid(reach - place))
+        width = torch.log(-torch.expm1(-2 * reach))
         return below + above + torch.where(low | high, 0.0, width)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -123,7 +124,7 @@ class MixtureDiscretizedLogistic(Family):
         parts = parameters.unflatten(-1, (3, self.components, *self.event_shape)).movedim(-1 - dims, -1)
         logits, loc, raw = parts.unbind(-2 - dims)
         logistics = _DiscretizedLogistic(loc=loc, scale=positive(raw), levels=self.each)
-        return elementwise(dist.MixtureSameFamily(dist.Categorical(logits=logits), logistics), dims, mask, self.support)
+        return elementwise(SameFamily(dist.Categorical(logits=logits), logistics), dims, mask, self.support)
 
     def _pack(self, mean: Tensor, scale: Tensor) -> Tensor:
         """Components side by side; equal ones would never part."""

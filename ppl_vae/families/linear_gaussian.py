@@ -19,10 +19,10 @@ class LinearGaussian:
     """A Gaussian prior and a linear-Gaussian likelihood.
 
     Args:
-        loc: Mean of the prior, shape (z,).
-        scale_tril: Cholesky factor of the prior's covariance, shape (z, z).
+        loc: Mean of the prior, shape (z,), or (*batch, z) where it depends on the datum.
+        scale_tril: Cholesky factor of the prior's covariance, shape (z, z) or (*batch, z, z).
         weight: W, shape (x, z).
-        bias: b, shape (x,).
+        bias: b, shape (x,) or (*batch, x).
         scale: Standard deviation of the noise of each feature, shape (x,).
     """
 
@@ -46,7 +46,8 @@ class LinearGaussian:
         code = torch.cholesky_solve(projected, factor).squeeze(-1)
         root = torch.linalg.solve_triangular(factor, self.scale_tril.mT.expand(factor.shape), upper=False)
         return MultivariateNormal(
-            self.loc + code @ self.scale_tril.mT, scale_tril=torch.linalg.cholesky(root.mT @ root)
+            self.loc + (self.scale_tril @ code.unsqueeze(-1)).squeeze(-1),
+            scale_tril=torch.linalg.cholesky(root.mT @ root),
         )
 
     def log_evidence(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -67,7 +68,7 @@ class LinearGaussian:
         r"""Residual :math:`r` in units of the noise, :math:`B^\top r` as a column, and the Cholesky factor of C."""
         whitened = self.weight @ self.scale_tril / self.scale.unsqueeze(-1)
         x = x if mask is None else torch.where(mask, x, 0.0)  # a NaN would poison gradients
-        residual = (x - self.bias - self.weight @ self.loc) / self.scale
+        residual = (x - self.bias - self.loc @ self.weight.mT) / self.scale
         if mask is not None:
             whitened, residual = torch.where(mask.unsqueeze(-1), whitened, 0.0), torch.where(mask, residual, 0.0)
         identity = torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)

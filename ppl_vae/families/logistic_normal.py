@@ -35,9 +35,7 @@ class LogisticNormal(Family):
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event)
-        size = self._vector()
-        if size < 2:
-            raise ValueError(f"Expected LogisticNormal to have 2 shares or more; got {size}.")
+        size = self._vector(2)
         row, column = torch.arange(size).unsqueeze(1), torch.arange(1.0, size)
         steps = (row < column).to(column) - column * (row == column)
         self.register_buffer("basis", steps / (column * (column + 1)).sqrt(), persistent=False)

@@ -1,7 +1,5 @@
 """Mixtures."""
 
-from typing import Any
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Mixture, elementwise
-from ppl_vae.families.family import Centred, Family, positive, unconstrained
+from ppl_vae.families.family import Centred, positive, unconstrained
 from ppl_vae.families.full_normal import FullNormal
 
 
@@ -55,7 +53,7 @@ class MixtureNormal(Centred):
         return torch.cat([loc.new_zeros(self.components), locs.flatten(), unconstrained(scales).flatten()])
 
 
-class MixtureFullNormal(Family):
+class MixtureFullNormal(Centred):
     r"""A mixture of normals with full covariance, :math:`\sum_c \pi_c N(x;\, \mathrm{loc}_c, L_c L_c^\top)`.
 
     Its draws have no gradient, so it can be a prior or a likelihood.
@@ -75,12 +73,6 @@ class MixtureFullNormal(Family):
         self.components = check_int("components", components)
         self.each = FullNormal(event)
 
-    def start(self) -> Tensor:
-        return self._scatter(self.each.start())
-
-    def fit_start(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self._scatter(self.each.fit_start(x, mask))
-
     def distribution(self, parameters: Tensor, mask: Tensor | None = None) -> TorchDistribution:
         logits, rest = parameters[..., : self.components], parameters[..., self.components :]
         rows = rest.unflatten(-1, (self.components, -1))
@@ -88,9 +80,7 @@ class MixtureFullNormal(Family):
         weights = dist.Categorical(logits=logits.expand(each.batch_shape))
         return dist.MixtureSameFamily(weights, each, validate_args=None if mask is None else False)
 
-    def _scatter(self, one: Tensor) -> Tensor:
-        """Components about the mean of one normal; equal components would never part."""
-        q: Any = self.each.distribution(one)
-        moves = q.stddev * torch.randn(self.components, *self.event_shape).to(one)
-        rows = one + torch.nn.functional.pad(moves, (0, len(one) - len(q.mean)))
-        return torch.cat([one.new_zeros(self.components), rows.flatten()])
+    def pack(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Scatter the components about `loc`; equal components would never part."""
+        locs = loc + scale * torch.randn(self.components, *self.event_shape).to(loc)
+        return torch.cat([loc.new_zeros(self.components), *(self.each.pack(one, scale) for one in locs)])

@@ -43,7 +43,7 @@ class VonMisesFisher(Family):
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event)
-        self.register_buffer("series", debye(_dimensions(self)), persistent=False)
+        self.register_buffer("series", debye(self._vector(2)), persistent=False)
         nodes = torch.tensor(np.stack(np.polynomial.legendre.leggauss(_NODES)).tolist())
         self.register_buffer("nodes", torch.stack([(nodes[0] + 1) / 2, nodes[1] / 2]), persistent=False)
 
@@ -84,7 +84,7 @@ class HypersphericalUniform(Family):
 
     def __init__(self, event: int | tuple[int, ...]) -> None:
         super().__init__(event)
-        _dimensions(self)
+        self._vector(2)
 
     def start(self) -> Tensor:
         return torch.zeros(0)
@@ -94,13 +94,6 @@ class HypersphericalUniform(Family):
         none = parameters.new_zeros(parameters.shape[:-1])
         loc = torch.eye(*self.event_shape, dtype=none.dtype, device=none.device)[0]
         return Fisher(loc.expand(*none.shape, -1), none, none, none, none)
-
-
-def _dimensions(family: Family) -> int:
-    size = family._vector()
-    if size < 2:
-        raise ValueError(f"Expected {type(family).__name__} to have vectors of 2 entries or more; got {size}.")
-    return size
 
 
 class Fisher(TorchDistribution):

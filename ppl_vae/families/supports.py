@@ -55,17 +55,25 @@ class Steps(constraints.Constraint):
 unit = OpenInterval(0.0, 1.0)
 
 
+def of_entries(support: Any) -> Any:
+    """Support of each entry of an independent event, or of a mixture's component."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
 def bounds(support: Any) -> tuple[float, float] | None:
     """Least and largest value of an entry, infinite for the real line; None if the support has no such bounds."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = of_entries(support)
     if isinstance(support, type(constraints.boolean)):
         return 0.0, 1.0
     if isinstance(support, type(constraints.real)):
         return -math.inf, math.inf
     if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
         return None
-    return float(getattr(support, "lower_bound", -math.inf)), float(getattr(support, "upper_bound", math.inf))
+    low, high = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (low, high))
+    return float(low.min()), float(high.max())
 
 
 def same_support(a: Any, b: Any) -> bool:
@@ -92,9 +100,7 @@ def value_inside(support: Any) -> float:
 
 def describe_support(support: Any) -> str:
     """A support in words, such as `the whole numbers from 0 to 15`."""
-    inner, limits = support, bounds(support)
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
+    inner, limits = of_entries(support), bounds(support)
     if inner is constraints.simplex:
         return "shares that sum to 1"
     if limits is None or hasattr(inner, "words"):

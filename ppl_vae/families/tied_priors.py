@@ -43,6 +43,11 @@ class TiedPrior(Family):
             raise ValueError(f"Expected a posterior on an amortized network, such as MLP, for a {name}; got {other}.")
         if not posterior.context:
             raise ValueError(f"Expected a posterior that is built, for a {name}: give it `context=`.")
+        if len(posterior.context) > 1:
+            raise ValueError(
+                f"Expected a posterior that depends on x alone, for a {name}, whose inputs have no label; got one that "
+                "is given more. Give it to the likelihood alone: --set 'model.given_to=[\"likelihood\"]'."
+            )
         self.tied = (posterior,)  # a tuple, so that it is not registered a second time
         self.components = check_int("components", components)
         inputs = torch.randn(self.components, *posterior.context[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.special import erf, erfcx, ndtr, ndtri
 
-from ppl_vae.families.distributions import Entry
+from ppl_vae.families.distributions import Entry, thin
 from ppl_vae.families.elementwise import Elementwise, Source
 
 _ROOT = math.sqrt(0.5)
@@ -58,11 +58,12 @@ class _TruncatedNormal(Entry):
 
     def _frame(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The bound, the direction inwards, b and w."""
-        left = self.low + self.high > 2 * self.loc
-        bound, width = torch.where(left, self.low, self.high), self.high - self.low
-        sign = torch.where(left, 1.0, -1.0).to(bound)
+        low, high = thin(self.low), thin(self.high)
+        left = low + high > 2 * self.loc
+        bound, width = torch.where(left, low, high), high - low
+        sign = 2 * left.to(bound) - 1
         b = sign * (self.loc - bound) / self.scale
-        w = torch.where(width.isinf(), 40 + b.detach().abs(), torch.where(width.isinf(), 1.0, width) / self.scale)
+        w = torch.where(width.isinf(), 0.0, width) / self.scale + width.isinf() * (40 + b.detach().abs())
         return bound, sign, b, w
 
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -87,12 +88,14 @@ def _legendre(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 def _drop(d: Tensor, b: Tensor) -> Tensor:
     """Minus the log density of N(b, 1) at d, relative to its value at 0 if b < 0, else at b."""
-    return torch.where(b < 0, d * (d - 2 * b), (d - b).square()) / 2
+    up = b.relu()
+    return (d - up).square() / 2 - d * (b - up)
 
 
 def _mass(b: Tensor, w: Tensor) -> Tensor:
     """Mass of N(b, 1) between 0 and w, for b < 0 divided by exp(-b^2 / 2)."""
-    down, up = b.clamp_max(0), b.clamp_min(0)
+    up = b.relu()
+    down = b - up
     beyond = (-w * (w - 2 * down) / 2).exp() * erfcx((w - down) * _ROOT)
     return torch.where(b < 0, erfcx(-down * _ROOT) - beyond, erf(up * _ROOT) + erf((w - up) * _ROOT)) / 2
 

@@ -162,12 +162,12 @@ def fit(
         )
     if sites.whole and validation is not None:
         raise ValueError("Expected no validation data: the whole data set counts as one datum of this program.")
-    parts = _parts(target, batch_size) if sites.whole else 0
+    parts = parts_of(target, batch_size) if sites.whole else 0
     if sites.rows is not None or indexed(program):
         remember(program, target.batch)
     held_out = None if validation is None else other(validation, check=True)
     with scope(program), fork_rng(seed, "parameters", device=chosen):
-        learned = [*_parameters(target)] if parameters is None else [*parameters]
+        learned = [*parameters_of(target)] if parameters is None else [*parameters]
     if not learned:
         raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program, training=True):
@@ -261,7 +261,7 @@ def check_settings(**given: Any) -> None:
         raise ValueError(f"Expected validation data with {one}; got none. Pass `validation` or {other}.")
 
 
-def _parameters(target: Target) -> list[Tensor]:
+def parameters_of(target: Target) -> list[Tensor]:
     """What takes gradients: the module's own parameters and what the traces register with Pyro, now set up."""
     program, registered = target.program, []
     all_of_it = target.structure.rows is not None or target.structure.whole
@@ -273,7 +273,7 @@ def _parameters(target: Target) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in [*own, *registered] if tensor.requires_grad}.values())
 
 
-def _parts(target: Target, batch_size: int) -> int:
+def parts_of(target: Target, batch_size: int) -> int:
     """Steps of an epoch where the whole counts as one datum: as many as it takes for parts of the batch size."""
     if "subsample_size" not in keywords(target.program.model):
         return 1

@@ -76,10 +76,6 @@ class Picture(Amortized):
         self.layers = nn.Sequential(*layers)
         self.bias = nn.Parameter(start.clone())
 
-    @torch.no_grad()
-    def restart(self, start: Tensor) -> None:
-        self.bias.copy_(start)
-
     def apply_layers(self, standard: Tensor) -> Tensor:
         rows = standard.reshape(-1, standard.shape[-1])
         if torch.is_grad_enabled() or rows.device.type != "cpu":

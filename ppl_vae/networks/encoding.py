@@ -94,10 +94,12 @@ class Encoding(nn.Module):
         return torch.cat([torch.where(seen[..., self.source], encoded, 0.0), indicators], -1), None
 
     def _raw(self, x: Tensor) -> Tensor:
-        """Encoded columns before shift and scale."""
+        """Encoded columns before shift and scale; an encoding that no column has is not computed."""
         wide = x[..., self.source]
-        logarithm = wide.clamp_min(_LEAST).log()
-        hot = (1 - (wide - self.code).abs()).clamp_min(0)
-        wide = torch.where(self.get_buffer("is_log"), logarithm, wide)
-        wide = torch.where(self.get_buffer("is_log1p"), wide.clamp_min(0).log1p(), wide)
-        return torch.where(self.get_buffer("is_one_hot"), hot, wide)
+        if "log" in self.words:
+            wide = torch.where(self.get_buffer("is_log"), wide.clamp_min(_LEAST).log(), wide)
+        if "log1p" in self.words:
+            wide = torch.where(self.get_buffer("is_log1p"), wide.clamp_min(0).log1p(), wide)
+        if "one-hot" in self.words:
+            wide = torch.where(self.get_buffer("is_one_hot"), (1 - (wide - self.code).abs()).clamp_min(0), wide)
+        return wide

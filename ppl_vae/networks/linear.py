@@ -20,9 +20,5 @@ class Linear(Amortized):
         self.bias = nn.Parameter(start.clone())
         nn.init.uniform_(self.weight, -1 / math.sqrt(max(context, 1)), 1 / math.sqrt(max(context, 1)))
 
-    @torch.no_grad()
-    def restart(self, start: Tensor) -> None:
-        self.bias.copy_(start)
-
     def apply_layers(self, standard: Tensor) -> Tensor:
         return nn.functional.linear(standard, self.weight, self.bias)

@@ -130,7 +130,7 @@ class Identity(Network):
 
 
 class Amortized(Network):
-    """A network with a standardised input, (context - shift) / scale. A subclass writes the layers."""
+    """A network with a standardised input, (context - shift) / scale. A subclass writes layers that end in a bias."""
 
     shift: Tensor
     scale: Tensor
@@ -144,8 +144,12 @@ class Amortized(Network):
         standard = (context - self.shift) / self.scale
         return self.apply_layers(standard if observed is None else torch.where(observed, standard, 0.0))
 
+    @torch.no_grad()
+    def restart(self, start: Tensor) -> None:
+        self.bias.copy_(start)  # type: ignore[operator]
+
     def centre(self, shift: Tensor, scale: Tensor) -> None:
-        """Set the input's shift (c,) and scale, one number; both are buffers, not learned."""
+        """Set the input's shift (c,) and scale, one number or (c,); both are buffers, not learned."""
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 

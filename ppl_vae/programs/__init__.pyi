@@ -1,5 +1,6 @@
 from .closed_form import exact_log_evidence as exact_log_evidence
 from .closed_form import exact_posterior as exact_posterior
+from .given import Given as Given
 from .linear_models import PCA as PCA
 from .linear_models import PPCA as PPCA
 from .linear_models import FactorAnalysis as FactorAnalysis

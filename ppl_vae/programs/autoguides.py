@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from pyro import poutine
@@ -13,6 +14,8 @@ _NEEDS = {  # more than a model, so that a name is not enough
     "AutoGuideList": "guide = AutoGuideList(model); guide.append(...)",
     "AutoCallable": "AutoCallable(model, guide)",
 }
+_FAMILIES = dict.fromkeys(("AutoNormal", "AutoDiagonalNormal", "AutoNormalMessenger"), "Normal")
+_FAMILIES |= {"AutoMultivariateNormal": "FullNormal", "AutoLowRankMultivariateNormal": "LowRankNormal"}
 
 
 def guide_names() -> list[str]:
@@ -20,6 +23,29 @@ def guide_names() -> list[str]:
     others = ("AutoGuide", "AutoContinuous", "AutoMessenger", *_NEEDS)
     names = [name for name in autoguide.__all__ if name.startswith("Auto") and name not in others]
     return [name for name in names if inspect.isclass(getattr(autoguide, name))]
+
+
+def family_of(guide: Any) -> tuple[str | None, dict[str, Any]]:
+    """Family of one of Pyro's autoguides over the real line: its name here and its keywords; None of other guides."""
+    guide = guide.guide if isinstance(guide, Messenger) else guide
+    if isinstance(guide, autoguide.AutoGuideList):
+        kinds = {family_of(part)[0] for part in guide}
+        return ("Normal" if kinds == {"Normal"} else None), {}
+    keys = {"rank": guide.rank} if type(guide).__name__ == "AutoLowRankMultivariateNormal" else {}
+    return _FAMILIES.get(type(guide).__name__), keys
+
+
+def normal_of(guide: Any) -> Any:
+    """Normal of an autoguide on the real line: location and scale by site, or the distribution of all sites in a row.
+
+    None for a guide whose normal cannot be read off.
+    """
+    if isinstance(guide, autoguide.AutoNormal):
+        sites: Any = guide.prototype_trace
+        names, parts = [name for name, _ in sites.iter_stochastic_nodes()], (guide.locs, guide.scales)
+        return {name: [attrgetter(name)(part).detach() for part in parts] for name in names}
+    known = isinstance(guide, autoguide.AutoDiagonalNormal | autoguide.AutoMultivariateNormal)
+    return guide.get_posterior() if known else None
 
 
 def make_guide(guide: Any, model: Callable[..., Any]) -> Any:

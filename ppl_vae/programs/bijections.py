@@ -9,6 +9,8 @@ from pyro.distributions.transforms import CholeskyTransform, CorrCholeskyTransfo
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
+from ppl_vae.families.supports import of_entries
+
 
 class LowerCholesky(Transform):
     """Vectors of length m (m + 1) / 2 to lower triangular matrices with a positive diagonal, which is an exponential.
@@ -94,9 +96,7 @@ def bijection(name: str, support: Any) -> Transform:
     Raises:
         ValueError: If the support is discrete, or no bijection of it is known, as of a sphere.
     """
-    inner = support
-    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
-        inner = inner.base_constraint
+    inner = of_entries(support)
     if inner.is_discrete:
         raise ValueError(
             f"Expected continuous latent sites, for their gradients; got '{name}', which is discrete. What takes any "

@@ -15,15 +15,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from pyro.distributions import (
-    MixtureOfDiagNormals,
-    MixtureOfDiagNormalsSharedCovariance,
-    MixtureSameFamily,
-    MultivariateNormal,
-)
+from pyro.distributions import MultivariateNormal
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_vae.families.supports import describe_support, of_entries
 from ppl_vae.programs.target import BLOCK, Role, Target
 
 _PROBES = 4  # points near the first at which the quadratic is checked
@@ -164,7 +160,7 @@ def _missed(
 
 
 def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: float, part: int = 1) -> Tensor:
-    """Points (k, n, z): the mean, two points next to it, then points along random lines, evenly spread but for chance.
+    """Points (k, n, z) along random lines, evenly spread but for chance; a whole set after the mean and two next to it.
 
     The lines are orthogonal where the posterior is white, and their unit is of length sqrt(z), so that it is one
     standard deviation long as seen along any axis. Each datum has points of its own, so that together they leave no
@@ -179,7 +175,7 @@ def _around(loc: Tensor, factor: Tensor, generator: torch.Generator, reach: floa
     lengths = (reach * (2 * steps / each - 1)).to(loc.device)  # (n, lines, k)
     rings = (white.unsqueeze(-1) * lengths.unsqueeze(1)).flatten(2)  # (n, z, k)
     near = _NEAR * white[..., :1] * torch.tensor([1.0, -1.0]).to(white)
-    white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1)
+    white = torch.cat([torch.zeros_like(near[..., :1]), near, rings], -1) if part == 1 else rings
     return loc + torch.linalg.solve_triangular(factor.mT, white, upper=True).permute(2, 0, 1)
 
 
@@ -295,25 +291,14 @@ class _Probe:
 def _mixed(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    if isinstance(distribution, MixtureSameFamily):
-        return bool(distribution.mixture_distribution.logits.shape[-1] > 1)
-    if isinstance(distribution, MixtureOfDiagNormals | MixtureOfDiagNormalsSharedCovariance):
-        return bool(distribution.categorical.logits.shape[-1] > 1)
-    return False
+    weights = getattr(distribution, "mixture_distribution", getattr(distribution, "categorical", None))
+    return weights is not None and bool(weights.logits.shape[-1] > 1)
 
 
 def _short_of_real(distribution: Any) -> str | None:
     """Name the support of a distribution that has not the whole real line; one that does not know it is passed."""
     try:
-        inner = distribution.support
+        support = distribution.support
     except NotImplementedError:
         return None
-    while hasattr(inner, "base_constraint"):  # of an independent event, or of a mixture
-        inner = inner.base_constraint
-    if inner.is_discrete:
-        return "discrete values"
-    if isinstance(inner, type(constraints.real)):
-        return None
-    if inner in (constraints.positive, constraints.nonnegative):
-        return "the positive numbers"
-    return "an interval" if isinstance(inner, constraints.interval) else f"{inner}"
+    return None if isinstance(of_entries(support), type(constraints.real)) else describe_support(support)

@@ -137,7 +137,7 @@ def log_density(
     trace.symbolize_dims()
     chosen = plain_sites(trace, names)
     if names is None or not chosen or not {*chosen} <= {*observed}:
-        return _Sum(trace, n).rows(_factors(trace, {**dict.fromkeys(chosen), **dict.fromkeys(summed)}), samples)
+        return _Sum(trace, n).rows(_factors(trace, dict.fromkeys([*chosen, *summed])), samples)
     rest = [name for name in plain_sites(trace) if name not in observed]
     both = [_Sum(trace, n).rows(_factors(trace, sites), samples) for sites in ([*chosen, *rest], rest)]
     return both[0] - both[1]
@@ -287,15 +287,13 @@ class Weights:
                 slopes.append(slope)
                 outer = self.sum.enumerated(cost) - inside  # of sites that the model alone enumerates
                 cost = contract_tensor_tree(cost, outer, ring=_Ring()) if cost else cost
-                tree = _joined(tree, OrderedDict((p, [_times(t, slope) for t in terms]) for p, terms in cost.items()))
+                scaled = ((plates, [_times(term, slope) for term in terms]) for plates, terms in cost.items())
+                tree = _joined(tree, OrderedDict(scaled))
             total = self.sum.over(tree).sum()
-            gradients = torch.autograd.grad(total, slopes, allow_unused=True)
-        found = []
-        for slope, gradient in zip(slopes, gradients, strict=True):
-            value: Any = torch.zeros_like(slope) if gradient is None else gradient
-            value._pyro_dims = slope._pyro_dims
-            found.append(self.sum.unpacked(value, self.samples))
-        return found
+            gradients: Any = torch.autograd.grad(total, slopes, materialize_grads=True)
+        for gradient in gradients:
+            gradient._pyro_dims = "".join(kept)
+        return [self.sum.unpacked(gradient, self.samples) for gradient in gradients]
 
     def moments(self, names: Iterable[str], dim: int) -> list[dict[str, Tensor]]:
         """Values of latent sites and their squares, averaged over the enumerated sites: by guide, by weights.

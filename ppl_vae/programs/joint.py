@@ -64,7 +64,8 @@ class Joint:
             event = value.shape[value.dim() - node["fn"].event_dim :]
             self._events[name] = len(event)
             batched = value.shape[: value.dim() - len(event)]
-            self.shapes[name] = (*(batched[dim] for dim in plates), *event)
+            own = structure.shapes[name]  # with dims that no plate stands for
+            self.shapes[name] = own if structure.whole else (*(batched[dim] for dim in plates), *event)
             change = transform.domain.event_dim - transform.codomain.event_dim
             raw.append((name, value.new_empty(transform.inverse_shape(value.shape)), len(event) + change))
         self._check_bounds(model)

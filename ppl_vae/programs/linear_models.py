@@ -21,7 +21,7 @@ from ppl_vae.data.batches import as_batch, check_finite
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.elementwise import Normal, StandardNormal
 from ppl_vae.families.exact_normal import ExactNormal
-from ppl_vae.families.family import moments, unconstrained
+from ppl_vae.families.family import moments, refuse_constant, unconstrained
 from ppl_vae.families.linear_gaussian import LinearGaussian
 from ppl_vae.networks.linear import Linear
 from ppl_vae.programs.ppca_em import climb
@@ -341,14 +341,8 @@ class FactorAnalysis(_Model):
         """
         data = _data(x, latent, "features")
         wide = data.double()
-        loc, constant = wide.mean(0), wide.amin(0) == wide.amax(0)
-        if bool(constant.any()):
-            which = constant.nonzero().flatten().tolist()
-            raise ValueError(
-                f"Expected features that vary, each having a noise scale of its own; got {len(which)} constant ones "
-                f"(columns {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''}), whose density is "
-                "unbounded. Leave them out."
-            )
+        loc, spread = moments(wide)
+        refuse_constant(spread, "noise scale", settable=False)
         covariance = (wide - loc).T @ (wide - loc) / len(wide)
         variances = covariance.diagonal()
 

@@ -74,9 +74,9 @@ def copied(program: Any) -> Any:
 
 def to_double(program: Any) -> Any:
     """A copy of a program in double precision, `pyro.param`s too; the program itself if it holds no tensors."""
-    if not isinstance(program, nn.Module) or device_and_dtype(program)[1] is None:
+    if device_and_dtype(program)[1] is None and not own_params(program)["params"]:
         return program
-    twin = copied(program).double()
+    twin = copied(program).double() if isinstance(program, nn.Module) else copied(program)
     own = own_params(twin)
     own["params"] = {name: value.detach().double().requires_grad_() for name, value in own["params"].items()}
     return twin

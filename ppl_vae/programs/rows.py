@@ -14,10 +14,12 @@ _FITTED = "_ppl_vae_rows"
 
 
 def keywords(function: Callable[..., Any]) -> list[str]:
-    """What a model or guide takes by keyword; `**` if it takes anything."""
+    """What a model or guide takes by keyword; `**` if it takes anything. A `VAE` knows what it is given."""
     forward: Any = getattr(function, "forward", None) if isinstance(function, nn.Module) else None
     target = function if forward is None or forward.__name__ == "_forward_unimplemented" else forward
-    return ["**" if p.kind is p.VAR_KEYWORD else p.name for p in inspect.signature(target).parameters.values()]
+    anything = getattr(getattr(function, "__self__", None), "given_keys", ["**"])
+    parameters = inspect.signature(target).parameters.values()
+    return [name for p in parameters for name in (anything if p.kind is p.VAR_KEYWORD else [p.name])]
 
 
 def indexed(program: Any) -> bool:

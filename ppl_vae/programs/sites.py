@@ -36,7 +36,14 @@ OTHER_DATA = (
 )
 _TRIED = 64  # data on which densities are compared
 _CHECKED = "_ppl_vae_checked"
-_FAILED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)  # of a program on strange shapes
+_FAILED = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    AssertionError,
+)  # of a program on strange shapes
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict
     except _FAILED as error:
         if known_data(program, batch) is False:
             raise ValueError(OTHER_DATA.format(n=len(next(iter(batch.values()))))) from None
-        if isinstance(error, TypeError | NotImplementedError):
+        if isinstance(error, TypeError | NotImplementedError | AssertionError):
             raise ValueError(
                 f"Expected a model and a guide that run on data named {', '.join(batch)}; one raised: "
                 f"{(str(error) or repr(error)).splitlines()[0]}"
@@ -261,7 +268,10 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
         for name in plain_sites(trace):
             node: Any = trace.nodes[name]
             inner = sorted((frame for frame in node["cond_indep_stack"] if frame.vectorized), key=lambda one: one.dim)
-            sizes = [frame.size for frame in inner if whole or frame.dim < -1]
+            sizes = [frame.size for frame in inner if frame.dim < -1]
+            if whole:  # dims that no plate stands for count too
+                batch, held = node["value"].shape[: node["value"].dim() - node["fn"].event_dim], frames(node).values()
+                sizes = [size for dim, size in enumerate(batch, -len(batch)) if size > 1 or dim in held]
             shapes[name] = (*sizes, *node["fn"].event_shape)
     kl = {name: _kl_term(guide.nodes[name], model.nodes[name]) for name in latents}
     without = tuple(name for name in sampled if not nodes[name]["fn"].has_rsample)

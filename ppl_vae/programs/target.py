@@ -338,14 +338,22 @@ class Target:
         return self.log_density(self.trace(role, samples, values=values), samples)
 
     def to_double(self) -> Self:
-        """The same target in double precision, or itself if the program holds no tensors."""
-        if self.dtype is None:
+        """The same target in double precision, or itself if it is so already, or runs in no other than its own."""
+        if self.dtype is None and all(value.dtype != torch.float32 for value in self.batch.values()):
             return self
 
         def make() -> Any:
             batch = {key: value.double() if value.is_floating_point() else value for key, value in self.batch.items()}
             twin = self.with_batch(batch)
-            twin._set(to_double(self.program), batch, self._structure)
+            try:
+                twin._set(to_double(self.program), batch, self._structure)
+                if self.dtype is None:  # its parameters are made by `pyro.param`, or it has constants of its own
+                    with torch.no_grad():
+                        twin.traces(1, 0)
+            except (RuntimeError, TypeError, ValueError):
+                if self.dtype is not None:
+                    raise
+                return self
             return twin
 
         return self.cached("double", make)  # type: ignore[no-any-return]

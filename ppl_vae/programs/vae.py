@@ -14,6 +14,7 @@ from ppl_vae.families.family import moments
 from ppl_vae.families.supports import describe_support, same_support
 from ppl_vae.networks.encoding import Encoding
 from ppl_vae.networks.network import Amortized
+from ppl_vae.programs.given import ROLES, Given
 from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.program import unique_name
 from ppl_vae.programs.rows import numbered
@@ -23,12 +24,15 @@ from ppl_vae.programs.traces import batch_of, check_batch
 class VAE(nn.Module):
     r"""The program of three conditionals, with sites `"z"` and `"x"`.
 
-    The model is :math:`p(z)\, p(x \mid z)`, the guide :math:`q(z \mid x)`.
+    The model is :math:`p(z)\, p(x \mid z)`, the guide :math:`q(z \mid x)`. With `given`, a label or covariates y, they
+    are :math:`p(z \mid y)\, p(x \mid z, y)` and :math:`q(z \mid x, y)`, each as far as it is given y; the batch holds
+    y, and the evidence is :math:`\log p(x \mid y)`.
 
     Args:
         prior: p(z), without context.
         likelihood: p(x|z).
         posterior: q(z|x), the approximate posterior; its family must be reparameterised.
+        given: what the parts are conditioned on beside each other, and which of them.
 
     Raises:
         TypeError: If a part is not a `Conditional`.
@@ -47,7 +51,9 @@ class VAE(nn.Module):
         torch.Size([3, 64])
     """
 
-    def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional) -> None:
+    def __init__(
+        self, prior: Conditional, likelihood: Conditional, posterior: Conditional, given: Given | None = None
+    ) -> None:
         super().__init__()
         for role, part in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
             if not isinstance(part, Conditional):
@@ -63,7 +69,8 @@ class VAE(nn.Module):
                 f"Expected a reparameterised posterior on the support of the prior {type(prior.family).__name__}, "
                 f"{describe_support(prior.family.support)}; got {type(posterior.family).__name__}{tuple(z)}."
             )
-        if prior.context:
+        more = {role: (given.size,) if given and role in given.roles else () for role in ROLES}
+        if prior.context and not more["prior"]:
             raise ValueError(
                 f"Expected a prior without context; got one of shapes {[tuple(s) for s in prior.context]}."
             )
@@ -72,13 +79,28 @@ class VAE(nn.Module):
                 f"Expected a {type(prior.family).__name__} that is tied to the posterior of this VAE; got one that is "
                 "tied to another."
             )
-        self.prior = prior.bind()
-        self.likelihood = likelihood.bind(tuple(z))
+        if posterior.family.tied and not more["posterior"] and any(more.values()):
+            raise ValueError(
+                f"Expected a {type(posterior.family).__name__} that is given what the model is, which it depends on; "
+                "got one that is not. Name the posterior in `given_to`."
+            )
+        self.given = given
+        self.prior = prior.bind(*more["prior"])
+        self.likelihood = likelihood.bind(tuple(z), *more["likelihood"])
         words = likelihood.family.encodings
         if posterior.context is None and posterior.encoding is None and set(words) != {"plain"}:
             if posterior.wants == "context":
                 posterior.encoding = Encoding(words, likelihood.family.levels)
-        self.posterior = posterior.bind(tuple(x))
+        self.posterior = posterior.bind(tuple(x), *more["posterior"])
+
+    @property
+    def given_keys(self) -> list[str]:
+        """Entries of the batch that the VAE is given beside x."""
+        return [] if self.given is None else list(self.given.levels)
+
+    def context(self, role: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What a part is given of a batch, beside z or x: one tensor (n, size) or none."""
+        return () if self.given is None or role not in self.given.roles else (self.given(batch),)
 
     def model(
         self,
@@ -86,6 +108,7 @@ class VAE(nn.Module):
         mask: Tensor | None = None,
         index: Tensor | None = None,
         size_factor: Tensor | None = None,
+        **given: Tensor,
     ) -> Tensor:
         """Draw z from the prior and x from the likelihood, or score x where it is observed.
 
@@ -94,33 +117,34 @@ class VAE(nn.Module):
             mask: boolean, as `x`; entries where it is false are missing.
             index: the number of each datum in its data set, shape (n,), which a `Table` needs.
             size_factor: by what the mean of each datum's counts is multiplied, shape (n,).
+            given: the label `y` of each datum, shape (n,), or its `covariates`, shape (n, c), if the VAE is given them.
         """
         pyro.module(unique_name(self), self)
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.decode(z, x, mask, size_factor), obs=x)
+            z = pyro.sample("z", self.prior(*self.context("prior", given)))
+            return pyro.sample("x", self.decode(z, x, mask, size_factor, **given), obs=x)
 
     def decode(
         self, z: Tensor, x: Tensor, mask: Tensor | None = None, size_factor: Tensor | None = None, **others: Tensor
     ) -> Any:
         """Likelihood p(x|z) with what its family takes from the batch: size factors, or the totals of the rows of x."""
-        given: dict[str, Any] = {}
+        taken: dict[str, Any] = {}
         if "size_factor" in self.likelihood.family.takes:
-            given["size_factor"] = size_factor
+            taken["size_factor"] = size_factor
         if "total" in self.likelihood.family.takes:
-            given["total"] = x.sum(-1)
-        return self.likelihood(z, mask=mask, **given)
+            taken["total"] = x.sum(-1)
+        return self.likelihood(z, *self.context("likelihood", others), mask=mask, **taken)
 
-    def guide(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    def guide(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None, **given: Tensor) -> Tensor:
         """Draw z from the approximate posterior; the arguments are those of `model`."""
         pyro.module(unique_name(self), self)
         with pyro.plate("data", len(x), dim=-1):
-            return pyro.sample("z", self.approximate(x, mask, index))
+            return pyro.sample("z", self.approximate(x, mask, index, **given))
 
-    def approximate(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Any:
+    def approximate(self, x: Tensor, mask: Tensor | None = None, index: Tensor | None = None, **given: Tensor) -> Any:
         """Approximate posterior q(z|x), of batch shape (n,)."""
         if self.posterior.wants != "index":
-            return self.posterior(x, observed=mask)
+            return self.posterior(x, *self.context("posterior", given), observed=mask)
         if index is None:
             raise ValueError(
                 "Expected `index`, the number of each datum in its data set, for a posterior on a Table; got none."
@@ -152,6 +176,8 @@ class VAE(nn.Module):
         """
         batch = check_batch(self, numbered(self, as_batch(x if mask is None else {"x": x, "mask": mask})))
         data, seen = batch["x"], batch.get("mask")
+        if self.given is not None:
+            self.given.fit(batch)
         counts = data / batch["size_factor"].unsqueeze(-1) if "size_factor" in batch else data
         start = self.likelihood.family.fit_start(counts, seen)
         if hasattr(self.likelihood.network, "restart"):
@@ -161,25 +187,52 @@ class VAE(nn.Module):
         elif isinstance(self.posterior.network, Amortized):
             loc, scale = moments(data, seen)
             spread = scale.square().mean().sqrt()
-            self.posterior.network.centre(loc.flatten(), torch.where(spread > 0, spread, 1.0))
+            shift, unit = loc.flatten(), torch.where(spread > 0, spread, 1.0)
+            if given := self.context("posterior", batch):
+                unit = nn.functional.pad(unit.expand(len(shift)), (0, given[0].shape[1]), value=1.0)
+                shift = nn.functional.pad(shift, (0, given[0].shape[1]))
+            self.posterior.network.centre(shift, unit)
         for part in (self.prior, self.likelihood, self.posterior):
             part.family.observe(data, seen)
         return self
 
-    @torch.no_grad()
-    def sample(self, n: int, *, seed: int = 0) -> Tensor:
-        """Draw n data from the model, shape (n, *x)."""
-        device, _ = device_and_dtype(self)
-        with mode(self), fork_rng(seed, device=device):
-            return self.likelihood(self.prior().expand([n]).sample()).sample()
+    def given_batch(self, given: Any, n: int) -> dict[str, Tensor]:
+        """What the caller gives for n data, as entries of a batch."""
+        if self.given is not None:
+            return self.given.batch(given, n)
+        if given is not None:
+            raise ValueError(f"Expected nothing `given` to a VAE that is not conditioned; got {given!r}.")
+        return {}
 
     @torch.no_grad()
-    def reconstruct(self, x: Any, *, seed: int = 0) -> Tensor:
-        """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x)."""
+    def sample(self, n: int, *, given: Any = None, seed: int = 0) -> Tensor:
+        """Draw n data from the model, shape (n, *x).
+
+        Args:
+            n: how many.
+            given: what a conditional VAE depends on, as a dict by name or the entry alone: a label, or one per draw.
+            seed: of the draws.
+        """
+        device, _ = device_and_dtype(self)
+        with mode(self), fork_rng(seed, device=device):
+            batch = self.given_batch(given, n)
+            z = self.prior(*self.context("prior", batch)).expand([n]).sample()
+            return self.likelihood(z, *self.context("likelihood", batch)).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Any, *, given: Any = None, seed: int = 0) -> Tensor:
+        """Mean of p(x|z) at one draw of z from q(z|x), shape (n, *x).
+
+        Args:
+            x: data, shape (n, *x), or a batch dict.
+            given: what to decode with in place of what the batch gives: this datum's z, that label.
+            seed: of the draw.
+        """
         batch = check_batch(self, as_batch(x))
         device, _ = device_and_dtype(self)
         with mode(self), fork_rng(seed, device=device):
             z = self.approximate(**batch_of(self.guide, batch)).sample()
+            batch |= {} if given is None else self.given_batch(given, len(z))
             return self.decode(z, **{key: value for key, value in batch.items() if key != "mask"}).mean  # type: ignore[no-any-return]
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
@@ -196,6 +249,8 @@ class VAE(nn.Module):
                 f"Expected data of shape (n, {', '.join(map(str, family.event_shape))}); got {tuple(x.shape)}."
             )
         check_support("x", family.support, x, mask, type(family).__name__)
+        if self.given is not None:
+            self.given.check(batch)
         rows = self.table_rows
         if rows is not None and not bool(((batch["index"] >= 0) & (batch["index"] < rows)).all()):
             raise ValueError(

@@ -1,3 +1,6 @@
+from .class_plots import calibration_curve as calibration_curve
+from .class_plots import class_pictures as class_pictures
+from .class_plots import swaps as swaps
 from .data_plots import reconstructions as reconstructions
 from .data_plots import samples as samples
 from .data_plots import training_curve as training_curve

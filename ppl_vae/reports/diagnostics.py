@@ -20,7 +20,6 @@ from ppl_vae.infer.reference import Reference, reference_posterior, strongest
 from ppl_vae.programs.closed_form import exact_log_evidence, gaussians
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.target import BLOCK, Target
-from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.measures import finite, mean_error
 
 MAX_DATA = {"auto": 50, "closed-form": 100, "quadrature": 100, "ais": 50, "nuts": 5, None: 100}  # by method
@@ -110,9 +109,6 @@ def find_reference(target: Target, diagnostics: Diagnostics, *, seed: int = 0) -
                 f"{'alone' if method is None else given}."
             )
         check_int(name, value, 2 if name == "chains" else 1)
-    if diagnostics.gap and not isinstance(target.program, VAE):
-        name = type(target.program).__name__
-        raise ValueError(f"Expected a VAE for --gap, since the family of its guide is known; got {name}.")
     if diagnostics.calibration:
         calibrate(target.rows(slice(2)), draws=1, simulations=2, seed=seed)
     if method is None:
@@ -160,6 +156,8 @@ def diagnose(
     report["pareto_k"] = [round(k, 4) for k in evidence.pareto_k.tolist()]
     if diagnostics.gap:
         known = more.get("known")
+        if target.structure.whole:
+            known, kind = evidence if known is None else known, kind or evidence.kind
         if known is None:
             with contextlib.suppress(ValueError):
                 known, kind = exact_log_evidence(rows), "estimate"
@@ -261,7 +259,7 @@ def _reference_block(reference: Reference, settled: Tensor, used: Tensor, eviden
 
 def _gap_block(gap: Gap, kind: str) -> dict[str, Any]:
     """Sum up the gap; if its kind is a lower bound, so are the total and the part of the family."""
-    block: dict[str, Any] = {"n": len(gap.total), "kind": kind}
+    block: dict[str, Any] = {"n": len(gap.total), "kind": kind, "family": gap.family, "amortized": gap.amortized}
     for name, error in (("total", "error"), *((part, f"{part}_error") for part in ("approximation", "amortization"))):
         block |= {name: float(getattr(gap, name).mean()), error: mean_error(getattr(gap, error))}
     block["each"] = {"approximation": gap.approximation, "amortization": gap.amortization}

@@ -11,6 +11,11 @@ REMEDIES = (
     "with more `--temperatures` if it does not settle)."
 )
 
+REMEDIES_WHOLE = (
+    "More samples (`ppl-vae evaluate RUN --samples K`), longer training, a richer guide or another parameterisation "
+    "of the model tighten it. A reference does not rely on the guide (`ppl-vae evaluate RUN --reference nuts`)."
+)
+
 
 def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
     """List what the numbers give reason to doubt, and what would help.
@@ -20,11 +25,15 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         history: the bound of each epoch.
     """
     test, train, exact = report["test"], report["train"], report["exact"]
-    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report)]
+    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report), *_doubt_guide(report)]
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
         return [*findings, f"**Some figures are not finite**: {reason}"]
-    findings += [*_doubt_evidence(test), *_doubt_latents(test), *_doubt_training(train, test["elbo"], history)]
+    findings += [
+        *_doubt_evidence(test, report["data"].get("whole", False)),
+        *_doubt_latents(test),
+        *_doubt_training(train, test["elbo"], history),
+    ]
     if exact and exact["gap"] > 0.1:
         findings.append(
             f"**The guide misses the exact posterior** by {exact['gap']:.2f} nats on average. A richer family, such as "
@@ -39,6 +48,7 @@ def describe_diagnostics(report: Mapping[str, Any]) -> list[str]:
         "reference": lambda block: _reference(block, with_gap="gap" not in report),
         "bound": _bound,
         "gap": _gap,
+        "classes": _classes,
         "calibration": lambda block: (
             f"**Calibration**: {block['verdict']} (p = {block['p_value']:.2g} over {block['simulations']} simulations)."
         ),
@@ -65,7 +75,13 @@ def figure(value: float | None, error: float | None = None, *, digits: int = 3) 
 
 
 def _doubt_data(data: Mapping[str, Any]) -> Iterator[str]:
-    if data["part"] == "train":
+    if data.get("whole"):
+        yield (
+            "**All figures are of the training data.** Some latent variables are shared by all data, so the whole data "
+            f"set counts as one datum. Nothing here tells how the model does on new data, {data['n_test'] or 'none'} "
+            "of which were held out."
+        )
+    elif data["part"] == "train":
         yield (
             "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
             "nothing here tells how the model does on new data. A network such as `Linear` or `MLP` would."
@@ -85,6 +101,13 @@ def _doubt_diagnostics(report: Mapping[str, Any]) -> Iterator[str]:
             "**The guide is miscalibrated**: on data simulated from the model, its draws differ from the true latents "
             f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {_off_data_too(report)}"
         )
+
+
+def _doubt_guide(report: Mapping[str, Any]) -> Iterator[str]:
+    """What to trust of a guide whose data are one datum, and its most doubtful sites."""
+    if check := report.get("check"):
+        off = ", ".join(f"{name} ({figure(apart, digits=2)})" for name, apart in check["doubtful"].items())
+        yield f"**{check['words'][-1]}** Furthest off in mean or spread, in standard deviations: {off}."
 
 
 def _off_data_too(report: Mapping[str, Any]) -> str:
@@ -109,7 +132,7 @@ def _off_data_too(report: Mapping[str, Any]) -> str:
     )
 
 
-def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
+def _doubt_evidence(test: Mapping[str, Any], whole: bool) -> Iterator[str]:
     value, shape, worst = test["log_evidence"], test["pareto_k"], test["worst"]
     named = ""
     if worst["n"]:
@@ -128,7 +151,8 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
                 "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
                 "variance is finite."
             )
-        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {REMEDIES}"
+        remedies = REMEDIES_WHOLE if whole else REMEDIES
+        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {remedies}"
     elif named:
         yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
@@ -224,17 +248,39 @@ def _bound(block: Mapping[str, Any]) -> str:
     return f"**The bound over the number of samples** K, mean over {counted(block['n'])}: {bounds}."
 
 
+def _classes(block: Mapping[str, Any]) -> str:
+    apart = block["margin"]
+    told = (
+        f"**Classes** by p(y given x), {block['samples']} samples for each of {block['classes']}: right for "
+        f"{figure(block['accuracy'], block['se'])} of {counted(block['n'])}; log p(y given x) is "
+        f"{figure(block['log_score'])} nats at the label, the calibration error {figure(block['calibration_error'])}. "
+        f"Uncertain, since the interval of the difference of two classes holds 0: {block['uncertain']}. Refused as "
+        f"outliers under every class, since 99 % of the {block['known']['part']} data of each have a higher "
+        f"log p(x given y): {block['outliers']}."
+    )
+    if apart is not None:
+        told += (
+            f" For {counted(block['open'])} the evidence of another class is only a lower bound; it would have to be "
+            f"too low by {figure(apart['min'], digits=1)} nats at the least, by {figure(apart['median'], digits=1)} in "
+            "the median, for that class to be the most probable."
+        )
+    return told
+
+
 def _gap(block: Mapping[str, Any]) -> str:
     names = ("total", "error"), *((name, f"{name}_error") for name in ("approximation", "amortization"))
     total, family, network = (figure(block[name], block[error]) for name, error in names)
     least = "" if block["kind"] == "estimate" else "at least "
-    advice = "A larger encoder or longer training would gain more than a richer family."
+    gap = f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}"
+    if block.get("family", "") is None:
+        return f"{gap}. The family of this guide is not known, so it is not split."
+    second, more = "because training did not find its best member", "Longer"
+    if block.get("amortized", True):
+        second, more = "because one network serves all data", "A larger encoder or longer"
+    advice = f"{more} training would gain more than a richer family."
     if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
         advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
     if (block["total"] or 0.0) < 0.1:
         advice = "There is little to gain."
-    return (
-        f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}: {least}{family} "
-        f"because of the guide's family, {network} because one network serves all data. ± is the Monte Carlo error. "
-        f"{advice}"
-    )
+    parts = f"{least}{family} because of the guide's family, {network} {second}"
+    return f"{gap}: {parts}. ± is the Monte Carlo error. {advice}"

@@ -84,7 +84,7 @@ def latent_scatter(
     return style.bare(ax)
 
 
-def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None) -> Figure:
+def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | None = None, given: Any = None) -> Figure:
     r"""Show the mean of p(x|z) over the plane of two latents, at points even in the prior's probability.
 
     Under a `StandardNormal` or `Normal` prior the points are :math:`z = \mathrm{loc} + \mathrm{scale}\,\Phi^{-1}(u)`
@@ -96,6 +96,7 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
         shape: of a picture, (height, width).
         size: points along each axis.
         gap: pixels between pictures, by default one if they are small, else none.
+        given: what a conditional VAE depends on, one row, as in `VAE.sample`.
 
     Raises:
         TypeError: If the program is not a `VAE`.
@@ -113,7 +114,7 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
         raise ValueError(f"Expected `size` to be at least 1; got {size}.")
     levels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     with torch.no_grad(), fork_rng(0, device=device_and_dtype(vae)[0]):
-        prior = vae.prior()
+        prior = vae.prior(*vae.context("prior", vae.given_batch(given, 1)))
         if isinstance(vae.prior.family, StandardNormal | Normal):
             loc, scale = (value.reshape(2, 1).double().cpu() for value in (prior.mean, prior.stddev))
             points = loc + scale * torch.special.ndtri(levels)
@@ -122,7 +123,7 @@ def latent_grid(vae: VAE, *, shape: Sequence[int], size: int = 20, gap: int | No
             low, high = drawn.quantile(drawn.new_tensor([0.025, 0.975]), 0).unsqueeze(-1)
             points = low + (high - low) * levels
     up, across = torch.meshgrid(points[1].flip(0), points[0], indexing="ij")
-    means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2))
+    means = _decode(vae, torch.stack([across, up], -1).reshape(-1, 2), given)
     gap = (1 if max(shape) <= 16 else 0) if gap is None else gap
     figure, ax, rows, columns = style.mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
@@ -141,6 +142,7 @@ def traversals(
     count: int = 9,
     latents: Sequence[int] | None = None,
     spread: float = 2.5,
+    given: Any = None,
 ) -> Figure:
     """Show the mean of p(x|z) while one latent varies, one row per latent: as pictures, or curves coloured by value.
 
@@ -151,6 +153,7 @@ def traversals(
         count: values per latent.
         latents: which ones, counted from 0, by default the first ten.
         spread: the latent goes from -spread to +spread around its base, in units of z.
+        given: what a conditional VAE depends on, one row, as in `VAE.sample`.
 
     Raises:
         TypeError: If the program is not a `VAE`.
@@ -172,7 +175,7 @@ def traversals(
     steps = torch.linspace(-spread, spread, count, dtype=torch.float64) if count > 1 else torch.zeros(1).double()
     z = start.double().repeat(len(chosen), count, 1)
     z[torch.arange(len(chosen)), :, chosen] += steps
-    means = _decode(vae, z.reshape(-1, size))
+    means = _decode(vae, z.reshape(-1, size), given)
     names = [f"$z_{{{index}}}$" for index in chosen]
     quantity = "value of the latent" if base is None else "offset of the latent from its base"
     if shape is not None:
@@ -212,9 +215,10 @@ def _latent_size(vae: VAE) -> int:
 
 
 @torch.no_grad()
-def _decode(vae: VAE, z: Tensor) -> style.Array:
-    """The mean of p(x|z), (n, x), at z, (n, z)."""
+def _decode(vae: VAE, z: Tensor, given: Any) -> style.Array:
+    """The mean of p(x|z), (n, x), at z, (n, z), and at one row of what is given."""
     device, dtype = device_and_dtype(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
     with mode(vae):
-        return style.as_array(vae.likelihood(at).mean.flatten(1))
+        others = vae.context("likelihood", vae.given_batch(given, 1))
+        return style.as_array(vae.likelihood(at, *others).mean.flatten(1))

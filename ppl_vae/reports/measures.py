@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.loading import Data
+from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
+from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
+from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.rows import indexed, numbered
 from ppl_vae.programs.target import Target
+from ppl_vae.programs.vae import VAE
 
 MOST_DATA = 1000  # for figures, latents and the training part
 _MOST_EM = 10**8  # products in an iteration of EM
@@ -23,16 +27,34 @@ _MOST_EM = 10**8  # products in an iteration of EM
 def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
     """Choose the part of the data to evaluate: the test part, or the training part if the guide knows no other.
 
-    A guide that asks for `index`, such as a `Table`, has a row for each datum of the training part.
+    A guide that asks for `index`, such as a `Table`, has a row for each datum of the training part. Where the whole
+    data set counts as one datum, that is the training part.
 
     Returns:
         `test` or `train`, and that part.
+
+    Raises:
+        ValueError: If there are no test data, and the program should be evaluated on some.
     """
-    return ("train", numbered(program, data.train)) if indexed(program) else ("test", data.test)
+    if indexed(program):
+        return "train", numbered(program, data.train)
+    if not isinstance(program, VAE) and Target(program, data.train).structure.whole:
+        return "train", data.train
+    if not len(next(iter(data.test.values()))):
+        raise ValueError(
+            "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2."
+        )
+    return "test", data.test
 
 
 def evaluate(
-    target: Target, data: Data, *, samples: int, seed: int = 0, latent: int | None = None
+    target: Target,
+    data: Data,
+    *,
+    samples: int,
+    seed: int = 0,
+    latent: int | None = None,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
     """Measure a trained program on its evaluation split.
 
@@ -42,14 +64,23 @@ def evaluate(
         samples: importance samples per datum.
         seed: of all draws.
         latent: number of latent variables of the PPCA to compare with, None for no PPCA.
+        reference: of a program whose whole data set counts as one datum, to check its guide by.
 
     Returns:
         The blocks `test`, `exact` and `baseline` of a report, `missing` if entries are, and the evidence of each datum.
+        Where the whole data set counts as one datum also `check`, what `check_guide` says.
     """
-    evidence = log_evidence(target, samples=samples, seed=seed)
+    whole = target.structure.whole
+    checked = check_guide(target, samples=samples, seed=seed, reference=reference) if whole else None
+    evidence = log_evidence(target, samples=samples, seed=seed) if checked is None else checked.evidence
     test = evidence.summary()
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None
+    if checked is not None:
+        test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
+        test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
+        blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
+        return finite({**blocks, "check": _check_block(checked)}), evidence
     volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
     if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
         shares = mask.flatten(1).double().mean(0)
@@ -72,6 +103,23 @@ def evaluate(
     if mask is not None:
         blocks["missing"] = _missing(mask, data, evidence)
     return finite(blocks), evidence
+
+
+def _check_block(checked: GuideCheck) -> dict[str, Any]:
+    """What `check_guide` says: in words, and the moments of each latent site."""
+    sites, keys = {}, ("mean", "error", "sd")
+    for name, site in checked.sites.items():
+        moments: dict[str, Any] = {label: dict(zip(keys, each, strict=True)) for label, *each in checked.moments(name)}
+        off = {"mean_error": site.loc_error, "scale_ratio": site.scale_ratio}
+        sites[name] = {**moments, **off, "mean_bound": site.loc_bound, "sd_bound": site.scale_bound}
+    return {
+        "trusted": checked.trusted,
+        "doubtful": checked.doubtful(),
+        "inner": checked.evidence.inner,
+        "sites": sites,
+        "text": str(checked).splitlines(),
+        "words": checked.words,
+    }
 
 
 def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 0) -> dict[str, Any]:
@@ -105,20 +153,23 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
 def measure(target: Target) -> str:
     """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units.
 
-    A table of mixed columns has a `mass of columns 1, 4 and a density of the others`, a Multinomial a `probability mass
-    given each total`.
+    Of a conditional VAE it is one `given y`. A table of mixed columns has a `mass of columns 1, 4 and a density of the
+    others`, a Multinomial a `probability mass given each total`.
     """
     few = target.rows(slice(2))
     with torch.no_grad():
         sites: Any = few.traces(1, 0)[0].nodes
     supports = [getattr(s := sites[name]["fn"].support, "base_constraint", s) for name in few.structure.observed]
     columns = [flag for support in supports for flag in getattr(support, "discrete", [bool(support.is_discrete)])]
+    totals = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
+    conditions = ["each total"] * totals + getattr(target.program, "given_keys", [])
+    given = " given " * bool(conditions) + " and ".join(conditions)
     if len(set(columns)) == 1:
-        given = any(hasattr(sites[name]["fn"], "total") for name in few.structure.observed)
-        return "probability mass" + " given each total" * given if columns[0] else "density"
+        return ("probability mass" if columns[0] else "density") + given
     if len(supports) > 1:
         return "mixed"
-    return f"mass of columns {', '.join(str(j) for j, flag in enumerate(columns) if flag)} and a density of the others"
+    masses = ", ".join(str(j) for j, flag in enumerate(columns) if flag)
+    return f"mass of columns {masses} and a density of the others{given}"
 
 
 def finite(value: Any) -> Any:
@@ -178,13 +229,49 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
 
 
 def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | None:
-    """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable."""
-    x, mask = data.train["x"].double(), data.train.get("mask")
-    if measure(target) != "density" or (mask is not None and x.numel() * (latent + 1) ** 2 > _MOST_EM):
+    """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable.
+
+    Beside a conditional VAE it is fitted to what a linear regression of x on what is given leaves.
+    """
+    given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
+    x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
+    large = mask is not None and (given is not None or x.numel() * (latent + 1) ** 2 > _MOST_EM)
+    if not measure(target).startswith("density") or large:
         return None
+    if given is not None:
+        known = [torch.nn.functional.pad(given(part).double(), (1, 0), value=1.0) for part in (data.train, rows)]
+        slope = torch.linalg.pinv(known[0]) @ x
+        x, other = x - known[0] @ slope, other - known[1] @ slope
     try:
         ppca = PPCA.fit(x, latent, mask, tolerance=1e-6)
     except (ValueError, RuntimeError):
         return None
-    rows = evaluation_split(target.program, data)[1]
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(rows["x"].double(), rows.get("mask")).mean())}}
+    return {"ppca": {"log_evidence": float(ppca.log_evidence(other, rows.get("mask")).mean())}}
+
+
+def classify(
+    target: Target, data: Data, *, samples: int, prior: str | list[float] | None = None, seed: int = 0
+) -> dict[str, Any] | None:
+    """Measure the classifier p(y|x) that a model given the label makes by Bayes' rule, on at most 1,000 data.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        samples: importance samples per datum and class, of which 200 at most are taken.
+        prior: of the classes, `frequencies` of the training part by default.
+        seed: of all draws.
+
+    Returns:
+        The block `classes` of a report (see `ClassEvidence.summary`); None for a model without labels, or with a guide
+        that knows the training data alone.
+    """
+    classes = getattr(getattr(target.program, "given", None), "classes", None)
+    if classes is None or indexed(target.program):
+        return None
+    part, known = ("train", data.train) if data.validation is None else ("validation", data.validation)
+    known, few, words = {key: value[:MOST_DATA] for key, value in known.items()}, target.rows(slice(MOST_DATA)), prior
+    if prior in (None, "frequencies"):
+        prior, words = data.train["y"].bincount(minlength=classes).tolist(), "frequencies"
+    options: Any = {"class_prior": prior, "known": known, "seed": seed}
+    block = class_evidence(few, samples=min(samples, 200), **options).summary(few.batch["y"])
+    return finite({**block, "prior": words, "known": {"part": part, "n": len(known["y"])}})  # type: ignore[no-any-return]

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
 from ppl_vae.reports.measures import MOST_DATA
+
+_ROWS = 40  # of the table of moments, at the most
 
 
 def markdown(
@@ -41,6 +44,7 @@ def markdown(
     return template.render(
         report=report,
         title=title,
+        **_moments(report.get("check")),
         model=_model(target.program, report["spec"]),
         objective=_objective(report["spec"]["svi"], report["train"]),
         sites=_sites(target),
@@ -64,7 +68,26 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
         sentence = (inspect.getdoc(type(getattr(program, role).family)) or "").split("\n\n")[0]
         formulas[role] = re.sub(":math:`([^`]*)`", r"$\1$", " ".join(sentence.split()))
     z, x = program.prior.family.event_shape.numel(), program.likelihood.family.event_shape.numel()
-    return {"latents": z, "features": x, "formulas": formulas}
+    words = ", ".join(program.given_keys).replace("covariates", "c")
+    after = {role: words if program.given is not None and role in program.given.roles else "" for role in formulas}
+    return {"latents": z, "features": x, "formulas": formulas, "given": words, "after": after}
+
+
+def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The methods that give moments, and a row for each entry of the latent sites, at most `_ROWS`."""
+    if check is None:
+        return {}
+    rows, methods = [], []
+    for name, site in check["sites"].items():
+        methods = [label for label in site if isinstance(site[label], dict)]
+        columns = [[np.ravel(site[label][key]) for key in ("mean", "error", "sd")] for label in methods]
+        off, wide = np.ravel(site["mean_error"]), np.ravel(site["scale_ratio"])
+        for entry in range(len(off)):
+            cells = [f"{figure(m[entry], e[entry])} ({figure(s[entry])})" for m, e, s in columns]
+            label = f"{name}[{entry}]" if len(off) > 1 else name
+            rows.append([label, *cells, figure(off[entry], digits=2), figure(wide[entry], digits=2)])
+    left = [[f"{len(rows) - _ROWS} more", *[""] * (len(methods) + 2)]] if len(rows) > _ROWS else []
+    return {"methods": methods, "moments": rows[:_ROWS] + left}
 
 
 def _objective(svi: Mapping[str, Any], train: Mapping[str, Any]) -> str:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_int
-from ppl_vae._seeds import fork_rng
+from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.like import PIECE, Piece, Reader
 from ppl_vae.data.transforms import Transform
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
+from ppl_vae.evaluation.impute import impute
 from ppl_vae.evaluation.latents import codes
 from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.rows import indexed
@@ -30,7 +31,7 @@ from ppl_vae.runs.results import Result, as_result, check_new, write, write_text
 if TYPE_CHECKING:
     pass
 
-WHATS = ("encode", "reconstruct", "score", "sample", "weights")
+WHATS = ("encode", "reconstruct", "score", "impute", "sample", "weights")
 _DRAWS = 100  # of the guide for each row, in a reconstruction
 
 
@@ -173,6 +174,28 @@ class Applied:
             yield _scores(piece, found, self.held_out)
 
     @torch.no_grad()
+    def impute(self, source: Any, samples: int | None = None) -> Iterator[Result]:
+        """The rows with their missing cells filled, in the data's own units, and how far to trust them.
+
+        Of numbers the mean of 100 draws from p(missing | observed), of words the most frequent; the standard deviation
+        of the draws; and of each row the tail shape `pareto_k` and the effective sample size `ess` of the weights.
+        """
+        reading = dataclasses.replace(self, reader=dataclasses.replace(self.reader, missing=True))
+        samples = self.samples if samples is None else check_int("samples", samples)
+        for number, piece, target in reading._targets(source):
+            found = impute(target, samples=samples, seed=fold_in(self.seed, "impute", number))
+            filled = self._in_units(found.completed(self.columns), piece.index)
+            scale = np.broadcast_to(self.reader.transform.scale, self.columns.count)
+            trust = {"pareto_k": found.evidence.pareto_k.numpy(force=True), "ess": found.evidence.ess.numpy(force=True)}
+            sd, table = found.sd.numpy(force=True) * scale, filled.table
+            holes = ~found.mask.numpy(force=True)
+            for j, name in enumerate(self.columns.names or map(str, range(self.columns.count))):
+                if holes[:, j].any() and name not in (self.columns.categories or {}):
+                    table[f"{name} sd"] = np.where(holes[:, j], sd[:, j], np.nan)
+            arrays = filled.arrays | {"sd": sd, "mask": ~holes} | trust
+            yield Result(arrays, piece.index, table.assign(**trust))
+
+    @torch.no_grad()
     def sample(self, n: int) -> Iterator[Result]:
         """New rows from the model, in the data's own units."""
         check_int("n", n)
@@ -272,7 +295,7 @@ def carry_out(
         out: a new file.
         screen: the stream, where there is no file.
         n: rows of `sample`.
-        samples: importance samples per row of `score`.
+        samples: importance samples per row of `score` and `impute`.
         outlier: the label of outliers, for the AUROC of `score`.
 
     Returns:
@@ -289,7 +312,8 @@ def carry_out(
         results = applied.sample(n)
     else:
         source = run.spec.load_data() if source is None else source
-        results = applied.score(source, samples) if what == "score" else getattr(applied, what)(source)
+        options = (samples,) if what in ("score", "impute") else ()
+        results = getattr(applied, what)(source, *options)
 
     def seen() -> Iterator[Result]:
         for result in results:

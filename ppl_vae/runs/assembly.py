@@ -7,6 +7,7 @@ from ppl_vae import families, networks
 from ppl_vae.data.columns import Columns
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.networks.encoding import Encoding
+from ppl_vae.programs.given import Given
 from ppl_vae.programs.program import load_network
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.schema import ROLES, described, filled, needs
@@ -29,7 +30,8 @@ def assemble(spec: Any, columns: Columns, latent: int, rows: int, *, own: bool =
             f"Expected a {spec.prior.family} beside a posterior that is not tied to the prior; got "
             f"{spec.posterior.family}."
         )
-    known = described(columns)
+    known, given = described(columns), _given(spec, columns)
+    more = {role: (given.size,) if given and role in given.roles else () for role in ROLES}
     for role in sorted(ROLES, key=lambda role: len(tied_to(getattr(spec, role)))):
         table = getattr(spec, role)
         kind = getattr(families, table.family)
@@ -37,18 +39,37 @@ def assemble(spec: Any, columns: Columns, latent: int, rows: int, *, own: bool =
         event = columns.count if role == "likelihood" else latent
         keys = table.model_dump(exclude={"family", "network", "encoding"})
         family = kind(**filled(kind, event=event, **known, **parts), **keys)
-        context = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
+        context: tuple[int, ...] = {"prior": (), "likelihood": (latent,), "posterior": (columns.count,)}[role]
+        context += more[role]
         encoding = guide_encoding(table, parts["likelihood"].family, columns) if role == "posterior" else None
         if hasattr(network, "program"):
             kind = load_network(network.program) if own else networks.Linear
-            size = sum(context) if encoding is None else encoding.size
+            size = sum(context) + (0 if encoding is None else encoding.size - columns.count)
             sizes = filled(kind, context=size, outputs=family.start().numel(), shape=columns.shape)
             network = kind(**sizes, **(network.model_dump(exclude={"program"}) if own else {}))
         elif network is not None:
             kind = getattr(networks, network.family)
             network = kind(**filled(kind, rows=rows, **known), **network.model_dump(exclude={"family"}))
         parts[role] = Conditional(family, network, encoding=encoding).bind(*context)
-    return VAE(**parts)
+    return VAE(**parts, given=given)
+
+
+def _given(spec: Any, known: Columns) -> Given | None:
+    """What the parts are conditioned on, if anything, by the label and the covariates of the data."""
+    names, levels = as_list(spec.model.given), known.given or {}
+    if not names:
+        return None
+    for name in names:
+        if name not in levels:
+            what = "labels" if name == "y" else "covariates"
+            raise ValueError(f'Expected {what} in the data, for model.given = "{name}"; got data without.')
+    count, columns = levels["y"][0] if "y" in names else None, levels["covariates"] if "covariates" in names else ()
+    return Given(y=count, covariates=columns, to=as_list(spec.model.given_to))
+
+
+def as_list(names: str | list[str] | None) -> list[str]:
+    """A list of the names given, one or several or none."""
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def guide_encoding(table: Any, family: families.Family, columns: Columns) -> Encoding | None:

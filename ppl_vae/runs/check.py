@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.objectives import make_objective
-from ppl_vae.infer.svi import OBJECTIVE
+from ppl_vae.infer.svi import OBJECTIVE, parts_of
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 
@@ -23,6 +23,7 @@ _LOOKS = {
     "label": ("label", "looks like a label; if so,"),
     "constant": ("leave_out", "constant in the training part; to leave out,"),
 }
+_SPARE = "{} rows are held out and not used, since the whole data set is one datum; --set data.test_fraction=0"
 TRIED = 100  # data that the program is run on
 
 
@@ -45,6 +46,7 @@ class Check:
         epochs: passes over the data.
         steps: optimiser steps in all.
         memory: rough estimate of the bytes that training takes, beyond the libraries themselves.
+        whole: whether the whole data set counts as one datum.
     """
 
     data: str
@@ -61,15 +63,18 @@ class Check:
     epochs: int
     steps: int
     memory: int
+    whole: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        sites = [f"{name} {('n', *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
-        sites += [f"{name} {('n', *shape)} enumerated" for name, shape in self.enumerated.items()]
-        sites += [f"{name} {('n', *shape)} observed" for name, shape in self.observed.items()]
+        lead = () if self.whole else ("n",)
+        sites = [f"{name} {(*lead, *shape)} latent, KL {self.kl[name]}" for name, shape in self.latents.items()]
+        sites += [f"{name} {(*lead, *shape)} enumerated" for name, shape in self.enumerated.items()]
+        sites += [f"{name} {(*lead, *shape)} observed" for name, shape in self.observed.items()]
+        whole = ", which count as one datum together" if self.whole else ""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         groups: dict[str, list[str]] = {}
         for name, what in self.columns.items():
@@ -77,11 +82,11 @@ class Check:
         listed = [f"{what}: {', '.join(names[:20])}{', ...' * (len(names) > 20)}" for what, names in groups.items()]
         return "\n".join(
             [
-                f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features",
+                f"data        {self.data}: {self.n_train:,} data for training, of {self.features} features{whole}",
                 *([f"columns     {'; '.join(listed)}"] if listed else []),
                 *(f"look        {hint}" for hint in self.hints),
                 *([f"missing     {self.missing}"] if self.missing else []),
-                f"sites       {'; '.join(sites)}".replace("'n'", "n").replace("(n,)", "(n)"),
+                f"sites       {'; '.join(sites)}".replace("'n'", "n").replace(",)", ")"),
                 f"parameters  {counts or 'none'}; {sum(self.parameters.values()):,} in all",
                 f"to come     {self.steps:,} steps in {self.epochs:,} epochs",
                 f"memory      about {max(self.memory / 2**20, 0.1):.1f} MiB",
@@ -102,9 +107,15 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         ValueError: If data, program and objective do not fit.
     """
     check_observed(data.train, data.row_numbers["train"])
-    for part in parts:
-        target = Target(program, part)
-    sites = target.structure
+    target = Target(program, parts[-1])
+    sites, rows = target.structure, len(next(iter(data.train.values())))
+    if sites.whole and data.validation is not None:
+        raise ValueError(
+            "Expected no validation data, since the whole data set counts as one datum of this program; got some. Try "
+            "--set data.validation_fraction=0."
+        )
+    for part in parts[:-1]:
+        Target(program, part)
     learned: list[Tensor] = [*program.parameters()] if isinstance(program, nn.Module) else []
     make_objective(target, learned, **{key: getattr(svi, key) for key in OBJECTIVE})
     if sites.rows is not None:
@@ -130,21 +141,26 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
     counts: Counter[str] = Counter()
     for name, value in parameters.items():
         counts[name.partition(".")[0]] += value.numel()
+    nodes: Any = {**model.nodes, **guide.nodes}
+    own = [node for name, node in nodes.items() if node["type"] == "param" and "$$$" not in name]
+    counts.update({"pyro.param": sum(node["value"].numel() for node in own)} if own else {})
     gradients = 2 * sum(kept.values()) * min(svi.batch_size, target.n) // min(target.n, TRIED)
+    spare = len(next(iter(data.test.values()))) if sites.whole else 0
     return Check(
         data=data.name,
-        n_train=target.n,
+        n_train=rows,
         features=data.features,
         columns=_columns(data),
-        hints=column_hints(data),
+        hints=[*column_hints(data), *([_SPARE.format(spare)] if spare else [])],
         missing=_missing(program, data),
+        whole=sites.whole,
         latents={name: sites.shapes[name] for name in sites.latents},
         observed={name: sites.shapes[name] for name in sites.observed},
         enumerated={name: sites.shapes[name] for name in sites.enumerated},
         kl={name: kind if svi.elbo == "TraceMeanField_ELBO" else "sampled" for name, kind in sites.kl.items()},
         parameters=dict(counts),
         epochs=svi.epochs,
-        steps=svi.epochs * math.ceil(target.n / svi.batch_size),
+        steps=svi.epochs * (parts_of(target, svi.batch_size) if sites.whole else math.ceil(rows / svi.batch_size)),
         memory=sum(value.nbytes for value in held) + 3 * sum(value.nbytes for value in parameters.values()) + gradients,
     )
 
@@ -184,4 +200,16 @@ def column_hints(data: Data) -> list[str]:
     kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
     if data.protocol["scaling"] == "standardize" and kept:
         hints.append(f"{', '.join(kept)}: as they are, since standardize scales no counts and no shares")
+    x, words = data.train["x"].double(), data.columns.categories or {}
+    x = torch.where(x.isnan(), x.nanmean(0), x)
+    names = list(columns)[: data.features] or [f"column {j + 1}" for j in range(data.features)]
+    steps, spread = torch.finfo(data.train["x"].dtype).eps * x.abs().amax(0), x.std(0, correction=0)
+    for j in (steps > 1e-3 * spread).nonzero().flatten().tolist():
+        if names[j] not in data.suspects and (spread[j] > 0 or columns):
+            said = f"rounded to steps of {steps[j]:.2g}; subtract a constant, or --set 'data.scaling=standardize'"
+            hints.append(f"{names[j]}: varies little for its size, {said}")
+    codes = [names[j] for j in ((x.amin(0) == 1) & (x.amax(0) <= 5)).nonzero().flatten().tolist()]
+    if codes := [name for name in codes if name in kept and name not in words]:
+        value = json.dumps([*(name for name in words if words[name][0].isdecimal()), *codes])
+        hints.append(f"{', '.join(codes)}: counts from 1 up; if they are codes, --set 'data.categories={value}'")
     return hints

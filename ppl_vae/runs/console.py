@@ -10,6 +10,9 @@ def headline(report: Mapping[str, Any]) -> str:
     """The figures of a report that matter most, one per line."""
     test, exact, baseline = report["test"], report["exact"], report["baseline"]
     evidence, part = test["log_evidence"], "held-out" if report["data"]["part"] == "test" else "training"
+    if "check" in report:
+        whole = [f"{counted(report['data']['n_train'])} count as one datum; all figures are of these training data."]
+        return "\n".join([*whole, *report["check"]["text"], *diagnostic_lines(report)])
     lines = [
         _line("ELBO", f"{_figure(test['elbo'])} nats per {part} datum"),
         _line("log evidence", f"{_figure(evidence)} ({evidence['kind']}, K = {test['samples']})", evidence),
@@ -41,7 +44,11 @@ def diagnostic_lines(report: Mapping[str, Any]) -> list[str]:
         errors = {"total": "error", "approximation": "approximation_error", "amortization": "amortization_error"}
         total, family, network = (_figure({"mean": gap[name], "se": gap[error]}) for name, error in errors.items())
         least = ">= " if _is_bound(gap) else ""
-        text = f"{total} over {counted(gap['n'])}: family {least}{family}, network {network}"
+        over = "of the data set" if report.get("data", {}).get("whole") else f"over {counted(gap['n'])}"
+        second = "network" if gap.get("amortized", True) else "optimisation"
+        text = f"{total} {over}: family {least}{family}, {second} {network}"
+        if gap.get("family", "") is None:
+            text = f"{total} {over}, not split: the guide's family is not known"
         lines.append(_line("gap", text, gap))
     if calibration := report.get("calibration"):
         over = f"p = {calibration['p_value']:.2g}, {calibration['simulations']:,} simulations"

@@ -19,6 +19,8 @@ from ppl_vae.runs.check import column_hints
 from ppl_vae.runs.spec import load_spec
 
 _LISTED = 40  # columns whose families are written out
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?")
+_USELESS = re.compile(r"Expected (?:numbers or words in|each word of) column '(.+?)' (?:of|in) ")
 SCHEMA = "spec.schema.json"
 
 
@@ -39,18 +41,20 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     if path.exists():
         raise ValueError(f"Expected a new file; {path} exists. Choose another name, or remove it.")
     keys = dict(overrides or {})
-    for column in _distinct_words(name, keys):
-        if "id" in keys:
-            keys["leave_out"] = [*keys.get("leave_out", []), column]
-        else:
-            keys["id"] = column
-    try:
-        data = load(name, **keys)
-    except ValueError as error:
-        if "missing cells" not in str(error) or "missing" in keys:
-            raise
-        keys["missing"] = "model"
-        data = load(name, **keys)
+    data = None
+    while data is None:
+        try:
+            for column, is_date in _distinct_words(name, keys):
+                role = "leave_out" if is_date or "id" in keys else "id"
+                keys[role] = column if role == "id" else [*keys.get(role, []), column]
+            data = load(name, **keys)
+        except ValueError as error:
+            if useless := _USELESS.match(str(error)):  # dates, or words that hardly come twice
+                keys["leave_out"] = [*keys.get("leave_out", []), useless[1]]
+            elif "missing cells" in str(error) and "missing" not in keys:
+                keys["missing"] = "model"
+            else:
+                raise
     for column, like in data.suspects.items():
         if like in ("label", "id") and like not in keys:
             keys[like] = column
@@ -71,11 +75,12 @@ def write_spec(path: Path, name: str, overrides: Mapping[str, Any] | None = None
     return text, column_hints(data)
 
 
-def _distinct_words(name: str, keys: Mapping[str, Any]) -> list[str]:
-    """Columns of words of which no two are the same: they tell rows apart, and say nothing of others."""
+def _distinct_words(name: str, keys: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """Columns of dates, and of words of which no two are the same: they tell rows apart, and say nothing of others."""
     roles = Roles(*(keys.get(field.name) for field in fields(Roles)))
     raw = read_dataset(name, keys.get("root"), keys.get("array"), keys.get("download", False), roles)
-    return [column for column, words in raw.categories.items() if len(words) == len(raw.x)]
+    dates = {column: all(map(_DATE.fullmatch, words)) for column, words in raw.categories.items()}
+    return [(name, is_date) for name, is_date in dates.items() if is_date or len(raw.categories[name]) == len(raw.x)]
 
 
 def _text(keys: dict[str, Any], data: Data) -> str:

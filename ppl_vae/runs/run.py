@@ -23,7 +23,7 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import storage
 from ppl_vae.runs.apply import Applied
@@ -78,6 +78,10 @@ class Run:
             samples: importance samples per row, by default as in the spec.
         """
         return self._table("score", self._source(data), samples)
+
+    def impute(self, data: Any = None, samples: int | None = None) -> "DataFrame":
+        """The rows with their missing cells filled, and how far to trust them; arguments as of `score`."""
+        return self._table("impute", self._source(data), samples)
 
     def sample(self, n: int) -> "DataFrame":
         """New rows from the model, in the data's own units."""
@@ -193,7 +197,8 @@ def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: C
         settings = {**spec.svi.model_dump(), "device": str(device), "validation": data.validation}
         history = fit(program, data.to(device), **settings, resume=state, on_epoch=note)
         part, rows = evaluation_split(program, data)
-        say(f"evaluates {len(rows['x']):,} data of the {part} part, with {spec.evaluation.samples:,} samples each")
+        n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
+        say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
         return write_run(folder, spec, program, data, vars(history))
     except KeyboardInterrupt as stop:
         if latest is None:
@@ -381,7 +386,8 @@ def _write_report(
     part, rows = evaluation_split(program, data)
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent)
+    known = reference if target.structure.whole else None
+    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -395,13 +401,16 @@ def _write_report(
             "part": part,
             "features": data.features,
             "columns": data.columns.to_dict(),
-            "n_train": len(data.train["x"]),
-            "n_test": len(data.test["x"]),
+            "whole": target.structure.whole,
+            "n_train": len(next(iter(data.train.values()))),
+            "n_test": len(next(iter(data.test.values()))),
         },
         "train": {**run.report["train"], **trained(target, data, blocks["test"], seed=seed)},
         **blocks,
     }
-    captions, notes = draw_run(target, data, history, partial / "figures", seed=seed), []
+    classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
+    report |= {} if classes is None else {"classes": classes}
+    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report

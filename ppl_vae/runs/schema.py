@@ -17,11 +17,13 @@ from ppl_vae._seeds import fold_in, fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
+from ppl_vae.evaluation.class_evidence import PRIORS
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
 from ppl_vae.networks.encoding import WORDS
+from ppl_vae.programs.given import KEYS
+from ppl_vae.programs.given import ROLES as ROLES
 
-ROLES = ("prior", "likelihood", "posterior")
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
 Encodings = str | dict[str, str]
@@ -128,8 +130,8 @@ def plays(kind: Any, role: str) -> bool:
     """Whether a family or network can play a role, by what it needs, its support and whether it is reparameterised."""
     wanted = needs(kind)
     if issubclass(kind, networks.Network):
-        amortized = not issubclass(kind, networks.Free)
-        return not amortized if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
+        amortized = not issubclass(kind, networks.Free)  # a prior's, of what it is given
+        return "rows" not in wanted if role == "prior" else amortized and ("rows" not in wanted or role == "posterior")
     if tied := wanted & set(ROLES):
         return role == ("prior" if "posterior" in tied else "posterior")
     if wanted & {"levels", "columns"} and role != "likelihood":
@@ -168,11 +170,17 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
     count = Annotated[int, Field(ge=1)]
     data_name = Annotated[str, AfterValidator(_judge_name)]
     read = _keywords(load).keys() - {"dtype"}
+    given: dict[str, Any] = {
+        "program": (str | None, None),
+        "given": _names("given", KEYS),
+        "given_to": _names("given_to", ROLES),
+    }
+    priors = _names("class_prior", PRIORS, list[float])
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
-        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), program=(str | None, None))},
+        "model": {"": _table("Model", *coded("model"), latent=(count | None, None), **given)},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
-        "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000))},
+        "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000), class_prior=priors)},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}
@@ -263,6 +271,17 @@ def _judge_encoding(encoding: Encodings) -> Encodings:
     for word in encoding.values() if isinstance(encoding, dict) else [encoding]:
         check_choice("encoding", word, WORDS)
     return encoding
+
+
+def _names(key: str, allowed: tuple[str, ...], several: Any = list[str]) -> Any:
+    """One name of some, or several, or nothing."""
+
+    def judge(names: Any) -> Any:
+        for name in [names] if isinstance(names, str) else names:
+            check_choice(key, name, allowed if isinstance(name, str) else (name,))
+        return names
+
+    return Annotated[str | several, AfterValidator(judge)] | None, None
 
 
 def _judge_svi(**keys: Any) -> None:

@@ -23,17 +23,21 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
+from ppl_vae.programs.given import KEYS
 from ppl_vae.programs.program import PyroPair, load_network, load_program
-from ppl_vae.programs.rows import indexed, keywords
+from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
-from ppl_vae.runs.assembly import assemble, on_columns, on_table, tied_to
+from ppl_vae.reports.measures import evaluation_split
+from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
 from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
 
+_OWN = {"latent", "program", "given", "given_to"}  # keys of `model` that are no program's
 _OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
-_TRIAL = Columns(64, (8, 8), levels=(2,) * 64)  # for what can be built without the data
+# for what can be built without the data
+_TRIAL = Columns(64, (8, 8), levels=(2,) * 64, given={"y": (2,), "covariates": (0,)})
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class Spec:
         program = own.get("model")
         if is_program(path) and program is not None and "latent" in needs(program):
             raw["model"].setdefault("latent", 10)
+        if _table(raw, "model").get("given") and "program" not in raw["model"]:
+            named = _table(_table(raw, "prior"), "network").get("family", "Free") != "Free"
+            raw["model"].setdefault("given_to", ["prior"] * named + ["likelihood", "posterior"])
         known = sections(own)
         checked: dict[str, Any] = dict.fromkeys(SECTIONS)
         for name, section in known.items():
@@ -129,13 +136,15 @@ class Spec:
         return replace(self, path=path, **parts)
 
     def load_data(self) -> Data:
-        """Read the data.
+        """Read the data; columns that a program's model asks for by name become entries of the batch.
 
         Raises:
             ValueError: If they cannot be found or read, or do not suit the settings.
         """
         with _blamed(self):
-            return load(**self.to_dict()["data"])
+            data = load(**self.to_dict()["data"])
+        names = [] if self.model.program is None else keywords(load_program(self.model.program).model)  # type: ignore[attr-defined]
+        return data.with_entries(name for name in names if name != "x")
 
     def build(self, data: Data | None = None) -> PyroPair:
         """Construct the program at a starting point fitted to the data, by `svi.seed` alone.
@@ -147,11 +156,12 @@ class Spec:
             ValueError: If the data do not fit the program.
         """
         data = self.load_data() if data is None else data
-        x = data.train["x"]
         with _blamed(self, data):
-            program: Any = self.assemble(columns=data.columns, rows=len(x))
+            if "y" in as_list(self.model.given) and "y" in data.train:
+                _check_labels(data)
+            program: Any = self.assemble(columns=data.columns, rows=len(next(iter(data.train.values()))))
             if hasattr(program, "initialise"):
-                given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask") if key in data.train}
+                given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask", *KEYS) if key in data.train}
                 own = [given[key] for key in ("x", "mask") if key in given]
                 if len(own) > 1 and "mask" not in keywords(program.initialise):
                     raise ValueError("Expected `initialise` to take `mask`, True if observed, since cells are missing.")
@@ -174,7 +184,7 @@ class Spec:
                 return assemble(self, columns, self.model.latent, rows)
             kind = load_program(self.model.program)
             sizes = filled(kind, features=columns.count, latent=self.model.latent, **described(columns))
-            return kind(**sizes, **self.model.model_dump(exclude={"latent", "program"}))
+            return kind(**sizes, **self.model.model_dump(exclude=_OWN))
 
     def check(self, data: Data, program: Any = None) -> Check:
         """Try all that a first step needs, and describe what training will do; nothing is trained.
@@ -187,8 +197,9 @@ class Spec:
             ValueError: If data, program and objective do not fit; the message has the `--set` that mends it.
         """
         program = self.build(data) if program is None else program
-        parts = [data.validation, data.train] if indexed(program) else [data.test, data.validation, data.train]
         with _blamed(self, data):
+            name, part = evaluation_split(program, data)
+            parts = [data.validation, data.train] if name == "train" else [part, data.validation, data.train]
             found = check_program(program, data, [part for part in parts if part is not None], self.svi)
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
@@ -256,6 +267,8 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
         for role in ROLES:
             if role in raw:
                 yield f"{role}: Expected no such table beside model.program, which takes its place; got one."
+        for key in {"given", "given_to"} & raw["model"].keys():
+            yield f"model.{key}: Expected no `{key}` beside model.program, which takes y or covariates by name."
         if program is not None and model is not None:
             try:
                 takes = filled(program, features=1, latent=latent, **described(_TRIAL))
@@ -271,6 +284,11 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             yield f"{role}: Expected a table with family {listed(sections()[role].tables)}, or model.program; got none."
     if model is not None and latent is None:
         yield "model.latent: Expected the number of latent variables; got none. Try --set model.latent=2."
+    given = as_list(getattr(model, "given", None))
+    if model is not None and model.given_to and not given:
+        yield f"model.given_to: Expected `given` beside it; got none. Try --set model.given={KEYS[0]}."
+    if getattr(spec.evaluation, "class_prior", None) is not None and "y" not in given:
+        yield "evaluation.class_prior: Expected a model that is given labels; got another. Try --set model.given=y."
     if data is not None and on_table(posterior) and data.validation_fraction:
         yield (
             f"data.validation_fraction: Expected 0 for a posterior on a {posterior.network.family}, which knows its "
@@ -336,12 +354,15 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     if "constant" in data.suspects.values() and "constant" in error:
         hint = next(hint for hint in column_hints(data) if "constant" in hint)
         return f" Try {hint[hint.index('--set') :]}."
+    if "for model.given" in error:
+        label = next((name for name, like in data.suspects.items() if like == "label"), "NAME")
+        return f" Try --set data.label={label}." if "labels" in error else " Try --set 'data.covariates=[\"NAME\"]'."
     x = data.train["x"]
     if "reparameterised posterior" in error:
         return _guides(spec)
-    if "in the support of" in error:
-        names, column = data.columns.names, re.search(r"at row \d+, column (\d+)", error)
-        where = f" Column {column[1]} is {names[int(column[1])]!r}." if names and column else ""
+    if place := re.search(r"in the support of .* got (\S+) at row (\d+)(?:, column (\d+))?", error):
+        names, where = data.columns.names, _source_row(data, place[1], int(place[2]), int(place[3] or 0))
+        where += f" Column {place[3]} is {names[int(place[3])]!r}." if names and place[3] else ""
         if spec.likelihood.family == "Mixed":
             return f"{where} Give it another family in `kinds`."
         if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
@@ -352,6 +373,26 @@ def _remedy(spec: Spec, data: Data, error: str) -> str:
     if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
         return " Try --set likelihood.scale=shared."
     return ""
+
+
+def _source_row(data: Data, value: str, row: int, column: int) -> str:
+    """The row of the source that holds a value which a part of the data has at this place."""
+    for part, rows in data.row_numbers.items():
+        x = getattr(data, part)["x"]
+        if row < len(x) and f"{x[row, column].item():g}" == value:
+            return f" Row {row} of the {part} part is row {rows[row]} of {data.name} (counted from 0)."
+    return ""
+
+
+def _check_labels(data: Data) -> None:
+    """Refuse labels that the training part lacks."""
+    parts = [part["y"].tolist() for part in (data.train, data.validation or {"y": data.train["y"]}, data.test)]
+    if strange := {*parts[1], *parts[2]} - {*parts[0]}:
+        words = ", ".join(data.classes[label] if data.classes else str(label) for label in sorted(strange))
+        raise ValueError(
+            f"Expected each label in the training part, for a model that is given labels; got {words} in other parts "
+            f"alone. Try another split: --set data.seed={data.protocol['seed'] + 1}; or leave such rows out."
+        )
 
 
 def _guides(spec: Spec) -> str:

@@ -388,10 +388,7 @@ def test_the_climb_stays_at_the_exact_posterior() -> None:
 
 def test_what_has_no_gap_is_refused() -> None:
     vae, x = linear_vae(StandardNormal(2), Normal(5, scale="shared")), draws(4, 5)
-    with pytest.raises(TypeError, match="Expected a VAE, whose guide's family is known; got Program"):
-        inference_gap(Program(vae.model, vae.guide), x)
-    with pytest.raises(TypeError, match="got TwoLevel"):
-        inference_gap(TWINS["two_level"]().program, x)
+    assert inference_gap(Program(vae.model, vae.guide), x, draws=5).family is None
     for options, message in (
         ({"draws": 1}, "Expected `draws` to be a whole number, at least 2; got 1"),
         ({"steps": 0}, "Expected `steps` to be a whole number, at least 1; got 0"),

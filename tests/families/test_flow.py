@@ -9,7 +9,7 @@ from families.cases import grid, linear_pair, near_start, perturb, real_line
 from torch import Tensor
 
 from ppl_vae import PPCA, VAE, Conditional, fit, log_evidence
-from ppl_vae.families import Flow, FullNormal, Normal
+from ppl_vae.families import Flow, FullNormal, Normal, StandardNormal
 from ppl_vae.families.exact_normal import linear_gaussian
 from ppl_vae.infer.reference import reference_posterior
 from ppl_vae.networks import MLP, Linear
@@ -188,3 +188,32 @@ def test_a_flow_prior_goes_through_quadrature(kind: str) -> None:
     estimate = log.logsumexp(0) - math.log(draws)
     error = (log - estimate).exp().std(0) / draws**0.5
     assert ((estimate - exact.log_evidence).abs() < 5 * error + 1e-3).all()
+
+
+class Banana(torch.nn.Module):
+    """The mean z1 - 2 z0^2, whose posterior is bent around a parabola."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[:, 1:] - 2 * z[:, :1] ** 2
+
+
+def _banana(family: Any) -> tuple[VAE, Tensor]:
+    """A pair with this mean, its guide fitted to a single x."""
+    torch.manual_seed(0)
+    likelihood = Conditional(Normal(1, scale=0.3), Banana())
+    vae = VAE(Conditional(StandardNormal(2)), likelihood, Conditional(family, Linear()))
+    x = torch.full((64, 1), 0.5)
+    settings: Any = {"elbo": "Trace_ELBO", "schedule": "one-cycle", "learning_rate": 4e-2, "batch_size": 64}
+    fit(vae, x, epochs=150, progress=False, **settings)
+    return vae, x
+
+
+def test_a_flow_bends_around_a_banana_where_a_normal_does_not() -> None:
+    gaps, truth = {}, None
+    for name, family in (("flow", Flow(2, kind="inverse-autoregressive", hidden=[16])), ("normal", FullNormal(2))):
+        vae, x = _banana(family)
+        truth = truth or reference_posterior(vae, x[:1], "quadrature")
+        ours = log_evidence(vae, x[:1], 5000)
+        gaps[name] = float(truth.log_evidence - ours.elbo)
+        assert abs(float(ours.log_evidence - truth.log_evidence)) < 5 * float(ours.mc_se + truth.error)
+    assert 0 < 2 * gaps["flow"] < gaps["normal"], gaps

@@ -260,7 +260,7 @@ SHORT: dict[str, tuple[Callable[[], Program], float, str]] = {
     "uniform": (
         lambda: single(dist.Uniform(0.0, 100.0), lambda z: dist.Normal(z, 30.0), dist.Uniform(40.0, 60.0)),
         95.0,
-        "an interval",
+        "the interval from 0 to 100",
     ),
     "half-normal": (
         lambda: single(dist.HalfNormal(100.0), lambda z: dist.Normal(z, 50.0), dist.Uniform(50.0, 150.0)),
@@ -277,14 +277,14 @@ SHORT: dict[str, tuple[Callable[[], Program], float, str]] = {
             dist.Categorical(torch.ones(3)), lambda z: dist.Normal(z.double(), 1.0), dist.Categorical(torch.ones(3))
         ),
         1.0,
-        "discrete values",
+        "the whole numbers from 0 to 2",
     ),
     "simplex": (
         lambda: single(
             dist.Dirichlet(torch.ones(2)), lambda z: dist.Normal(z[..., 0], 1.0), dist.Dirichlet(torch.ones(2))
         ),
         1.0,
-        "Simplex",
+        "shares that sum to 1",
     ),
 }
 

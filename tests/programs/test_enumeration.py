@@ -430,10 +430,16 @@ def test_what_cannot_be_enumerated_is_refused_by_name():
 
 def test_objectives_are_refused_where_the_bound_would_be_wrong():
     x = data()
+
+    def learned(x):
+        pyro.param("learned", lambda: torch.zeros(1))
+        mixture(x)
+
     with pytest.raises(ValueError, match="elbo = 'TraceEnum_ELBO' for a model that enumerates 'y'"):
-        fit(Program(mixture, nothing), x, epochs=1)
+        fit(Program(learned, nothing), x, epochs=1)
 
     def plain(x):
+        pyro.param("learned", lambda: torch.zeros(1))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
             pyro.sample("x", dist.Normal(z[..., None], 1.0).expand(z.shape + (2,)).to_event(1), obs=x)
@@ -445,8 +451,7 @@ def test_objectives_are_refused_where_the_bound_would_be_wrong():
 # training
 
 
-@pytest.mark.parametrize("particles", [1, 5])
-def test_fit_trains_by_the_loss_of_pyro(particles):
+def test_fit_trains_by_the_loss_of_pyro():
     x = data(40)
 
     class Both:
@@ -464,7 +469,7 @@ def test_fit_trains_by_the_loss_of_pyro(particles):
     before = float(log_weights(program, x, 1).mean())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        history = fit(program, x, elbo="TraceEnum_ELBO", epochs=60, learning_rate=0.05, particles=particles)
+        history = fit(program, x, elbo="TraceEnum_ELBO", epochs=40, learning_rate=0.08, particles=2)
     assert history.elbo[0] == pytest.approx(before, abs=1e-10)  # the first step's, before it moves
     after = log_weights(program, x, 1)
     assert float(after.mean()) > before + 0.1
@@ -577,6 +582,31 @@ def test_a_guide_in_parallel_is_calibrated_if_it_is_exact():
             pyro.sample("z", dist.Normal(loc, wide * precision**-0.5))
 
     x = data(50)
-    assert calibrate(Program(mixed, guide), x, simulations=200, draws=19).verdict == "no fault found"
+    assert calibrate(Program(mixed, guide), x, simulations=100, draws=19).verdict == "no fault found"
     wrong = Program(mixed, lambda x: guide(x, 0.3))
-    assert calibrate(wrong, x, simulations=200, draws=19).verdict == "miscalibrated"
+    assert calibrate(wrong, x, simulations=100, draws=19).verdict == "miscalibrated"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs_are_summed_to_the_last_digit(seed):
+    """Two sites, plates inside, chances that differ by hundreds of nats, classes that cannot be: against all values."""
+    draw = torch.Generator().manual_seed(seed)
+    k, m = 2 + seed % 3, 3
+
+    def logits(*shape):
+        values = 10 ** (4 * torch.rand((), generator=draw)) * torch.randn(*shape, generator=draw)
+        return torch.where(torch.rand(shape, generator=draw) < 0.1, -math.inf, values).log_softmax(-1)
+
+    first, second, chance = logits(k), logits(k, k), logits(k, 4)
+    x = torch.randint(4, (5, m), generator=draw)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Categorical(logits=first), infer=PARALLEL)
+            with pyro.plate("inner", m, dim=-2):
+                b = pyro.sample("b", dist.Categorical(logits=second[a]), infer=PARALLEL)
+                pyro.sample("x", dist.Categorical(logits=chance[b]), obs=x.T)
+
+    each = (second[:, None, None] + chance[:, x].permute(1, 2, 0)).logsumexp(-1)  # (a, n, m)
+    truth = (first[:, None] + each.sum(-1)).logsumexp(0)
+    torch.testing.assert_close(log_weights(Program(model, nothing), x, 2), truth.expand(2, -1), rtol=1e-12, atol=1e-10)

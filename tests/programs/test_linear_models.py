@@ -242,7 +242,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected finite numbers in `x`"):
         FactorAnalysis.fit(x.masked_fill(x > 1, float("nan")).index_fill(1, torch.tensor([0]), float("inf")), 1)
     x[:, 2] = 3.0
-    with pytest.raises(ValueError, match=r"Expected features that vary.*got 1 constant ones \(columns 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected features that vary.*noise scale.*got 1 constant features \(columns 2\)",
+    ):
         FactorAnalysis.fit(x, 1)
     with pytest.raises(RuntimeError, match="Expected the likelihood to settle to 1e-10 nats within 2 iterations"):
         FactorAnalysis.fit(digits(), 2, iterations=2)

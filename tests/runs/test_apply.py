@@ -155,6 +155,34 @@ def test_samples_have_the_models_moments_in_the_tables_units(run):
     assert (np.abs(found.var() / variance - 1) < 5 * np.sqrt(2 / len(found))).all()
 
 
+def test_missing_cells_are_filled_as_by_gaussian_conditioning(run):
+    frame = table().head(60)
+    frame.loc[3, "grams"] = frame.loc[4, "length"] = np.nan
+    frame.loc[5, ["grams", "length", "depth"]] = np.nan
+    data = load(run.spec.data.name, label="odd", id="name", scaling="standardize")
+    part, z = run.program.likelihood, torch.zeros(1, 2, dtype=torch.float32)
+    with torch.no_grad():
+        there, weight = part(z), part.network.weight.double().numpy()
+    mean, scale = there.mean[0].double().numpy(), data.transform.scale
+    covariance = weight @ weight.T + np.diag(there.variance[0].double().numpy())
+    found = run.impute(frame, 2000)
+    for row, gone in ((3, [0]), (4, [1]), (5, [0, 1, 2])):
+        seen = [j for j in range(3) if j not in gone]
+        x = (frame.loc[row, ["grams", "length", "depth"]].to_numpy(float) - data.transform.loc) / scale
+        gain = covariance[np.ix_(gone, seen)] @ np.linalg.inv(covariance[np.ix_(seen, seen)])
+        expected = mean[gone] + gain @ (x - mean)[seen]
+        spread = np.sqrt(np.diag(covariance[np.ix_(gone, gone)] - gain @ covariance[np.ix_(seen, gone)]))
+        cells = found.iloc[row][["grams", "length", "depth"]].to_numpy(float)
+        error = spread * scale[gone] * np.sqrt(1 / 100 + 1 / found.iloc[row]["ess"])
+        assert (np.abs(cells[gone] - (expected * scale[gone] + data.transform.loc[gone])) < 5 * error).all()
+        sds = found.iloc[row][[f"{['grams', 'length', 'depth'][j]} sd" for j in gone]].to_numpy(float)
+        assert (np.abs(sds / (spread * scale[gone]) - 1) < 0.45).all()  # of 100 draws
+        np.testing.assert_allclose(
+            cells[seen], frame.loc[row, ["grams", "length", "depth"]].to_numpy(float)[seen], rtol=1e-5
+        )
+    np.testing.assert_allclose(found["grams"].drop("r3").drop("r5"), frame["grams"].drop([3, 5]), rtol=1e-5)
+
+
 def test_a_sampled_table_reads_back_with_its_kinds(mixed, tmp_path):
     run, frame = mixed
     carry_out(run, "sample", n=400, out=tmp_path / "new.csv")

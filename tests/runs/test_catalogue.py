@@ -146,6 +146,21 @@ def test_a_new_spec_tells_rows_apart_by_words_that_are_all_distinct(tmp_path):
     assert (data["id"], data["leave_out"]) == ("name", ["mail"])
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_new_spec_leaves_out_dates_and_words_that_hardly_come_twice(kind, tmp_path):
+    days = pd.date_range("2020-02-28", periods=20, freq="6h").to_series().sample(300, replace=True, random_state=0)
+    frame = table().assign(day=days.to_numpy(), surname=[f"s{i // 2}" for i in range(300)])
+    path = tmp_path / f"t.{kind}"
+    (frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path))
+    text, _ = write_spec(tmp_path / "t.toml", str(path))
+    data = tomllib.loads(text)["data"]
+    assert (data["id"], data["leave_out"]) == ("row", ["day", "surname"])
+    assert "day: left out; surname: left out" in text
+    assert load_spec(tmp_path / "t.toml").load_data().features == 5
+    with pytest.raises(ValueError, match="one role for column 'day'"):
+        write_spec(tmp_path / "own.toml", str(path), {"columns": ["day", "age"]})
+
+
 def test_a_new_spec_beside_a_folder_of_pictures_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("faces").mkdir()

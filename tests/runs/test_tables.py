@@ -92,6 +92,51 @@ def test_check_says_what_standardize_leaves_alone(table: Path) -> None:
     ]
 
 
+def test_check_says_what_single_precision_rounds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"far": 1e8 + rng.normal(0, 5, 60), "wide": 1e8 * rng.normal(0, 5, 60), "near": 100.0})
+    frame["near"] += rng.normal(0, 5, 60)
+    frame.to_csv(tmp_path / "far.csv", index=False)
+    told = spec(tmp_path / "far.csv").check(spec(tmp_path / "far.csv").load_data()).hints
+    assert [hint.split(":")[0] for hint in told] == ["far"]
+    assert "rounded to steps of 12; subtract a constant, or --set 'data.scaling=standardize'" in told[0]
+    x = spec(tmp_path / "far.csv").load_data().train["x"][:, 0].double()
+    assert (x - x.mean()).abs().max() < 25
+    assert len(x.unique()) < 10
+    scaled = spec(tmp_path / "far.csv", {"scaling": "standardize"})
+    data = scaled.load_data()
+    assert scaled.check(data).hints == []
+    stored = frame["far"].to_numpy()[data.row_numbers["train"]]
+    np.testing.assert_allclose(data.to_table(data.train["x"], "train")["far"], stored, atol=1e-5)
+
+
+def test_check_says_which_counts_may_be_codes(table: Path) -> None:
+    frame = pd.read_csv(table).assign(grade=1 + np.arange(60) % 4, many=1 + np.arange(60) % 12, word="a")
+    frame["zone"] = 1 + np.arange(60) % 3
+    frame["word"] = np.where(np.arange(60) % 2, "a", "b")
+    frame[["mass (g)", "eggs", "grade", "many", "zone", "word"]].to_csv(table, index=False)
+    (hint,) = spec(table, {"categories": ["zone"]}).check(spec(table, {"categories": ["zone"]}).load_data()).hints
+    assert hint == 'grade: counts from 1 up; if they are codes, --set \'data.categories=["zone", "grade"]\''
+    changed = spec(table, dict([parse_override(re.findall(r"--set 'data\.(.*)'", hint)[0])]))
+    checked = changed.check(changed.load_data())
+    assert checked.hints == []
+    assert checked.columns["grade"] == checked.columns["zone"] == "category feature"
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_value_off_the_support_is_named_by_its_row_in_the_file(table: Path, part: str) -> None:
+    chosen = {"columns": ["eggs"], "validation_fraction": 0.2}
+    family = {"family": "Poisson", "network": {"family": "MLP", "hidden": [4]}}
+    row = int(spec(table, chosen).load_data().row_numbers[part][3])
+    frame = pd.read_csv(table)
+    frame.loc[row, "eggs"] = -7
+    frame.to_csv(table, index=False)
+    bad = spec(table, chosen, likelihood=family)
+    expected = f"Row 3 of the {part} part is row {row} of t.csv (counted from 0). Column 0 is 'eggs'."
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        bad.check(bad.load_data())
+
+
 @pytest.mark.parametrize(
     ("likelihood", "expected"),
     [
