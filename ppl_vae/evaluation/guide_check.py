@@ -17,9 +17,9 @@ from ppl_vae.evaluation.weights import Draws, constant
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.programs.param_store import own_params
 from ppl_vae.programs.plates import frames
-from ppl_vae.programs.sites import trial
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of
+from ppl_vae.programs.trial import trial
 
 _USABLE = 0.7  # k-hat up to which reweighted means converge in practice
 _NEAR = 0.1  # standard deviations within which means count as the same

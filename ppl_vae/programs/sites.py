@@ -1,7 +1,6 @@
 """Structure of a program: what its traces show, and whether its guide keeps one row per datum by position."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ppl_vae._seeds import fork_rng
-from ppl_vae.programs.enumeration import Weights, all_values, enumerated_sites, enumerating, log_density, summed_trace
-from ppl_vae.programs.param_store import copied, device_and_dtype, own_params, scope, to_double
+from ppl_vae.programs.enumeration import Weights, all_values, enumerated_sites, log_density, summed_trace
+from ppl_vae.programs.param_store import device_and_dtype, own_params
 from ppl_vae.programs.plates import (
     BrokenContract,
     check_sizes,
@@ -29,21 +28,13 @@ from ppl_vae.programs.plates import (
 )
 from ppl_vae.programs.rows import fitted_by_position, known_data
 from ppl_vae.programs.traces import Batch, aligned, batch_of, plain_sites, replayed, trace_pair
+from ppl_vae.programs.trial import FAILED, TRIED, by_place, first, nesting_of, shapes_of, traces_of, trial
 
 OTHER_DATA = (
     "Expected the data that this program was fitted to, in their order; got {n} others. This guide keeps one row per "
     "datum and scores no others: take `index`, or an amortized guide."
 )
-_TRIED = 64  # data on which densities are compared
 _CHECKED = "_ppl_vae_checked"
-_FAILED = (
-    RuntimeError,
-    ValueError,
-    IndexError,
-    TypeError,
-    NotImplementedError,
-    AssertionError,
-)  # of a program on strange shapes
 
 
 @dataclass(frozen=True)
@@ -99,10 +90,10 @@ def structure(program: Any, batch: Mapping[str, Tensor], *, seed: int = 0) -> St
         ValueError: If the program breaks the contract: latent sites that differ between model and guide, a data plate
             of another name or at another dim, or no densities beside particles.
     """
-    part, all_of_it = _first(batch, 2) if aligned(batch) else dict(batch), not aligned(batch)
+    part, all_of_it = first(batch, 2) if aligned(batch) else dict(batch), not aligned(batch)
     try:
         seen, shapes = _look(program, part, seed)
-    except _FAILED as error:
+    except FAILED as error:
         if isinstance(error, BrokenContract):
             raise
         part, all_of_it = dict(batch), True
@@ -140,11 +131,11 @@ def _vectorises(program: Any, batch: Batch, seen: Structure, seed: int) -> bool:
     """Whether two draws side by side have the densities that each has alone."""
     device = device_and_dtype(program, next(iter(batch.values())))[0]
     with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device):
-        _traces(twin, batch, seed)  # so that lazy parameters are made without particles
+        traces_of(twin, batch, seed)  # so that lazy parameters are made without particles
         try:
             pair = trace_pair(twin, batch, 2, seen.nesting)
             together = torch.stack([log_density(trace, 2, 1) for trace in pair])  # (2, 2, 1)
-        except _FAILED:
+        except FAILED:
             return False
         for number in range(2):
             alone = replayed(twin, batch, pair[1], number)
@@ -170,57 +161,24 @@ def _key(program: Any, batch: Mapping[str, Tensor]) -> Any:
     """What a program consists of: as long as this is the same, it need not be tried again."""
     tensors = [*program.named_parameters()] if isinstance(program, nn.Module) else []
     tensors += [*own_params(program)["params"].items()]
-    return [(name, id(tensor)) for name, tensor in tensors], sorted(batch), min(len(next(iter(batch.values()))), _TRIED)
-
-
-def _first(batch: Mapping[str, Tensor], count: int) -> Batch:
-    return {key: value[:count] for key, value in batch.items()}
-
-
-@contextmanager
-def trial(program: Any, *, double: bool = False) -> Iterator[Any]:
-    """A copy of a program to try out, so that whatever it sets up or registers with Pyro is dropped."""
-    try:
-        twin = to_double(program) if double else program
-        twin = copied(program) if twin is program else twin
-    except (RuntimeError, TypeError):  # it holds tensors or handles that cannot be copied
-        twin = program
-    with scope(twin, keep=False):
-        yield twin
-
-
-def _traces(program: Any, batch: Batch, seed: int) -> tuple[Trace, Trace]:
-    """Trace the guide and, replaying it, the model."""
-    first = next(iter(batch.values()))
-    with fork_rng(seed, device=device_and_dtype(program, first)[0]):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-        nodes: Any = guide.nodes
-        around = [frame for name in plain_sites(guide) for frame in nodes[name]["cond_indep_stack"]]
-        own = [(frame.size, frame.full_size) for frame in around if frame.name == data_plate(program)]
-        kept = [sizes[0] for sizes in own if aligned(batch) and len(first) not in sizes]
-        if kept:
-            raise ValueError(
-                f"Expected the {kept.pop()} data that this guide keeps one row each for; got {len(first)}. Pass an "
-                "autoguide itself as the guide, not within a function, and make it anew for other data."
-            )
-        return guide, poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**batch)
+    return [(name, id(tensor)) for name, tensor in tensors], sorted(batch), min(len(next(iter(batch.values()))), TRIED)
 
 
 def _look(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, torch.Size]]:
     """Structure of a program on some data, and the shapes of its parameters then."""
     with torch.no_grad(), trial(program) as twin:
-        guide, model = _traces(twin, batch, seed)
+        guide, model = traces_of(twin, batch, seed)
         seen = _read(guide, model, data_plate(program))
         if any(is_point(guide.nodes[name]["fn"]) for name in seen.latents):
-            seen = replace(seen, points=fixed((guide, model), _traces(twin, batch, seed + 1)[0]))
-        return seen, _shapes(twin, guide, model)
+            seen = replace(seen, points=fixed((guide, model), traces_of(twin, batch, seed + 1)[0]))
+        return seen, shapes_of(twin, guide, model)
 
 
 def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict[str, torch.Size]]:
     """Likewise on all data, which a guide that was fitted to others does not take."""
     try:
         return _look(program, batch, seed)
-    except _FAILED as error:
+    except FAILED as error:
         if known_data(program, batch) is False:
             raise ValueError(OTHER_DATA.format(n=len(next(iter(batch.values()))))) from None
         if isinstance(error, TypeError | NotImplementedError | AssertionError):
@@ -229,19 +187,6 @@ def _look_at_all(program: Any, batch: Batch, seed: int) -> tuple[Structure, dict
                 f"{(str(error) or repr(error)).splitlines()[0]}"
             ) from error
         raise
-
-
-def _parameters(program: Any, *traces: Trace) -> dict[str, Tensor]:
-    """What a program learns, by name: parameters of the module and those that its traces have registered."""
-    tensors: dict[str, Tensor] = {**(dict(program.named_parameters()) if isinstance(program, nn.Module) else {})}
-    for trace in traces:
-        nodes: Any = trace.nodes
-        tensors |= {name: nodes[name]["value"].unconstrained() for name in trace.param_nodes if "$$$" not in name}
-    return tensors
-
-
-def _shapes(program: Any, *traces: Trace) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in _parameters(program, *traces).items()}
 
 
 def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
@@ -263,7 +208,7 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
             f"Hide it: pyro.poutine.block(guide, hide={seen})."
         )
     pair = guide, model
-    whole, depth, shapes = is_whole(pair, plate), _nesting(pair), {}
+    whole, depth, shapes = is_whole(pair, plate), nesting_of(pair), {}
     for trace in pair:
         for name in plain_sites(trace):
             node: Any = trace.nodes[name]
@@ -283,12 +228,6 @@ def _read(guide: Trace, model: Trace, plate: str | None) -> Structure:
     check_sizes(pair, latents)
     local = None if enumerated else local_plate(pair, latents)
     return replace(found, local=local, subsampled=subsampled(pair))
-
-
-def _nesting(pair: tuple[Trace, Trace]) -> int:
-    """How many plates enclose a site at the most."""
-    around = (frames(trace.nodes[name]) for trace in pair for name in plain_sites(trace))
-    return max((-dim for plates in around for dim in plates.values()), default=0)
 
 
 def _kl_term(q: Any, p: Any) -> str:
@@ -314,7 +253,7 @@ def _check_enumerated(program: Any, batch: Batch, seen: Structure, seed: int, pa
 
     try:
         with torch.no_grad(), trial(program) as twin, fork_rng(seed, device=device_and_dtype(program, first)[0]):
-            own: Any = _traces(twin, batch, seed)[0].nodes  # also so that lazy parameters are made without particles
+            own: Any = traces_of(twin, batch, seed)[0].nodes  # also so that lazy parameters are made without particles
             score(twin.model, {name: own[name]["value"] for name in seen.latents}, 1, left)
             if not particles:
                 return
@@ -327,7 +266,7 @@ def _check_enumerated(program: Any, batch: Batch, seen: Structure, seed: int, pa
                     raise ValueError("the density of two draws side by side is not that of each alone")
             pair = all_values(twin, batch, particles, seen.nesting, names, seen.enumerated_by_guide)
             Weights(*pair, particles, n, seen.observed)
-    except (*_FAILED, AssertionError) as error:
+    except (*FAILED, AssertionError) as error:
         raise BrokenContract(
             f"Expected a program that runs with the values of {', '.join(names)} side by side, in dims left of all "
             "plates (chains by pyro.markov, tables indexed by pyro.ops.indexing.Vindex); it raised: "
@@ -353,87 +292,8 @@ def _check_particles(program: Any, batch: Batch, seen: Structure, seed: int) -> 
                 log_density(trace, 3, n)
     except (KeyError, NotImplementedError):  # of flows without an inverse, which some verbs do not need
         return
-    except _FAILED as error:
+    except FAILED as error:
         raise ValueError(
             "Expected a program that also runs with dims of particles left of the data's, as evidence needs: shapes "
             f"(..., n, event); it raised: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
-
-
-def by_place(program: Any, batch: Mapping[str, Tensor], shapes: dict[str, torch.Size], seed: int) -> bool:
-    """Whether a program's parameters grow with the data, or the density of a datum changes with its place in a batch.
-
-    Shapes are those of the parameters on two data. The densities are compared in double precision, so that rounding
-    does not count, if the program runs in it. Rows that several data in a row share, more than `_TRIED`, are not seen.
-    """
-    n, batch = len(next(iter(batch.values()))), _first(batch, _TRIED)
-    with torch.no_grad(), trial(program) as twin:
-        try:
-            if _shapes(twin, *_traces(twin, batch if n > 2 else _first(batch, 1), seed)) != shapes:
-                return True
-        except _FAILED:
-            return True
-    double = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
-    for exact in (True, False):
-        try:
-            with torch.no_grad(), trial(program, double=exact) as twin, pyro.validation_enabled(False):
-                return _moves(twin, double if exact else batch, seed, 1e-7 if exact else 1e-3)
-        except Exception:  # of any kind, as in a flow that cannot be inverted: then there is no telling
-            continue
-    return False
-
-
-def _moves(program: Any, batch: Batch, seed: int, tolerance: float) -> bool:
-    """Whether the densities of data change with the order of the batch, under disturbed parameters."""
-    n, first = len(next(iter(batch.values()))), next(iter(batch.values()))
-    order = torch.arange(n, device=first.device).roll(1)
-    device = device_and_dtype(program, first)[0]
-
-    def scores(batch: Batch, values: dict[str, Tensor], seed: int) -> Tensor:
-        rows = []
-        with fork_rng(seed, "probe", device=device):
-            for part in (program.guide, program.model):
-                scored = enumerating(poutine.condition(part, data=values), names, left)
-                rows.append(_scored(poutine.trace(scored).get_trace(**batch_of(part, batch)), n))
-        return torch.stack(rows)
-
-    pair = _traces(program, batch, seed)
-    names, left = enumerated_sites(*pair)[0], -1 - _nesting(pair)
-    with fork_rng(seed, "probe", device=device), _disturbed(_parameters(program, *pair)):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
-        drawn: dict[str, Any] = {
-            name: guide.nodes[name] for name in plain_sites(guide, guide.stochastic_nodes) if name not in names
-        }
-        values = {name: node["value"] for name, node in drawn.items()}
-        moved = {name: node["value"].index_select(-1 - node["fn"].event_dim, order) for name, node in drawn.items()}
-        here, again = scores(batch, values, seed), scores(batch, values, seed + 1)
-        there = scores({key: value[order] for key, value in batch.items()}, moved, seed)
-
-    def close(a: Tensor, b: Tensor) -> bool:
-        return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-    return close(here, again) and not close(here[:, order], there)
-
-
-@contextmanager
-def _disturbed(tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Add noise to tensors, so that rows that are alike differ, and take it back."""
-    kept = [tensor.clone() for tensor in tensors.values()]
-    try:
-        for tensor in tensors.values():
-            tensor.add_(0.3 * torch.randn_like(tensor))
-        yield
-    finally:
-        for tensor, value in zip(tensors.values(), kept, strict=True):
-            tensor.copy_(value)
-
-
-def _scored(trace: Trace, n: int) -> Tensor:
-    """Log density of each datum, (n,); a point has none, and counts by its squared distance from the value."""
-    nodes: Any = trace.nodes
-    points = [name for name in plain_sites(trace) if is_point(nodes[name]["fn"])]
-    total = log_density(trace, 1, n, [name for name in plain_sites(trace) if name not in points])[0]
-    for name in points:
-        apart = (nodes[name]["fn"].mean - nodes[name]["value"]).double().square()
-        total = total - apart.flatten(apart.dim() - nodes[name]["fn"].event_dim).sum(-1).reshape(-1, n).sum(0)
-    return total
