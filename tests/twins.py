@@ -292,7 +292,7 @@ def masked_plate() -> Twin:
 
 def given_classes() -> Twin:
     """A label of three classes, given to all parts: each class has a mean and a covariance of its own."""
-    x, y, mask = draws(7, 5), torch.arange(7) % 3, draws(7, 5, seed=2) > -1.5
+    x, y, mask = draws(6, 5), torch.arange(6) % 3, draws(6, 5, seed=2) > -1.5
     vae = given_vae(3)
     parts = [class_oracle(vae, label).truth(array(x), mask.numpy()) for label in range(3)]
     own = [np.stack([parts[label][part][row] for row, label in enumerate(y.tolist())]) for part in range(3)]
