@@ -200,6 +200,8 @@ def column_hints(data: Data) -> list[str]:
     kept = [name for name, what in columns.items() if what in ("count feature", "unit feature")]
     if data.protocol["scaling"] == "standardize" and kept:
         hints.append(f"{', '.join(kept)}: as they are, since standardize scales no counts and no shares")
+    if "x" not in data.train:
+        return hints
     x, words = data.train["x"].double(), data.columns.categories or {}
     x = torch.where(x.isnan(), x.nanmean(0), x)
     names = list(columns)[: data.features] or [f"column {j + 1}" for j in range(data.features)]
