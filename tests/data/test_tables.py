@@ -217,7 +217,7 @@ def test_kinds_follow_the_transform(tmp_path: Path) -> None:
 
 
 def test_pictures_have_levels_but_no_kinds(tmp_path: Path) -> None:
-    assert load("digits").columns == Columns(64, (8, 8), levels=(17,) * 64)
+    assert load("digits").columns == Columns(64, (8, 8), levels=(17,) * 64, given={"y": (10,)})
     assert load("digits", scaling="unit").columns.levels == (17,) * 64
     assert load("digits", binarization="static").columns.levels == (2,) * 64
     for options in ({"dequantization": "uniform"}, {"scaling": "standardize"}):
