@@ -31,11 +31,13 @@ class Piece:
         batch: what a program takes: `x`, and `mask`, `size_factor` or other entries where there are any.
         index: row numbers (n,), counted from 0, or the ids of the rows.
         labels: the label of each row as it stands in the source, (n,), or None.
+        values: `x` as the source has it, (n, x), words as codes and NaN where missing, or None.
     """
 
     batch: dict[str, Tensor]
     index: npt.NDArray[Any]
     labels: npt.NDArray[Any] | None = None
+    values: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +154,8 @@ class Reader:
                 f"Expected rows of {self.columns.count} numbers, as the model was fitted to; got {rows.shape[1]}."
             )
         rows = rows if rows.dtype == np.uint8 else rows.astype(np.float64)
-        return Piece(self._entries(rows, None, start), np.arange(start, start + len(rows)))
+        index = np.arange(start, start + len(rows))
+        return Piece(self._entries(rows, None, start), index, values=rows.astype(np.float64))
 
     def _entries(self, rows: npt.NDArray[Any], lines: Any, start: int) -> dict[str, Tensor]:
         """The batch of rows in the data's own units."""
@@ -197,7 +200,7 @@ class Reader:
         if label and self.classes is not None:
             batch["y"] = torch.from_numpy(self._column(table, str(self.label), self.classes)).long()
         index = np.arange(start, start + n) if self.id not in table.cells else np.asarray(table.cells[self.id])
-        return Piece(batch, index, np.asarray(table.cells[self.label]) if self.label in table.cells else None)
+        return Piece(batch, index, np.asarray(table.cells[self.label]) if self.label in table.cells else None, values)
 
     def _words(self, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
         return ((name, (self.columns.categories or {}).get(name)) for name in names)

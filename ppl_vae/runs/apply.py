@@ -166,8 +166,10 @@ class Applied:
             mean[:, words] = drawn.mode(0).values.to(mean)
         return mean
 
-    def _in_units(self, x: Tensor, index: npt.NDArray[Any]) -> Result:
+    def _in_units(self, x: Tensor, index: npt.NDArray[Any], known: npt.NDArray[np.float64] | None = None) -> Result:
+        """Rows in the data's own units; values that are known stand as they are."""
         values = self.reader.transform.inverse(x.flatten(1))
+        values = values if known is None else np.where(np.isnan(known), values, known)
         return Result({"x": values}, index, self.columns.to_table(values, index))
 
     @torch.no_grad()
@@ -193,7 +195,7 @@ class Applied:
         samples = self.samples if samples is None else check_int("samples", samples)
         for number, piece, target in reading._targets(source):
             found = impute(target, samples=samples, seed=fold_in(self.seed, "impute", number))
-            filled = self._in_units(found.completed(self.columns), piece.index)
+            filled = self._in_units(found.completed(self.columns), piece.index, piece.values)
             scale = np.broadcast_to(self.reader.transform.scale, self.columns.count)
             trust = {"pareto_k": found.evidence.pareto_k.numpy(force=True), "ess": found.evidence.ess.numpy(force=True)}
             sd, table = found.sd.numpy(force=True) * scale, filled.table
