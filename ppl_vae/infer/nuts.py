@@ -247,7 +247,7 @@ def _mixing(values: Tensor) -> dict[str, Tensor]:
         import arviz
 
         folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
-        chosen = [(rows[some], others[some]) for rows, others, some in zip(array, folded, moving.cpu(), strict=True)]
+        chosen = [(rows[some], others[some]) for rows, others, some in zip(array, folded, moving.cpu().numpy(), strict=True)]
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows, _ in chosen]
         ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in chosen]
         tail = [np.min([arviz.ess(one, method="tail") for one in rows]) for rows, _ in chosen]
