@@ -241,13 +241,13 @@ def _mixing(values: Tensor) -> dict[str, Tensor]:
     flat = values.flatten(0, 1)
     moving = flat.amax(0) - flat.amin(0) > 1e-12 * flat.abs().amax(0)  # (n, z), false of constants
     moving |= ~moving.any(-1, keepdim=True)
-    array = values.permute(2, 3, 1, 0).cpu().numpy()  # (n, z, chains, draws)
+    array, kept = values.permute(2, 3, 1, 0).cpu().numpy(), moving.cpu().numpy()  # (n, z, chains, draws), (n, z)
     with warnings.catch_warnings():  # of the import, and of chains that never move, whose R-hat is NaN
         warnings.simplefilter("ignore")
         import arviz
 
         folded = np.abs(array - np.median(array, (2, 3), keepdims=True))  # whose means the covariance is made of
-        chosen = [(rows[some], others[some]) for rows, others, some in zip(array, folded, moving.cpu().numpy(), strict=True)]
+        chosen = [(rows[some], others[some]) for rows, others, some in zip(array, folded, kept, strict=True)]
         r_hat = [np.max([arviz.rhat(one) for one in rows]) for rows, _ in chosen]
         ess = [np.min([arviz.ess(one) for one in (*rows, *others)]) for rows, others in chosen]
         tail = [np.min([arviz.ess(one, method="tail") for one in rows]) for rows, _ in chosen]
