@@ -7,10 +7,11 @@ import time
 import pyro
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae import load_spec
+from ppl_vae import Spec, load_spec
 from ppl_vae.data import minibatches
 from ppl_vae.programs.traces import check_batch
-from ppl_vae.runs.run import pick_folder, write_run
+from ppl_vae.runs.places import Place
+from ppl_vae.runs.run import pick_place, write_run
 from ppl_vae.runs.spec_file import parse_override
 
 ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
@@ -29,13 +30,17 @@ def main(arguments: list[str] | None = None) -> None:
         spec = load_spec(given.spec, {**LOOP, **dict(map(parse_override, given.set))})
         if spec.svi.elbo not in ELBOS:
             raise ValueError(f"Expected svi.elbo to be {' or '.join(ELBOS)}, for stock Pyro; got {spec.svi.elbo}.")
-        folder = pick_folder(spec, given.out, force=None)
-        data = spec.load_data()
-        program = spec.build(data)
-        spec.check(data, program)
+        with pick_place(spec, given.out) as place:
+            train(spec, place)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
+
+def train(spec: Spec, place: Place) -> None:
+    """Train what a spec says, and write its run."""
+    data = spec.load_data()
+    program = spec.build(data)
+    spec.check(data, program)
     elbo = ELBOS[spec.svi.elbo](num_particles=spec.svi.particles, vectorize_particles=spec.svi.particles > 1)
     svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": spec.svi.learning_rate}), loss=elbo)
     pyro.set_rng_seed(spec.svi.seed)
@@ -53,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
     history = {"elbo": bounds, "validation": [], "learning_rate": [spec.svi.learning_rate] * len(bounds)}
     history |= {"seconds": seconds, "steps": steps}
-    print(write_run(folder, spec, program, data, history).path / "report.md")
+    print(write_run(place, spec, program, data, history).path / "report.md")
 
 
 if __name__ == "__main__":

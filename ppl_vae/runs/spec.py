@@ -8,7 +8,7 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +67,12 @@ class Spec:
 
     @classmethod
     def from_dict(
-        cls, tables: Mapping[str, Any], path: str | os.PathLike[str] = "spec.toml", *, trust_code: bool = True
+        cls,
+        tables: Mapping[str, Any],
+        path: str | os.PathLike[str] = "spec.toml",
+        *,
+        trust_code: bool = True,
+        say: Callable[[str], None] = lambda message: None,
     ) -> "Spec":
         """Check the tables of a spec.
 
@@ -75,13 +80,14 @@ class Spec:
             tables: the tables by name, as in a TOML file.
             path: the file that they stand for: messages name it, and paths are relative to its folder.
             trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
+            say: told of each such file before it runs.
 
         Raises:
             ValueError: If any key is wrong: each of them, its value, and what is allowed.
         """
         path, raw = Path(path), merge(Path(path), tables, {})
         errors: list[str] = []
-        own = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
+        own = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code, say)
         program = own.get("model")
         if is_program(path) and program is not None and "latent" in needs(program):
             raw["model"].setdefault("latent", 10)
@@ -209,7 +215,11 @@ class Spec:
 
 
 def load_spec(
-    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, trust_code: bool = True
+    path: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    trust_code: bool = True,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Spec:
     """Read and check a spec.
 
@@ -218,15 +228,18 @@ def load_spec(
         overrides: values by dotted key, set before anything is checked:
             `{"svi.epochs": 3, "likelihood.network.hidden": [50]}`. A whole table replaces the old one.
         trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
+        say: told of each such file before it runs.
 
     Raises:
         ValueError: If the file or any key is wrong: each of them, its value, and what is allowed.
     """
     path = Path(path)
-    return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code)
+    return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code, say=say)
 
 
-def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
+def _resolve(
+    folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
     data = _table(raw, "data")
     own: dict[str, Any] = {}
@@ -243,10 +256,11 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
         try:
             if not trust_code:
                 raise ValueError(f"Cannot run {table['program']} without --trust-code. Read its code first.")
+            say(f"runs the code of {table['program']}")
             if place == "model":
-                own[place] = load_program(table["program"])
+                own[place] = load_program(table["program"], fresh=True)
             else:
-                own[place] = load_network(table["program"])
+                own[place] = load_network(table["program"], fresh=True)
                 filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
@@ -327,12 +341,26 @@ def _support(part: Any) -> Any:
 def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     """Name the spec in an error, with the line of a program's file, or with the `--set` that mends it."""
     try:
-        yield
+        with blamed(spec):
+            yield
     except ValueError as error:
         remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
-    except Exception as error:
-        if not spec.programs:
+
+
+@contextmanager
+def blamed(spec: Spec) -> Iterator[None]:
+    """Turn what a program of one's own raises into a message with the line of its file.
+
+    Raises:
+        ValueError: With that message; without programs errors stay as they are.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        if not spec.programs or isinstance(error, OSError | MemoryError):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         lines = {
@@ -344,7 +372,7 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         where = f"line {lines[place][-1]}" if lines[place] else "it"
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
+            f"{place}.program: Expected {parts} of {file} to run on the data; {where} raised "
             f"{type(error).__name__}: {what}"
         ) from error
 
