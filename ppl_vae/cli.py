@@ -27,7 +27,6 @@ UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did no
 
 What = Literal["encode", "reconstruct", "score", "impute", "predict", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
-SpecPath = Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the spec; VALUE is TOML. Repeatable."),
@@ -153,10 +152,26 @@ def sweep(
 
 
 @app.command()
-def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: Json = False) -> None:
-    """Check whether a spec makes sense and describe what it builds, without training."""
+def check(
+    spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or a run.")],
+    set_: Set = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check whether a spec makes sense and describe what it builds, without training.
+
+    Of a run, check that its files are as they were written, and whether this machine would give the same bits.
+    """
     with plainly() as screen:
         overrides = dict(map(parse_override, set_ or []))
+        if (spec / "model.safetensors").exists():
+            from ppl_vae.runs.check_run import check_run
+
+            found = check_run(spec)
+            show(screen, found.to_dict(), as_json, lambda: str(found))
+            if found.damaged:
+                raise ValueError(f"Expected the files of {spec} as they were written; got others: {found.damaged}.")
+            return
         read(spec)
         from ppl_vae.runs.spec import load_spec
         from ppl_vae.runs.storage import is_run

@@ -186,14 +186,15 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     say(str(spec.check(data, program)))
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     machines = [machine(device)]
-    latest = None  # the state of the last whole epoch, and what was learned by then
+    start, latest = None, None  # the state of the last whole epoch, and what was learned by then
+    go_on = f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{' --trust-code' * bool(spec.programs)}"
     if resumed:
-        state = storage.read_state(place.path / storage.STATE)
+        start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
-            _check_same_data(place.path, state.pop("protocol"), data)
-            say(f"goes on after epoch {len(state['history']['elbo'])} of {spec.svi.epochs}")
+            _check_same_data(place.path, start.pop("protocol"), data)
+            say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
         storage.load_learned_state(program, place.path / "model.safetensors")
-        latest, machines = (state, storage.learned_state(program)), _trained_on(place.path, machines)
+        machines = _trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
 
@@ -203,8 +204,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             _write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol}, partial / storage.STATE)
-        trust = " --trust-code" if spec.programs else ""
-        return f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{trust}"
+        return go_on
 
     def note(epoch: int, now: State) -> None:
         nonlocal latest
@@ -222,7 +222,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     history = None
     try:
         settings = {**spec.svi.model_dump(exclude={"checkpoint"}), "device": str(device)}
-        settings |= {"validation": data.validation, "resume": latest and latest[0], "on_epoch": note}
+        settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
         with blamed(spec):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
@@ -232,7 +232,12 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         if latest is None:
-            raise stops.Stopped("interrupted in the first epoch; nothing was kept", number) from None
+            what = (
+                f"interrupted before another epoch ended; {go_on}"
+                if resumed
+                else "interrupted in the first epoch; nothing was kept"
+            )
+            raise stops.Stopped(what, number) from None
         when = f"interrupted after epoch {len(latest[0]['history']['elbo'])} of {spec.svi.epochs}"
         raise stops.Stopped(f"{when}; {keep(latest)}", number) from None
     except Exception:
