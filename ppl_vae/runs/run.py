@@ -181,6 +181,9 @@ def fit_spec(
 
 def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Callable[[str], None]) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
+    for text in (spec.to_toml(), str(place.folder)):
+        if (plain := text.encode(errors="replace").decode()) != text:
+            raise ValueError(f"Expected names of files and folders in UTF-8; got {plain[:60]!r}. Rename them.")
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))

@@ -106,7 +106,7 @@ def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: N
         os._exit(status)
 
 
-def finish(number: int, patience: float = 120.0) -> int:
+def finish(number: int, patience: float = 600.0) -> int:
     """Wait for a child, and give its status: minus the signal that killed it."""
     deadline = time.monotonic() + patience
     while True:

@@ -14,9 +14,9 @@ from attacks import ALL, World
 
 HEAD = """# What runs survive
 
-`make soak` attacks runs and writes this page. A case is survived if nothing that was finished or kept is lost, no damaged
-content is accepted, no stranger's code runs, and every refusal is one message with exit status 2. A run that was killed is
-then gone on with, and must end with the same weights and figures, to the bit, as one that was never killed.
+`make soak` attacks runs and writes this page. A case is survived if nothing that was finished or kept is lost, no
+damaged content is accepted, no stranger's code runs, and every refusal is one message with exit status 2. A run that
+was killed is then gone on with, and must end with the same weights and figures, to the bit, as one never killed.
 
 | attack | cases | lost |
 |---|---:|---:|
