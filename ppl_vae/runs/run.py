@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 
 from ppl_vae._checks import check_int
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.datasets import is_path
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
 from ppl_vae.programs.param_store import device_and_dtype
-from ppl_vae.programs.program import source_of
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
@@ -34,7 +31,7 @@ from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, blamed, load_spec
-from ppl_vae.runs.spec_file import programs, read
+from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -128,7 +125,7 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
 def _load_run(path: Path, trust_code: bool, say: Callable[[str], None] = lambda message: None) -> Run:
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
-    spec = _read_spec(path, trust_code, say)
+    spec = read_spec(path, trust_code, say)
     with storage.reading(path / "report.json", "a report"):
         known = report["data"]
         columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
@@ -176,7 +173,7 @@ def fit_spec(
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
-        return _train(_read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
+        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
 
 
 def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Callable[[str], None]) -> Run:
@@ -194,10 +191,10 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     if resumed:
         start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
-            _check_same_data(place.path, start.pop("protocol"), data)
+            check_same_data(place.path, start.pop("protocol"), data)
             say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
         storage.load_learned_state(program, place.path / "model.safetensors")
-        machines = _trained_on(place.path, machines)
+        machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
 
@@ -205,7 +202,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         """Write the state of the last whole epoch, and say where it is and how to go on."""
         state, learned = reached
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
-            _write_trained(partial, place.path, spec, learned, state["history"])
+            write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol}, partial / storage.STATE)
         return go_on
 
@@ -271,7 +268,7 @@ def write_run(
     """
     machines = machines or [machine(device_and_dtype(program)[0])]
     with place.replacing(trained=machines, evaluated=machines[-1]) as partial:
-        home = _write_trained(partial, place.path, spec, storage.learned_state(program), history)
+        home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         run = Run(place.path, home, program, {"train": train})
@@ -309,137 +306,15 @@ def evaluate_run(
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
             protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])
-            _check_same_data(place.path, protocol, data)
+            check_same_data(place.path, protocol, data)
         history = storage.read_metrics(place.path, epochs)
         if isinstance(run.program, nn.Module):
             run.program.to(pick_device(device))
-        records = {"trained": _trained_on(place.path), "evaluated": machine(device_and_dtype(run.program)[0])}
+        records = {"trained": trained_on(place.path), "evaluated": machine(device_and_dtype(run.program)[0])}
         with blamed(run.spec), place.replacing(**records) as partial:
             for name in storage.trained_files(place.path):
                 (partial / name).write_bytes(storage.read_file(place.path / name))
             return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
-
-
-def _trained_on(folder: Path, more: list[dict[str, Any]] = []) -> list[dict[str, Any]]:  # noqa: B006
-    """The machines that a run was trained on, and more of them."""
-    known = storage.read_manifest(folder).get("trained", [])
-    return [*known, *(one for one in more if one not in known)]
-
-
-@contextlib.contextmanager
-def pick_place(
-    spec: Spec,
-    out: str | Path | None,
-    *,
-    force: bool | None = None,
-    say: Callable[[str], None] = lambda message: None,
-) -> Iterator[places.Place]:
-    """Claim the place of a run: `out`, or a new folder under `runs/` named after the spec.
-
-    Args:
-        spec: what will be fitted.
-        out: the folder, if it was given.
-        force: whether to replace a finished run at `out`; None for a caller that has no such option.
-        say: takes messages for the user.
-
-    Raises:
-        ValueError: If `out` holds a finished run and `force` is not given, or anything but a run, or if another
-            process writes there.
-    """
-    with contextlib.ExitStack() as stack:
-        if out is not None:
-            place = stack.enter_context(places.claimed(Path(out), say=say))
-            if (place.folder / "report.json").is_file() and not force:
-                remedy = "Choose another" + (", or give --force." if force is False else ".")
-                raise ValueError(f"Expected --out to be new; {out} holds a finished run. {remedy}")
-        names = (Path("runs") / f"{spec.path.stem}{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
-        for folder in names if out is None else ():
-            if not folder.exists():
-                with contextlib.suppress(FileExistsError, places.Busy):  # another process was first
-                    place = stack.enter_context(places.claimed(folder, new=True, say=say))
-                    break
-        yield place
-
-
-def _read_spec(path: Path, trust_code: bool, say: Callable[[str], None]) -> Spec:
-    """Spec of a run, with the run's own copy of its program file.
-
-    Raises:
-        ValueError: If the spec or the program file is not what was fitted.
-    """
-    known = storage.read_metadata(path / "model.safetensors")
-    own, digests, names = {}, known.get("program", "").split(), []
-    for place, table in programs(read(path / "spec.toml")):
-        file, colon, name = table["program"].partition(":")
-        copy = path / Path(file).name
-        own[f"{place}.program"] = f"{copy.name}{colon}{name}"
-        names += [copy.name] if copy.name not in names else []
-        fitted = dict(zip(names, digests, strict=False)).get(copy.name)
-        if not storage.is_plain(copy) or storage.digest(copy) != fitted:
-            raise ValueError(
-                f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
-                f"{'changed' if storage.is_plain(copy) else 'missing'}. Fit again."
-            )
-    spec = load_spec(path / "spec.toml", own, trust_code=trust_code, say=say)
-    with storage.reading(path / "model.safetensors", "a program's weights"):
-        fitted = json.loads(known["spec"])
-    if _pinned(read(path / "spec.toml"), "name" in fitted["data"]) != known["spec"]:
-        raise ValueError(
-            f"Expected {path / 'spec.toml'} to say what was fitted; it was changed or cut since. Restore it, or fit "
-            "again. If the data have moved, only data.name, data.root and data.download may change."
-        )
-    return spec
-
-
-def _pinned(tables: dict[str, Any], named: bool = True) -> str:
-    """All of a complete spec that was fitted, as JSON; paths may change, and keys that came later are not missed.
-
-    Args:
-        tables: the spec as it stands.
-        named: whether the name of a set counts, which older runs left out; that of a file never does.
-    """
-    for key in ("root", "download", *(("name",) if not named or is_path(tables["data"]["name"]) else ())):
-        tables["data"].pop(key, None)
-    for _, table in programs(tables):
-        table.pop("program")
-    return json.dumps(tables, sort_keys=True)
-
-
-def _check_same_data(path: Path, known: Mapping[str, Any], data: Data) -> None:
-    """Check that the data are those that a run was fitted to."""
-    if any(data.protocol[key] != known.get(key, data.protocol[key]) for key in ("digest", "digest_train", "split")):
-        raise ValueError(
-            f"Expected the data that {path} was fitted to; {data.name} has changed since. Put the old data back, or "
-            f"fit again. If they have moved, correct data.name in {path / 'spec.toml'}."
-        )
-
-
-def _write_trained(
-    partial: Path, folder: Path, spec: Spec, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
-) -> Spec:
-    """Write what training leaves: weights, metrics, the files of programs if there are any, and the spec.
-
-    Returns:
-        The spec as written for `folder`: it names the run's own copies of these files.
-    """
-    own: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    digests = []
-    for place, reference in spec.programs.items():
-        file, colon, name = reference.partition(":")
-        if file not in copies:
-            taken = Path(file).name in copies.values()
-            copies[file] = f"{place.partition('.')[0]}_{Path(file).name}" if taken else Path(file).name
-            (partial / copies[file]).write_bytes(source_of(file))  # as it was trained, whatever became of the file
-            digests.append(storage.digest(partial / copies[file]))
-        own[place] = f"{folder.resolve() / copies[file]}{colon}{name}"
-    home, program = spec.relocated(folder / "spec.toml", own), {"program": " ".join(digests)} if digests else {}
-    (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
-    tensors, constraints = learned
-    known = {"spec": _pinned(spec.to_dict()), **program, **constraints}
-    storage.write_tensors(tensors, partial / "model.safetensors", **known)
-    storage.write_metrics(history, partial)
-    return home
 
 
 def _write_report(

@@ -36,7 +36,7 @@ from cases import (
 
 from ppl_vae import load_run, load_spec
 from ppl_vae.data import load
-from ppl_vae.runs import storage
+from ppl_vae.runs import storage, trained
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
@@ -191,7 +191,7 @@ def flips_and_cuts(world: World, count: int, seed: int = 0) -> Iterator[tuple[st
         def read() -> Any:
             if (twin / storage.STATE).exists():  # noqa: B023
                 storage.check_folder(twin, finished=False)  # noqa: B023
-                run._read_spec(twin, False, lambda message: None)  # noqa: B023
+                trained.read_spec(twin, False, lambda message: None)  # noqa: B023
                 state = storage.read_state(twin / storage.STATE)  # noqa: B023
                 return repr(state), repr(storage.read_tensors(twin / "model.safetensors"))  # noqa: B023
             found = load_run(twin)  # noqa: B023
@@ -200,8 +200,6 @@ def flips_and_cuts(world: World, count: int, seed: int = 0) -> Iterator[tuple[st
             spec = found.spec.to_dict()
             spec["data"].pop("name")
             return spec, found.report, repr(weights(twin)), history, repr(table)  # noqa: B023
-
-        from ppl_vae.runs import run
 
         truth = read()
         for file, whole, damaged in damages(twin, count // 2, seed):
@@ -521,3 +519,30 @@ ALL = {
     "races": races,
     "bad places and streams": bad_places,
 }
+QUICK = {
+    "kills in fit": lambda world: kills_while_writing(world, "fit", (9, 40, 77)),
+    "kills in fit --force": lambda world: kills_while_writing(world, "force", (60,)),
+    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 48)),
+    "kills in a resumed fit": lambda world: kills_while_writing(world, "resume", (35,)),
+    "random kills": lambda world: random_kills(world, 2),
+    "signals": lambda world: signals(world, ("SIGINT", "SIGHUP"), (True,)),
+    "ignored signals": lambda world: ignored_signals(world, ("SIGHUP",)),
+    "flips and cuts": lambda world: flips_and_cuts(world, 60),
+    "hostile runs": hostile_runs,
+    "hostile data and settings": hostile_data,
+    "mutated specs": lambda world: mutated_specs(world, 60),
+    "mutated data": lambda world: mutated_data(world, 60),
+    "races": races,
+    "bad places": bad_places,
+}
+
+
+def write_in_two_steps() -> None:
+    """Break the library on purpose: a run is removed, and then copied anew."""
+    from ppl_vae.runs import places
+
+    def swap(partial: Path, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(partial, folder)
+
+    places._swap = swap

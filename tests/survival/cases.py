@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
+
 import numpy as np
 import safetensors.torch
 import torch
+import torch._dynamo  # which Adam loads
 
 from ppl_vae import load_run
 from ppl_vae.cli import app
-from ppl_vae.runs import run, storage
+from ppl_vae.runs import run, schema, storage
+
+schema.sections()
 
 SPEC = """
 [data]
