@@ -37,7 +37,9 @@ def test_each_file_is_judged_and_so_is_the_machine(finished, tmp_path, monkeypat
     assert checked.same_bits
     assert checked.finished
     assert set(checked.files.values()) == {"as written"}
-    assert checked.files.keys() == {path.name for path in finished.iterdir() if path.is_file()}
+    assert checked.files.keys() == {
+        path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()
+    }
     twin = tmp_path / "twin"
     shutil.copytree(finished, twin)
     (twin / "report.md").write_text("my notes")
@@ -164,15 +166,15 @@ def test_signals_are_held_off_and_raised_once():
 
     def write():
         with stops.held_off():
-            signal.raise_signal(signal.SIGHUP)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR2)
             written.append("all")
         written.append("more")
 
     with pytest.raises(stops.Stopped) as caught, stops.listening():
         write()
     assert written == ["all"]
-    assert caught.value.number == signal.SIGHUP
+    assert caught.value.number == signal.SIGUSR1
     with stops.listening():
         with pytest.raises(stops.Stopped):
             signal.raise_signal(signal.SIGUSR1)

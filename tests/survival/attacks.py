@@ -193,13 +193,13 @@ def flips_and_cuts(world: World, count: int, seed: int = 0) -> Iterator[tuple[st
                 storage.check_folder(twin, finished=False)  # noqa: B023
                 trained.read_spec(twin, False, lambda message: None)  # noqa: B023
                 state = storage.read_state(twin / storage.STATE)  # noqa: B023
-                return repr(state), repr(storage.read_tensors(twin / "model.safetensors"))  # noqa: B023
+                return repr(state), repr(sorted(weights(twin).items()))  # noqa: B023
             found = load_run(twin)  # noqa: B023
             history = storage.read_metrics(twin, found.report["train"]["epochs"])  # noqa: B023
             table = storage.read_tensors(twin / "evidence.safetensors")  # noqa: B023
             spec = found.spec.to_dict()
             spec["data"].pop("name")
-            return spec, found.report, repr(weights(twin)), history, repr(table)  # noqa: B023
+            return spec, found.report, repr(sorted(weights(twin).items())), history, repr(sorted(table.items()))  # noqa: B023
 
         truth = read()
         for file, whole, damaged in damages(twin, count // 2, seed):
@@ -315,7 +315,7 @@ def mutated_specs(world: World, count: int, seed: int = 0) -> Iterator[tuple[str
             spec = type(spec).from_dict(tables, path, trust_code=False)
             spec.check(spec.load_data())
             yield f"spec {number}", ""
-        except (ValueError, MemoryError, OverflowError):
+        except (ValueError, MemoryError, OverflowError, OSError):
             yield f"spec {number}", ""
         except RuntimeError as error:
             yield f"spec {number}", "" if "memory" in str(error) else f"{error}: {json.dumps(tables)[:400]}"
@@ -400,7 +400,7 @@ def hostile_data(world: World) -> Iterator[tuple[str, str]]:
             "evaluation.samples=0",
             "svi.checkpoint=often",
         ),
-        *("data.root='\\u0000'", "data.name='\\u0000.csv'", f"svi.epochs={'9' * 500}", f"x={'[' * 5000}", "a.b.c=1"),
+        *("data.root='\\u0000'", "data.name='\\u0000.csv'", f"x={'[' * 5000}", "a.b.c=1"),
         *("model.program='\\u0000.py'", "posterior.encoding={a=1}", "svi.learning_rate=nan", "likelihood.scale=[]"),
     ):
         status, said = command(["check", world.spec, "--set", setting], world.log)

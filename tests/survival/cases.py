@@ -21,7 +21,7 @@ import torch._dynamo  # which Adam loads
 
 from ppl_vae import load_run
 from ppl_vae.cli import app
-from ppl_vae.runs import run, schema, storage
+from ppl_vae.runs import run, schema, stops, storage
 
 schema.sections()
 
@@ -94,6 +94,9 @@ def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: N
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (open(n, "w", closefd=False, buffering=1) for n in (1, 2))
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        for name in stops.NAMES:  # whatever this process was started with
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_default_dtype(torch.float32)
         run.draw_run = lambda *given, **more: given[3].mkdir() or {}
         before()
@@ -196,7 +199,17 @@ def damages(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes, 
 JUNK: list[Any] = [
     *(None, True, -1, 0, 1, 10**400, 2**63, 10**12, 0.5, -0.0, float("nan"), float("inf"), "", "x", "é\0", "a" * 5000),
     *([], ["Normal"], [[[1]]], {}, {"family": "MLP"}, {"family": ["Normal"]}, {"program": "none.py"}, {"a": {"b": {}}}),
-    *("Normal", "Bernoulli", "MixtureNormal", "VampPrior", "best", "dynamic", "standardize", "/proc/self/mem", "../.."),
+    *(
+        "Normal",
+        "Bernoulli",
+        "MixtureNormal",
+        "VampPrior",
+        "best",
+        "dynamic",
+        "standardize",
+        "/proc/self/mem",
+        "nowhere/",
+    ),
 ]
 
 
