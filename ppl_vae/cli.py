@@ -21,8 +21,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-MEMORY = "Expected sizes that fit into memory; {}. Make the model, the batches or the data smaller."
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size", "overflow")
+MEMORY = "Expected sizes that fit into memory, and files that are nested less deep; {}. Make them smaller."
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size",
+    "overflow",
+    "maximum recursion",
+)
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
 What = Literal["encode", "reconstruct", "score", "impute", "predict", "sample", "weights"]
@@ -284,14 +291,10 @@ def plainly() -> Iterator[TextIO]:
             yield screen
     except ValueError as error:
         _refuse(str(error))
-    except RecursionError:
-        _refuse("Expected files that are nested less deep; got some that exceed Python's stack.")
-    except (MemoryError, OverflowError) as error:
-        _refuse(MEMORY.format(error))
-    except RuntimeError as error:
-        if not any(word in str(error) for word in NO_MEMORY):
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in NO_MEMORY):
             raise
-        _refuse(MEMORY.format(str(error).splitlines()[0]))
+        _refuse(MEMORY.format((str(error) or type(error).__name__).splitlines()[0]))
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         _refuse(

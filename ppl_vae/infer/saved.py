@@ -24,18 +24,14 @@ def check_saved(saved: Any, current: Mapping[str, Any], learned: Sequence[Tensor
     _check_tensors("learned", saved["learned"], current["learned"], len(learned))
     if saved["best"] is not None:
         _check_tensors("best", saved["best"], current["learned"], len(learned))
-    for name in ("schedule", "history"):
-        for key in [*current[name], *saved[name]]:
-            one, other = current[name].get(key, ...), saved[name].get(key, ...)
-            number = isinstance(other, int | float) and (one is None or isinstance(one, int | float))
-            alike = isinstance(one, list | tuple) and isinstance(other, list | tuple)
-            if not (number or alike or other is None or one == other):
-                raise _differs(f"{name}.{key}", other)
-    for row in ("elbo", "validation", "learning_rate", "seconds"):
-        if not all(isinstance(value, int | float) for value in saved["history"][row]):
-            raise _differs(f"history.{row}", saved["history"][row])
     groups, known = saved["optimizer"]["param_groups"], current["optimizer"]["param_groups"]
-    if [_layout(group) for group in groups] != [_layout(group) for group in known]:
+    tables = [(name, saved[name], current[name]) for name in ("schedule", "history")]
+    tables += [("optimizer", one, other) for one, other in zip(groups, known, strict=False)]
+    for name, one, other in tables:
+        for key, value in one.items():
+            if key != "best_epoch" and _kind(value) != _kind(other.get(key, ...)):
+                raise _differs(f"{name}.{key}", value)
+    if [group["params"] for group in groups] != [group["params"] for group in known]:
         raise _differs("optimizer.param_groups", groups)
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for number, values in saved["optimizer"]["state"].items():
@@ -56,13 +52,11 @@ def _check_tensors(name: str, saved: Any, current: Sequence[Tensor], least: int)
             raise _differs(f"{name}.{number}", one)
 
 
-def _layout(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of a group's settings, their values where these are no real numbers, and how many a sequence has."""
-    return {
-        key: len(value) if isinstance(value, list | tuple) else None if isinstance(value, float) else value
-        for key, value in group.items()
-        if key != "params"
-    } | {"params": list(group["params"])}
+def _kind(value: Any) -> Any:
+    """Whether a value is a number or a row of them; words, switches and None are what they are."""
+    if isinstance(value, list | tuple):
+        return [kind for kind in map(_kind, value) if kind != "number"]
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _differs(name: str, value: Any) -> ValueError:

@@ -45,18 +45,16 @@ class RunCheck:
         return {**asdict(self), "damaged": self.damaged, "same_bits": self.same_bits}
 
     def __str__(self) -> str:
-        as_written = sum(state == "as written" for state in self.files.values())
         others = [f"{name} is {state}" for name, state in self.files.items() if state != "as written"]
         there = "; ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in self.machines)
-        verdict = "cannot be expected here: " + "; ".join(self.differences or self.damaged or ["no machine is known"])
-        return "\n".join(
-            [
-                f"run         {self.path}: {'finished' if self.finished else 'interrupted'}, format {self.format}",
-                f"files       {'; '.join([f'{as_written} as written', *others])}",
-                f"trained on  {there or 'unknown: runs of format 1 have no record'}",
-                f"same bits   {'to be expected here, from its spec and its data' if self.same_bits else verdict}",
-            ]
-        )
+        verdict = f"cannot be expected here: {'; '.join(self.differences or self.damaged or ['no machine is known'])}"
+        lines = [
+            f"run         {self.path}: {'finished' if self.finished else 'interrupted'}, format {self.format}",
+            f"files       {'; '.join([f'{len(self.files) - len(others)} as written', *others])}",
+            f"trained on  {there or 'unknown: runs of format 1 have no record'}",
+            f"same bits   {'to be expected here, from its spec and its data' if self.same_bits else verdict}",
+        ]
+        return "\n".join(lines)
 
 
 def check_run(path: str | Path) -> RunCheck:
@@ -75,17 +73,13 @@ def check_run(path: str | Path) -> RunCheck:
     machines = manifest.get("trained", [])
     gpu = any(one.get("device") != "cpu" for one in machines)
     here = machine(pick_device("auto" if gpu else "cpu"))
-    differences = [
-        f"{key} {one.get(key)} there and {value} here"
-        for one in machines
-        for key, value in here.items()
-        if one.get(key) != value
-    ]
+    pairs = [(key, one.get(key), value) for one in machines for key, value in here.items() if one.get(key) != value]
+    differences = [*dict.fromkeys(f"{key} {there} there and {value} here" for key, there, value in pairs)]
     own = storage.own_files(path)
     files = {name: _state(path / name, sha) for name, sha in own.items() if manifest or (path / name).exists()}
     others = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if not file.is_dir()]
     files |= {name: "not of the run" for name in others if name not in own}
-    return RunCheck(str(path), manifest.get("format", "1"), finished, files, machines, [*dict.fromkeys(differences)])
+    return RunCheck(str(path), manifest.get("format", "1"), finished, files, machines, differences)
 
 
 def _state(file: Path, sha: str | None) -> str:

@@ -6,17 +6,19 @@ import datetime
 import errno
 import getpass
 import glob
+import itertools
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
 from ppl_vae.runs import stops, storage
+from ppl_vae.runs.spec_file import Say, quiet
 
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -85,7 +87,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, *, new: bool = False, say: Callable[[str], None] = lambda message: None) -> Iterator[Place]:
+def claimed(folder: Path, *, new: bool = False, say: Say = quiet) -> Iterator[Place]:
     """Claim a place for a run: make the folder, let nobody else write it meanwhile, and try that it can be replaced.
 
     What a killed process left there is put in order first. If the block raises, the folders made are removed unless
@@ -123,7 +125,7 @@ def claimed(folder: Path, *, new: bool = False, say: Callable[[str], None] = lam
         raise
 
 
-def mend(folder: Path, say: Callable[[str], None] = lambda message: None) -> None:
+def mend(folder: Path, say: Say = quiet) -> None:
     """Put back a run that is missing since a process was killed while it replaced it."""
     folder = folder.resolve()
     if not folder.exists() and any(folder.parent.glob(f"{glob.escape(f'.{folder.name}.former-')}*")):
@@ -156,13 +158,11 @@ def _locked(folder: Path) -> Iterator[None]:
             lock = SoftFileLock(path, timeout=0.2, is_singleton=True)
             lock.acquire()
     except Timeout:
-        with contextlib.suppress(OSError):
-            holder = " ".join(path.read_text("utf-8", "replace").split())
-            raise Busy(
-                f"Expected nobody else to write {folder}; {holder or 'another process'} does. Wait until it ends, or "
-                "choose another place."
-            ) from None
-        raise Busy(f"Expected nobody else to write {folder}; another process did. Try again.") from None
+        holder = " ".join(path.read_text("utf-8", "replace").split()) if path.is_file() else ""
+        raise Busy(
+            f"Expected nobody else to write {folder}; {holder or 'another process'} does. Wait until it ends, or "
+            "choose another place."
+        ) from None
     try:
         yield
     finally:
@@ -190,10 +190,8 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 def _free(folder: Path) -> Path:
     """A name beside a folder that is not taken."""
-    number = 2
-    while (beside := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
-    return beside
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(beside for beside in names if not beside.exists())
 
 
 def _try_swap(folder: Path) -> None:
@@ -232,7 +230,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
 
 
-def _mend(folder: Path, say: Callable[[str], None]) -> None:
+def _mend(folder: Path, say: Say) -> None:
     """Put back a run that a killed process had put aside, and remove what else it left."""
     names = f"{glob.escape(f'.{folder.name}.')}%s-[0-9]*"
     for former in sorted(folder.parent.glob(names % "former")):

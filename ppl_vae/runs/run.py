@@ -6,7 +6,7 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, blamed, load_spec
+from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     return storage.steadily(path, lambda: _load_run(path, trust_code))
 
 
-def _load_run(path: Path, trust_code: bool, say: Callable[[str], None] = lambda message: None) -> Run:
+def _load_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
     spec = read_spec(path, trust_code, say)
@@ -144,7 +145,7 @@ def fit_spec(
     device: str = "auto",
     force: bool = False,
     trust_code: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = quiet,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
 
@@ -176,7 +177,7 @@ def fit_spec(
         return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
 
 
-def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Callable[[str], None]) -> Run:
+def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
     for text in (spec.to_toml(), str(place.folder)):
         if (plain := text.encode(errors="replace").decode()) != text:
@@ -249,12 +250,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
 
 
 def write_run(
-    place: places.Place,
-    spec: Spec,
-    program: Any,
-    data: Data,
-    history: Mapping[str, Any],
-    machines: list[dict[str, Any]] | None = None,
+    place: places.Place, spec: Spec, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
 ) -> Run:
     """Evaluate a trained program and write a finished run directory as a whole.
 
@@ -264,7 +260,7 @@ def write_run(
         program: the trained program.
         data: its data.
         history: the entries of `History` by name.
-        machines: where it was trained; by default here.
+        machines: that trained it, as `machine` describes them; by default this one.
     """
     machines = machines or [machine(device_and_dtype(program)[0])]
     with place.replacing(trained=machines, evaluated=machines[-1]) as partial:
@@ -282,7 +278,7 @@ def evaluate_run(
     diagnostics: Diagnostics = Diagnostics(),  # noqa: B008  frozen
     device: str = "auto",
     trust_code: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = quiet,
 ) -> Run:
     """Evaluate a finished run again, and replace its report, figures and evidence.
 

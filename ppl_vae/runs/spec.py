@@ -8,7 +8,7 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,8 +32,9 @@ from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
-from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
+from ppl_vae.runs.spec_file import Say, is_program, listed, merge, near, programs, quiet, read, show
 
+Source = str | os.PathLike[str]
 _OWN = {"latent", "program", "given", "given_to"}  # keys of `model` that are no program's
 _OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
 # for what can be built without the data
@@ -67,12 +68,7 @@ class Spec:
 
     @classmethod
     def from_dict(
-        cls,
-        tables: Mapping[str, Any],
-        path: str | os.PathLike[str] = "spec.toml",
-        *,
-        trust_code: bool = True,
-        say: Callable[[str], None] = lambda message: None,
+        cls, tables: Mapping[str, Any], path: Source = "spec.toml", *, trust_code: bool = True, say: Say = quiet
     ) -> "Spec":
         """Check the tables of a spec.
 
@@ -215,11 +211,7 @@ class Spec:
 
 
 def load_spec(
-    path: str | os.PathLike[str],
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    trust_code: bool = True,
-    say: Callable[[str], None] = lambda message: None,
+    path: Source, overrides: Mapping[str, Any] | None = None, *, trust_code: bool = True, say: Say = quiet
 ) -> Spec:
     """Read and check a spec.
 
@@ -237,9 +229,7 @@ def load_spec(
     return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code, say=say)
 
 
-def _resolve(
-    folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool, say: Say) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
     data = _table(raw, "data")
     own: dict[str, Any] = {}

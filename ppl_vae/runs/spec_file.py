@@ -5,11 +5,16 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+Say = Callable[[str], None]
 DEPTH, LARGEST = 20, 2**20  # tables and lists in one another, and bytes, of a spec
+
+
+def quiet(message: str) -> None:
+    """Say nothing."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,12 @@ from ppl_vae.data.loading import Data
 from ppl_vae.programs.program import source_of
 from ppl_vae.runs import places, storage
 from ppl_vae.runs.spec import Spec, load_spec
-from ppl_vae.runs.spec_file import programs, read
+from ppl_vae.runs.spec_file import Say, programs, quiet, read
 
 
 @contextlib.contextmanager
 def pick_place(
-    spec: Spec,
-    out: str | Path | None,
-    *,
-    force: bool | None = None,
-    say: Callable[[str], None] = lambda message: None,
+    spec: Spec, out: str | Path | None, *, force: bool | None = None, say: Say = quiet
 ) -> Iterator[places.Place]:
     """Claim the place of a run: `out`, or a new folder under `runs/` named after the spec.
 
@@ -50,7 +46,7 @@ def pick_place(
         yield place
 
 
-def read_spec(path: Path, trust_code: bool, say: Callable[[str], None]) -> Spec:
+def read_spec(path: Path, trust_code: bool, say: Say) -> Spec:
     """Spec of a run, with the run's own copy of its program file.
 
     Raises:

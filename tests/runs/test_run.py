@@ -538,7 +538,7 @@ def test_a_run_of_format_2_loads(tmp_path):
     assert manifest["evaluated"] == manifest["trained"][0]
     assert manifest["evaluated"].keys() >= {"processor", "threads", "torch", "device"}
     line = json.loads((made.path / "metrics.jsonl").read_text().splitlines()[0])
-    assert list(line) == ["epoch", "elbo", "validation", "learning_rate", "seconds"]
+    assert line.keys() >= {"epoch", "elbo", "validation", "learning_rate", "seconds"}
     assert line["validation"] is None
     evidence = storage.read_tensors(made.path / "evidence.safetensors")
     assert {"log_evidence", "elbo", "mc_se", "bias", "ess", "pareto_k"} <= evidence.keys()
