@@ -260,22 +260,15 @@ class _Forgiving:
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
 
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.write(text)  # type: ignore[union-attr]
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()  # type: ignore[union-attr]
-
-    def isatty(self) -> bool:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            return self.stream.isatty()  # type: ignore[union-attr]
-        return False
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+        if name not in ("write", "flush", "isatty"):
+            return getattr(self.stream, name)
+
+        def forgiving(*given: str) -> Any:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                return getattr(self.stream, name)(*given)
+
+        return forgiving
 
 
 @contextlib.contextmanager

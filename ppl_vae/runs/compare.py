@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ppl_vae.runs.places import mend
-from ppl_vae.runs.storage import check_folder, read_report, read_tensors, steadily
+from ppl_vae.runs.storage import check_folder, read_metadata, read_report, read_tensors, steadily
 
 
 def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
     """Summary of a run, and the evidence of each datum."""
     check_folder(path, finished=True)
+    read_metadata(path / "model.safetensors")  # a run with damaged weights is no measure
     report, file = read_report(path), path / "evidence.safetensors"
     run = {"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}}
     values = read_tensors(file).get("log_evidence")

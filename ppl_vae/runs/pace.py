@@ -31,11 +31,9 @@ class Pace:
     def is_due(self) -> bool:
         """Whether the state is to be kept; called once at each epoch's end."""
         self.epochs += 1
-        if self.unit.startswith("epoch"):
-            return self.epochs >= self.every
-        return bool(self.unit) and time.monotonic() - self.began >= max(
-            self.every * _UNITS[self.unit], self.cost / SHARE
-        )
+        if self.unit not in _UNITS:
+            return bool(self.unit) and self.epochs >= self.every
+        return time.monotonic() - self.began >= max(self.every * _UNITS[self.unit], self.cost / SHARE)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:

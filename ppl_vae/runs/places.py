@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import datetime
 import errno
-import getpass
 import glob
 import itertools
 import os
@@ -135,10 +134,7 @@ def mend(folder: Path, say: Say = quiet) -> None:
 
 def _sign(handle: int) -> None:
     """Write into a lock who holds it."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "a user without a name"
+    user = os.environ.get("LOGNAME") or os.environ.get("USER") or "somebody"
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} of {user} on {socket.gethostname()}, since {since}".encode())
@@ -166,7 +162,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock.lock_counter == 1:
+        if lock.lock_counter == 1 and isinstance(lock, FileLock):
             path.unlink(missing_ok=True)  # whoever opened it meanwhile notices, and makes a new one
         lock.release()
 

@@ -216,14 +216,13 @@ def read_file(path: Path) -> bytes:
 
 def steadily(folder: Path, read: Callable[[], T]) -> T:
     """Read from a run, again if another process replaces it meanwhile."""
-    for _ in range(5):
-        before = read_manifest(folder)
-        try:
-            return read()
-        except ValueError:
-            if read_manifest(folder) == before:
-                raise
-    return read()
+    before = read_manifest(folder)
+    try:
+        return read()
+    except ValueError:
+        if read_manifest(folder) == before:
+            raise
+    return steadily(folder, read)
 
 
 @contextlib.contextmanager
