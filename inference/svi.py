@@ -11,9 +11,8 @@ from ppl_vae import Spec, load_spec
 from ppl_vae.data import minibatches
 from ppl_vae.programs.traces import check_batch
 from ppl_vae.runs.places import Place
-from ppl_vae.runs.run import write_run
+from ppl_vae.runs.run import pick_place, write_run
 from ppl_vae.runs.spec_file import parse_override
-from ppl_vae.runs.trained import pick_place
 
 ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does
@@ -39,26 +38,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(spec: Spec, place: Place) -> None:
     """Train what a spec says, and write its run."""
-    data = spec.load_data()
-    program = spec.build(data)
+    program, how = spec.build(data := spec.load_data()), spec.svi
     spec.check(data, program)
-    elbo = ELBOS[spec.svi.elbo](num_particles=spec.svi.particles, vectorize_particles=spec.svi.particles > 1)
-    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": spec.svi.learning_rate}), loss=elbo)
-    pyro.set_rng_seed(spec.svi.seed)
-    bounds, seconds, steps, began = [], [], 0, time.perf_counter()
-    for epoch in range(spec.svi.epochs):
-        loss = 0.0
+    elbo = ELBOS[how.elbo](num_particles=how.particles, vectorize_particles=how.particles > 1)
+    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": how.learning_rate}), loss=elbo)
+    pyro.set_rng_seed(how.seed)
+    bounds, seconds, began = [], [], time.perf_counter()
+    for epoch in range(how.epochs):
         drawn = check_batch(program, data.epoch(epoch))
-        for batch in minibatches(drawn, spec.svi.batch_size, seed=spec.svi.seed, epoch=epoch):
-            loss += svi.step(**batch)
-            steps += 1
+        loss = math.fsum(svi.step(**batch) for batch in minibatches(drawn, how.batch_size, seed=how.seed, epoch=epoch))
         if not math.isfinite(loss):
             raise SystemExit(f"Expected a finite loss; got {loss} in epoch {epoch + 1}. Lower svi.learning_rate.")
         bounds.append(-loss / len(data.train["x"]))
         seconds.append(time.perf_counter() - began)
         print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
-    history = {"elbo": bounds, "validation": [], "learning_rate": [spec.svi.learning_rate] * len(bounds)}
-    history |= {"seconds": seconds, "steps": steps}
+    history = {"elbo": bounds, "validation": [], "learning_rate": [how.learning_rate] * len(bounds), "seconds": seconds}
+    history |= {"steps": len(bounds) * math.ceil(len(drawn["x"]) / how.batch_size)}
     print(write_run(place, spec, program, data, history).path / "report.md")
 
 

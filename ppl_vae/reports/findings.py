@@ -32,9 +32,6 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
     if _has_diverged(report, history):
         remedy = "Nothing here can be trusted. Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
         return [*findings, f"**Training diverged**: the bound ended at {history[-1]:.1e} nats per datum. {remedy}"]
-    if _has_diverged(report, history):
-        remedy = "Nothing here can be trusted. Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
-        return [*findings, f"**Training diverged**: the bound ended at {history[-1]:.1e} nats per datum. {remedy}"]
     findings += [
         *_doubt_evidence(test, report["data"].get("whole", False)),
         *_doubt_latents(test),

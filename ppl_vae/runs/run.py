@@ -28,9 +28,10 @@ from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measu
 from ppl_vae.reports.page import markdown
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.apply import Applied
+from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
-from ppl_vae.runs.spec import Spec, blamed, load_spec
+from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
@@ -131,7 +132,7 @@ def _load_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
         known = report["data"]
         columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
         rows = check_int("n_train", known["n_train"])
-    with blamed(spec):
+    with blamed(spec.programs):
         program = spec.assemble(columns=columns, rows=rows)
     storage.load_learned_state(program, path / "model.safetensors")
     return Run(path, spec, program, report)
@@ -224,7 +225,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     try:
         settings = {**spec.svi.model_dump(exclude={"checkpoint"}), "device": str(device)}
         settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
-        with blamed(spec):
+        with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
             n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
@@ -307,7 +308,7 @@ def evaluate_run(
         if isinstance(run.program, nn.Module):
             run.program.to(pick_device(device))
         records = {"trained": trained_on(place.path), "evaluated": machine(device_and_dtype(run.program)[0])}
-        with blamed(run.spec), place.replacing(**records) as partial:
+        with blamed(run.spec.programs), place.replacing(**records) as partial:
             for name in storage.trained_files(place.path):
                 (partial / name).write_bytes(storage.read_file(place.path / name))
             return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)

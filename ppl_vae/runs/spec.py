@@ -7,7 +7,6 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 
 import os
 import re
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
+from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
@@ -331,40 +331,11 @@ def _support(part: Any) -> Any:
 def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     """Name the spec in an error, with the line of a program's file, or with the `--set` that mends it."""
     try:
-        with blamed(spec):
+        with blamed(spec.programs):
             yield
     except ValueError as error:
         remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
-
-
-@contextmanager
-def blamed(spec: Spec) -> Iterator[None]:
-    """Turn what a program of one's own raises into a message with the line of its file.
-
-    Raises:
-        ValueError: With that message; without programs errors stay as they are.
-    """
-    try:
-        yield
-    except ValueError:
-        raise
-    except (Exception, SystemExit) as error:
-        if not spec.programs or isinstance(error, OSError | MemoryError):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = {
-            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
-            for place, reference in spec.programs.items()
-        }
-        place = next((place for place in lines if lines[place]), next(iter(lines)))
-        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
-        where = f"line {lines[place][-1]}" if lines[place] else "it"
-        what = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{place}.program: Expected {parts} of {file} to run on the data; {where} raised "
-            f"{type(error).__name__}: {what}"
-        ) from error
 
 
 def _remedy(spec: Spec, data: Data, error: str) -> str:
