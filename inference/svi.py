@@ -4,8 +4,7 @@ import argparse
 import math
 import time
 
-import pyro
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+import pyro.infer
 
 from ppl_vae import Spec, load_spec
 from ppl_vae.data import minibatches
@@ -14,7 +13,7 @@ from ppl_vae.runs.places import Place
 from ppl_vae.runs.run import pick_place, write_run
 from ppl_vae.runs.spec_file import parse_override
 
-ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+ELBOS = ("Trace_ELBO", "TraceMeanField_ELBO")
 LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does
 LOOP |= {"svi.beta": 1.0, "svi.warm_up": 0, "svi.free_bits": 0.0, "svi.weight_decay": 0.0, "svi.patience": 0}
 
@@ -40,8 +39,8 @@ def train(spec: Spec, place: Place) -> None:
     """Train what a spec says, and write its run."""
     program, how = spec.build(data := spec.load_data()), spec.svi
     spec.check(data, program)
-    elbo = ELBOS[how.elbo](num_particles=how.particles, vectorize_particles=how.particles > 1)
-    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": how.learning_rate}), loss=elbo)
+    elbo = getattr(pyro.infer, how.elbo)(num_particles=how.particles, vectorize_particles=how.particles > 1)
+    svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({"lr": how.learning_rate}), loss=elbo)
     pyro.set_rng_seed(how.seed)
     bounds, seconds, began = [], [], time.perf_counter()
     for epoch in range(how.epochs):
@@ -53,8 +52,8 @@ def train(spec: Spec, place: Place) -> None:
         seconds.append(time.perf_counter() - began)
         print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
     history = {"elbo": bounds, "validation": [], "learning_rate": [how.learning_rate] * len(bounds), "seconds": seconds}
-    history |= {"steps": len(bounds) * math.ceil(len(drawn["x"]) / how.batch_size)}
-    print(write_run(place, spec, program, data, history).path / "report.md")
+    steps = len(bounds) * math.ceil(len(drawn["x"]) / how.batch_size)
+    print(write_run(place, spec, program, data, {**history, "steps": steps}).path / "report.md")
 
 
 if __name__ == "__main__":
