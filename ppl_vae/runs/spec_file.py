@@ -44,16 +44,16 @@ def _parsed(text: str) -> dict[str, Any]:
     if re.search(rf"(?:[\w-]+[ \t]*\.[ \t]*){{{DEPTH},}}", text):  # which takes the parser long
         raise deep
     try:
-        tables = tomllib.loads(text)
+        if _depth(tables := tomllib.loads(text)) > DEPTH:
+            raise deep
     except RecursionError:
         raise deep from None
-    level: list[Any] = [tables]
-    for _ in range(DEPTH):
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
-        level = [each for each in level if isinstance(each, dict | list)]
-    if level:
-        raise deep
     return tables
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def is_program(path: Path) -> bool:

@@ -226,13 +226,13 @@ def mutated(tables: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         place, action = draw.choice(places), draw.random()
         key = draw.choice(list(place) or WORDS)
         if action < 0.2:
-            place[draw.choice(WORDS)] = draw.choice(JUNK)
+            place[draw.choice(WORDS)] = copy.deepcopy(draw.choice(JUNK))
         elif action < 0.3:
             place.pop(key, None)
         elif action < 0.4:
             place[key] = copy.deepcopy(draw.choice(places))
         else:
-            place[key] = draw.choice(JUNK)
+            place[key] = copy.deepcopy(draw.choice(JUNK))
     return changed
 
 
