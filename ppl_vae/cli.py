@@ -308,10 +308,7 @@ def _refuse(message: str) -> NoReturn:
 
 def say(message: str) -> None:
     """Print a message on standard error, if there is any."""
-    stream = sys.stderr if isinstance(sys.stderr, _Forgiving) else _Forgiving(sys.stderr)
-    encoding = getattr(stream.stream, "encoding", None) or "utf-8"
-    stream.write(message.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    print(message, file=_Forgiving(sys.stderr), flush=True)  # type: ignore[call-overload]
 
 
 def show(screen: TextIO, result: Any, as_json: bool, text: Callable[[], str]) -> None:

@@ -1,5 +1,6 @@
 """The check of a run: whether each file is as it was written, and whether this machine would give the same bits."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,7 @@ def _state(file: Path, sha: str | None) -> str:
         return "as written"
     if file.name in ("report.md", "spec.toml"):
         return "edited"
-    try:
+    with contextlib.suppress(ValueError, OSError):
         storage.read_file(file)  # metrics may have grown
-    except (ValueError, OSError):
-        return "changed"
-    return "edited"
+        return "edited"
+    return "changed"

@@ -467,7 +467,10 @@ def bad_places(world: World) -> Iterator[tuple[str, str]]:
     def ascii_only() -> None:
         import sys
 
-        sys.stdout, sys.stderr = (open(n, "w", encoding="ascii", closefd=False) for n in (1, 2))
+        sys.stdout, sys.stderr = (
+            open(n, "w", encoding="ascii", errors=errors, closefd=False)
+            for n, errors in ((1, "strict"), (2, "backslashreplace"))
+        )
 
     status, said = command(["fit", world.spec, "--out", world.fresh("run")], world.log, ascii_only)
     yield "an ASCII terminal", "" if status == 0 and "+-" in said else _told(status, said)
