@@ -13,6 +13,7 @@ import signal
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -531,8 +532,9 @@ QUICK = {
     "signals": lambda world: signals(world, ("SIGINT", "SIGHUP"), (True,)),
     "ignored signals": lambda world: ignored_signals(world, ("SIGHUP",)),
     "flips and cuts": lambda world: flips_and_cuts(world, 60),
-    "hostile runs": hostile_runs,
-    "hostile data and settings": hostile_data,
+    "hostile runs": lambda world: islice(hostile_runs(world), 16),
+    "programs of strangers": _programs,
+    "hostile data and settings": lambda world: islice(hostile_data(world), 16),
     "mutated specs": lambda world: mutated_specs(world, 60),
     "mutated data": lambda world: mutated_data(world, 60),
     "races": races,
