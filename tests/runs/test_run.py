@@ -595,7 +595,6 @@ def test_differences_are_paired(finished, twin, tmp_path):
         ({"data.seed": 1}, "data.seed is 0 .* and 1"),
         ({"data.scaling": "unit"}, 'data.scaling is "none" .* and "unit"'),
         ({"data.dequantization": "uniform"}, "data.dequantization"),
-        ({"data.validation_fraction": 0.2}, "the split's n_train is 1500 .* and 1200"),
         (
             {"data.binarization": "static", "likelihood": {"family": "Bernoulli", "network": {"family": "Linear"}}},
             "the likelihood's figure is a density .* and a probability mass",
