@@ -25,6 +25,6 @@ def test_nothing_is_lost():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_run_that_is_written_in_two_steps_is_found_out():
-    done = soak("--only", "step of evaluate", "--broken")
+    done = soak("--quick", "--only", "kills in evaluate", "--broken")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search("LOST .*: evaluate killed at step .*: left (nothing|unreadable)", done.stdout)
