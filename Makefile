@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint adversary bench clean
+.PHONY: demo test lint adversary soak bench clean
 
 demo: .venv/installed
 	$(BIN)/ppl-vae demo
@@ -16,6 +16,9 @@ lint: .venv/installed
 
 adversary: .venv/installed
 	$(BIN)/python tests/adversary/run.py --page docs/adversary.md
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/survival/soak.py --page docs/survival.md
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/speed.py

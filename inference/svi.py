@@ -4,16 +4,16 @@ import argparse
 import math
 import time
 
-import pyro
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+import pyro.infer
 
-from ppl_vae import load_spec
+from ppl_vae import Spec, load_spec
 from ppl_vae.data import minibatches
 from ppl_vae.programs.traces import check_batch
-from ppl_vae.runs.run import pick_folder, write_run
+from ppl_vae.runs.places import Place
+from ppl_vae.runs.run import pick_place, write_run
 from ppl_vae.runs.spec_file import parse_override
 
-ELBOS = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
+ELBOS = ("Trace_ELBO", "TraceMeanField_ELBO")
 LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does
 LOOP |= {"svi.beta": 1.0, "svi.warm_up": 0, "svi.free_bits": 0.0, "svi.weight_decay": 0.0, "svi.patience": 0}
 
@@ -29,31 +29,31 @@ def main(arguments: list[str] | None = None) -> None:
         spec = load_spec(given.spec, {**LOOP, **dict(map(parse_override, given.set))})
         if spec.svi.elbo not in ELBOS:
             raise ValueError(f"Expected svi.elbo to be {' or '.join(ELBOS)}, for stock Pyro; got {spec.svi.elbo}.")
-        folder = pick_folder(spec, given.out, force=None)
-        data = spec.load_data()
-        program = spec.build(data)
-        spec.check(data, program)
+        with pick_place(spec, given.out) as place:
+            train(spec, place)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
-    elbo = ELBOS[spec.svi.elbo](num_particles=spec.svi.particles, vectorize_particles=spec.svi.particles > 1)
-    svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": spec.svi.learning_rate}), loss=elbo)
-    pyro.set_rng_seed(spec.svi.seed)
-    bounds, seconds, steps, began = [], [], 0, time.perf_counter()
-    for epoch in range(spec.svi.epochs):
-        loss = 0.0
+
+def train(spec: Spec, place: Place) -> None:
+    """Train what a spec says, and write its run."""
+    program, how = spec.build(data := spec.load_data()), spec.svi
+    spec.check(data, program)
+    elbo = getattr(pyro.infer, how.elbo)(num_particles=how.particles, vectorize_particles=how.particles > 1)
+    svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({"lr": how.learning_rate}), loss=elbo)
+    pyro.set_rng_seed(how.seed)
+    bounds, seconds, began = [], [], time.perf_counter()
+    for epoch in range(how.epochs):
         drawn = check_batch(program, data.epoch(epoch))
-        for batch in minibatches(drawn, spec.svi.batch_size, seed=spec.svi.seed, epoch=epoch):
-            loss += svi.step(**batch)
-            steps += 1
+        loss = math.fsum(svi.step(**batch) for batch in minibatches(drawn, how.batch_size, seed=how.seed, epoch=epoch))
         if not math.isfinite(loss):
             raise SystemExit(f"Expected a finite loss; got {loss} in epoch {epoch + 1}. Lower svi.learning_rate.")
         bounds.append(-loss / len(data.train["x"]))
         seconds.append(time.perf_counter() - began)
         print(f"epoch {epoch + 1:4d}   ELBO {bounds[-1]:10.3f} nats per datum")
-    history = {"elbo": bounds, "validation": [], "learning_rate": [spec.svi.learning_rate] * len(bounds)}
-    history |= {"seconds": seconds, "steps": steps}
-    print(write_run(folder, spec, program, data, history).path / "report.md")
+    history = {"elbo": bounds, "validation": [], "learning_rate": [how.learning_rate] * len(bounds), "seconds": seconds}
+    steps = len(bounds) * math.ceil(len(drawn["x"]) / how.batch_size)
+    print(write_run(place, spec, program, data, {**history, "steps": steps}).path / "report.md")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """The command line. Commands import what is slow themselves, so that help comes at once."""
 
 import contextlib
-import errno
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
 from ppl_vae.runs.spec_file import parse_override, read
+from ppl_vae.runs.stops import Stopped, listening
 
 app = typer.Typer(
     name="ppl-vae",
@@ -23,14 +21,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-DISK = (
-    "ENOSPC EDQUOT EFBIG EIO EACCES EPERM EROFS EBUSY EMFILE ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP".split()
+MEMORY = "Expected sizes that fit into memory, and files that are nested less deep; {}. Make them smaller."
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size",
+    "overflow",
+    "maximum recursion",
 )
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
 What = Literal["encode", "reconstruct", "score", "impute", "predict", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
-SpecPath = Annotated[Path, typer.Argument(help="A spec, or a program file.py[:Class].")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the spec; VALUE is TOML. Repeatable."),
@@ -86,7 +89,7 @@ def evaluate(
         from ppl_vae.runs.run import evaluate_run
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
-        new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code)
+        new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
         show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.md'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
@@ -156,17 +159,31 @@ def sweep(
 
 
 @app.command()
-def check(spec: SpecPath, set_: Set = None, trust_code: Trust = False, as_json: Json = False) -> None:
-    """Check whether a spec makes sense and describe what it builds, without training."""
+def check(
+    spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or a run.")],
+    set_: Set = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check whether a spec makes sense and describe what it builds, without training.
+
+    Of a run, check that its files are as they were written, and whether this machine would give the same bits.
+    """
     with plainly() as screen:
         overrides = dict(map(parse_override, set_ or []))
+        if (spec / "model.safetensors").exists():
+            from ppl_vae.runs.check_run import check_run
+
+            found = check_run(spec)
+            show(screen, found.to_dict(), as_json, lambda: str(found))
+            if found.damaged:
+                raise ValueError(f"Expected the files of {spec} as they were written; got others: {found.damaged}.")
+            return
         read(spec)
         from ppl_vae.runs.spec import load_spec
         from ppl_vae.runs.storage import is_run
 
-        loaded = load_spec(spec, overrides, trust_code=trust_code or not is_run(spec.parent))
-        for reference in loaded.programs.values():
-            say(f"runs the code of {reference}")
+        loaded = load_spec(spec, overrides, trust_code=trust_code or not is_run(spec.parent), say=say)
         result = loaded.check(loaded.load_data())
         show(screen, result.to_dict(), as_json, lambda: str(result))
 
@@ -237,12 +254,21 @@ def main() -> None:
     app()
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM; it keeps what was trained, as Ctrl-C does."""
+class _Forgiving:
+    """A stream that may be closed, full or gone, whose loss does not stop the work."""
 
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
 
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("write", "flush", "isatty"):
+            return getattr(self.stream, name)
+
+        def forgiving(*given: str) -> Any:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                return getattr(self.stream, name)(*given)
+
+        return forgiving
 
 
 @contextlib.contextmanager
@@ -251,40 +277,55 @@ def plainly() -> Iterator[TextIO]:
 
     Yields standard output, for the results. Whatever else is printed, even by a program file, goes to standard error.
     """
-    screen = sys.stdout
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    screen, errors = sys.stdout, sys.stderr
+    sys.stderr = _Forgiving(errors)  # type: ignore[assignment]
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with listening(), contextlib.redirect_stdout(sys.stderr):
             yield screen
     except ValueError as error:
-        say(f"ppl-vae: {error}")
-        raise typer.Exit(2) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
-        raise typer.Exit(1) from None
-    except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in DISK:
+        _refuse(str(error))
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in NO_MEMORY):
             raise
+        _refuse(MEMORY.format((str(error) or type(error).__name__).splitlines()[0]))
+    except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
-        say(
-            f"ppl-vae: Expected to be able to read and write{where}; {error.strerror}. Nothing half-written is left. "
+        _refuse(
+            f"Expected to be able to read and write{where}; {error.strerror or error}. Nothing half-written is left. "
             "Free some space, or choose another place by --out."
         )
-        raise typer.Exit(2) from None
     except KeyboardInterrupt as stop:
         say(f"\nppl-vae: {stop if str(stop) else 'interrupted'}")
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        raise typer.Exit(128 + getattr(stop, "number", Stopped().number)) from None
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, former)
+        sys.stderr = errors
+
+
+def _refuse(message: str) -> NoReturn:
+    say(f"ppl-vae: {message}")
+    raise typer.Exit(2) from None
 
 
 def say(message: str) -> None:
-    """Print a message on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a message on standard error, if there is any."""
+    print(message, file=_Forgiving(sys.stderr), flush=True)  # type: ignore[call-overload]
 
 
 def show(screen: TextIO, result: Any, as_json: bool, text: Callable[[], str]) -> None:
-    """Print a result, as JSON or as text."""
-    print(json.dumps(result, allow_nan=False) if as_json else text(), file=screen, flush=True)
+    """Print a result, as JSON or as text, in what the terminal can show.
+
+    Raises:
+        Exit: With status 1 if standard output is closed or full.
+    """
+    shown = json.dumps(result, allow_nan=False) if as_json else text()
+    encoding = getattr(screen, "encoding", None) or "utf-8"
+    if shown.encode(encoding, "replace").decode(encoding) != shown:
+        shown = shown.replace("±", "+-").encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(shown, file=screen, flush=True)
+    except (OSError, ValueError) as error:
+        if screen is sys.__stdout__:  # else Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())
+        if not isinstance(error, BrokenPipeError):
+            say(f"ppl-vae: Expected to be able to print the result; {error}. All else is done.")
+        raise typer.Exit(1) from None

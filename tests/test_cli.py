@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from ppl_vae import demo
 from ppl_vae.cli import app
 from ppl_vae.reports import diagnostics
-from ppl_vae.runs import run
+from ppl_vae.runs import run, storage
 from ppl_vae.runs.console import diagnostic_lines, headline
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -226,13 +226,15 @@ def test_mistakes_in_a_path(finished, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path):
+def test_a_run_of_a_newer_format_or_cut_short(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
-    (tmp_path / "run" / "model.safetensors").write_bytes(
-        weights.replace(b'"format_version":"1"', b'"format_version":"2"')
-    )
+    (tmp_path / "run" / "manifest.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "FORMAT", "3")
+        storage.seal(tmp_path / "run", {})
     assert "newer ppl_vae" in refused("evaluate", tmp_path / "run")
+    shutil.copy(finished / "manifest.json", tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").write_bytes(weights[:-9])
     for command in (["evaluate"], ["compare", finished]):
         assert "model.safetensors" in refused(*command, tmp_path / "run")

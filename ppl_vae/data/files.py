@@ -1,16 +1,58 @@
 """Arrays of numbers in files, and what a source says about its values."""
 
+import contextlib
+import math
+import os
+import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ppl_vae.data.batches import check_finite
+
+LARGEST = "PPL_VAE_LARGEST"  # the variable with the size, in bytes, that data may take once they are unpacked
+_BLOWN_UP = 100  # times that a file may grow when it is unpacked to more than a gibibyte
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a reader raises on a foreign file into one message.
+
+    Raises:
+        ValueError: With that message, also if it is no regular file, such as a pipe, which might never end.
+    """
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("it is no regular file")
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(("Expected", f"{path}")):
+            raise
+        what_else = str(error) or type(error).__name__
+        raise ValueError(f"Expected {what}; got {path}: {what_else}") from error
+
+
+def check_unpacked(path: Path, size: int) -> None:
+    """Check that data which a file's header announces can be meant, before memory is taken for them.
+
+    Raises:
+        ValueError: If they take more than a gibibyte and a hundred times the file, or more than a person set.
+    """
+    given = os.environ.get(LARGEST, "")
+    limit = float(given) if given else max(2**30, _BLOWN_UP * path.stat().st_size)
+    if size > limit:
+        raise ValueError(
+            f"Expected data of at most {limit:.0f} bytes in {path}; its header announces {size}. If they are meant, "
+            f"set the variable {LARGEST}={size}."
+        )
 
 
 @dataclass(frozen=True)
@@ -143,12 +185,31 @@ def read_array(path: Path, array: str | None, label: str | None) -> RawData:
 
 def _load(path: Path, key: str | None = None) -> Any:
     """Array in a `.npy` file or under a key of an `.npz` file; without a key, the keys of the latter."""
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else list(loaded.files) if key is None else loaded[key]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"Expected a NumPy file without objects; got {path}: {error}") from error
+    with reading(path, "a NumPy file without objects"), path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            _check_header(path, file, path.stat().st_size)
+            file.seek(0)
+            return np.load(file, allow_pickle=False)
+        with zipfile.ZipFile(file) as archive:
+            sizes = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            if key is None:
+                return list(sizes)
+            check_unpacked(path, sizes[key].file_size)
+            with archive.open(sizes[key]) as member:
+                _check_header(path, member, sizes[key].file_size)
+            with archive.open(sizes[key]) as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _check_header(path: Path, file: IO[bytes], size: int) -> None:
+    """Check that an array is as large as its header says."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"Expected an array of numbers in {path}; got one of named fields.")
+    shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"Expected an array of {shape} in {path}; the file is too short for it.")
 
 
 def intensity(values: npt.NDArray[Any]) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ppl_vae.data.files import RawData, encode, flatten
+from ppl_vae.data.files import RawData, encode, flatten, reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _GREY = ("1", "L", "LA")
@@ -50,11 +50,8 @@ def read_folder(folder: Path) -> RawData:
 def _open(path: Path) -> Any:
     """Picture in a file, read as a whole."""
     pillow = importlib.import_module("PIL.Image")
-    try:
-        with pillow.open(path) as picture:
-            picture.load()
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"Expected a picture in {path}; got a damaged file: {error}. Remove it.") from error
+    with reading(path, "a picture (remove what is none)"), pillow.open(path) as picture:
+        picture.load()
     if picture.mode in _DEEP:
         raise ValueError(f"Expected 8 bits per channel in {path}; got mode {picture.mode}. Convert the pictures.")
     return picture

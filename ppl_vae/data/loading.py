@@ -297,6 +297,7 @@ def load(
         "scale": _summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
         "digest": _digest(parts["test" if len(rows["test"]) else "train"]),
+        "digest_train": _digest({**parts["train"], "x": stored["train"]}, parts.get("validation")),
         **({"roles": raw.roles} if raw.roles else {}),
         **({"mean_total": mean_total} if mean_total is not None else {}),
     }
@@ -399,13 +400,14 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
     return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
 
 
-def _digest(part: Mapping[str, Tensor]) -> str:
+def _digest(*parts: Mapping[str, Tensor] | None) -> str:
     """SHA-256 of keys, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
-    for key in sorted(part):
-        value = part[key].cpu().numpy()
-        digest.update(f"{key} {value.shape} {value.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).data)
+    for part in filter(None, parts):
+        for key in sorted(part):
+            value = part[key].cpu().numpy()
+            digest.update(f"{key} {value.shape} {value.dtype};".encode())
+            digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
 
 

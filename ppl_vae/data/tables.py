@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ppl_vae.data.files import RawData, encode, intensity, rows_text
+from ppl_vae.data.files import RawData, check_unpacked, encode, intensity, reading, rows_text
 
 TEXT = (".csv", ".tsv", ".txt")
 BINARY = (".parquet", ".feather")
@@ -124,7 +124,7 @@ def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator
     if separator is not None and len(separator) != 1:
         raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
     usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
-    try:
+    with reading(path, "separated text in UTF-8"):
         with path.open(newline="", encoding="utf-8-sig") as file:
             beginning = "".join(itertools.islice(file, 200))
             file.seek(0)
@@ -140,8 +140,6 @@ def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator
             while piece:
                 yield _text_table(path, header, len(first[1]), piece)
                 piece = list(itertools.islice(rows, size))
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(f"Expected separated text in UTF-8; got {path}: {error}") from error
 
 
 def _text_table(path: Path, header: list[str] | None, width: int, rows: list[tuple[int, list[str]]]) -> Table:
@@ -172,11 +170,13 @@ def _read_pandas(path: Path) -> Table:
     """Read a parquet or feather file."""
     pandas = importlib.import_module("pandas")
     try:
-        frame = getattr(pandas, f"read_{path.suffix[1:].lower()}")(path)
+        with reading(path, f"a {path.suffix[1:]} file"):
+            if path.suffix.lower() == ".parquet":
+                about = importlib.import_module("pyarrow.parquet").read_metadata(path)
+                check_unpacked(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
+            frame = getattr(pandas, f"read_{path.suffix[1:].lower()}")(path)
     except ImportError as error:
         raise ValueError(f"Expected pyarrow for {path}; got: {error} Install ppl-vae[parquet].") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
     if not frame.size:
         raise ValueError(f"Expected a table with rows in {path}; got {len(frame)} rows, {frame.shape[1]} columns.")
     return frame_table(frame, str(path))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
+from ppl_vae.infer.saved import check_saved
 from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch, batch_of
@@ -84,7 +85,12 @@ class State:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go back to a saved state."""
+        """Go back to a saved state.
+
+        Raises:
+            ValueError: If it is not one of this program and its settings.
+        """
+        check_saved(saved, self.save(), self.learned, self.optimizer)
         self.set_values(saved["learned"])
         self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])

@@ -7,13 +7,14 @@ wraps two functions or a stranger's modules. Nothing below the contract knows wh
 """
 
 import hashlib
-import importlib.util
 import inspect
 import itertools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -107,11 +108,15 @@ def _bound(function: Any, static: Mapping[str, Any]) -> Any:
     return partial(function, **given) if (given := {key: static[key] for key in static if key in own}) else function
 
 
-def load_program(reference: str) -> type:
+def load_program(reference: str, *, fresh: bool = False) -> type:
     """Load a program's class from `"file.py:Class"`; the class may be left out where the file defines one program.
 
     The file runs under one private module name made of its path, so that a class has one identity however often it is
     loaded.
+
+    Args:
+        reference: where it is.
+        fresh: whether a file that has changed since is read again.
 
     Raises:
         ValueError: If the file is missing, fails to run, or has no such class.
@@ -120,31 +125,43 @@ def load_program(reference: str) -> type:
     def fits(kind: type) -> bool:
         return callable(getattr(kind, "model", None)) and callable(getattr(kind, "guide", None))
 
-    return _load_class(reference, fits, "program", "with `model` and `guide`")
+    return _load_class(reference, fits, "program", "with `model` and `guide`", fresh)
 
 
-def load_network(reference: str) -> type:
+def load_network(reference: str, *, fresh: bool = False) -> type:
     """Load a network's class, a torch module, from `"file.py:Class"`, as `load_program` does a program's."""
-    return _load_class(reference, lambda kind: issubclass(kind, nn.Module), "network", "as a torch module")
+    return _load_class(reference, lambda kind: issubclass(kind, nn.Module), "network", "as a torch module", fresh)
 
 
-def _load_class(reference: str, fits: Callable[[type], bool], what: str, how: str) -> type:
-    path_text, _, wanted = reference.partition(":")
-    path = Path(path_text).expanduser().resolve()
-    if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"Expected a {what} as file.py:Class; got {reference!r}, and {path} is not a Python file.")
-    name = f"_ppl_vae_program_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
+def source_of(reference: str) -> bytes:
+    """The bytes of a program's file that were run, whatever became of the file since."""
+    return vars(sys.modules[_module_name(_path_of(reference))])["__source__"]  # type: ignore[no-any-return]
+
+
+def _path_of(reference: str) -> Path:
+    return Path(reference.partition(":")[0]).expanduser().resolve()
+
+
+def _module_name(path: Path) -> str:
+    return f"_ppl_vae_program_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+
+
+def _load_class(reference: str, fits: Callable[[type], bool], what: str, how: str, fresh: bool) -> type:
+    wanted, path = reference.partition(":")[2], _path_of(reference)
+    name = _module_name(path)
+    if name not in sys.modules or fresh:
+        if path.suffix != ".py" or not path.is_file():
+            raise ValueError(f"Expected a {what} as file.py:Class; got {reference!r}, and {path} is not a Python file.")
+        source, former = path.read_bytes(), sys.modules.get(name)
+        if former is None or source != vars(former)["__source__"]:
+            module = ModuleType(name)
+            vars(module).update(__file__=str(path), __source__=source)
+            sys.modules[name] = module
+            try:
+                exec(compile(source, path, "exec"), vars(module))
+            except (Exception, SystemExit) as error:
+                del sys.modules[name]
+                raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
     kinds: dict[str, type] = {
         key: value
         for key, value in vars(sys.modules[name]).items()

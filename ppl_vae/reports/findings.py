@@ -29,6 +29,9 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
         return [*findings, f"**Some figures are not finite**: {reason}"]
+    if _has_diverged(report, history):
+        remedy = "Nothing here can be trusted. Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
+        return [*findings, f"**Training diverged**: the bound ended at {history[-1]:.1e} nats per datum. {remedy}"]
     findings += [
         *_doubt_evidence(test, report["data"].get("whole", False)),
         *_doubt_latents(test),
@@ -169,6 +172,13 @@ def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
             f"**{count} of {test['latents']} latents {are} collapsed**: the posterior {means} over the data (variance "
             "below 0.01). Fewer latents would do as well."
         )
+
+
+def _has_diverged(report: Mapping[str, Any], history: Sequence[float]) -> bool:
+    """Whether the bound fell by ten times its size, or ended where no model of the data belongs."""
+    baseline = (report.get("baseline") or {}).get("ppca", {}).get("log_evidence") or 0.0
+    least = min(baseline, 0.0) * 100 - 1e4 * report["data"].get("features", 1)
+    return history[-1] < min(history[0] - 10 * abs(history[0]) - 1e3, least) or history[-1] < 1e6 * least
 
 
 def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:

@@ -62,7 +62,12 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and formulas of a VAE, or name, file and summary of another program."""
     if not isinstance(program, VAE) or "prior" not in spec:
         name, summary = type(program).__name__, (type(program).__doc__ or "").strip().split("\n")[0]
-        return {"name": name, "file": Path(spec["model"]["program"].partition(":")[0]).name, "summary": summary}
+        return {
+            "name": name,
+            "file": Path(spec["model"]["program"].partition(":")[0]).name,
+            "summary": summary,
+            "given": "",
+        }
     formulas = {}
     for role in ("prior", "likelihood", "posterior"):
         sentence = (inspect.getdoc(type(getattr(program, role).family)) or "").split("\n\n")[0]

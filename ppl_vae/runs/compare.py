@@ -3,10 +3,14 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppl_vae.runs.storage import check_folder, read_report, read_tensors
+from torch import Tensor
+
+from ppl_vae.runs.places import mend
+from ppl_vae.runs.storage import check_folder, read_metadata, read_report, read_tensors, steadily
 
 
 def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -23,13 +27,10 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
         raise ValueError(f"Expected two or more runs to compare; got {len(paths)}.")
     runs, evidence = [], []
     for path in map(Path, paths):
-        check_folder(path, finished=True)
-        report, file = read_report(path), path / "evidence.safetensors"
-        runs.append({"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}})
-        values = read_tensors(file).get("log_evidence")
-        if values is None or len(values) != report["test"]["n"]:
-            raise ValueError(f"Expected {file} to hold the evidence of each datum; it is damaged. Fit again.")
-        evidence.append(values.double())
+        mend(path)
+        run, values = steadily(path, partial(_read, path))
+        runs.append(run)
+        evidence.append(values)
     first = runs[0]
     for other in runs[1:]:
         for what, one, two in _measures(first["data"], other["data"]):
@@ -44,6 +45,18 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
         se = float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else None
         differences.append({"a": a["path"], "b": b["path"], "mean": float(gap.mean()), "se": se})
     return {"runs": runs, "differences": differences}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
+    """Summary of a run, and the evidence of each datum."""
+    check_folder(path, finished=True)
+    read_metadata(path / "model.safetensors")  # a run with damaged weights is no measure
+    report, file = read_report(path), path / "evidence.safetensors"
+    run = {"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}}
+    values = read_tensors(file).get("log_evidence")
+    if values is None or values.shape != (report["test"]["n"],):
+        raise ValueError(f"Expected {file} to hold the evidence of each datum; it is damaged. Fit again.")
+    return run, values.double()
 
 
 def _measures(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

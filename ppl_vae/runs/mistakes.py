@@ -47,7 +47,7 @@ def explain(error: ValidationError, name: str, raw: Any, section: Section) -> li
         if kind.startswith("union_tag"):
             family = here.get("family")
             where, expected, got, hint = f"{where}.family", listed(tables), show(family), near(family, tables)
-            if table is raw and family in families.__all__:
+            if table is raw and isinstance(family, str) and family in families.__all__:
                 roles = [role for role in ROLES if plays(getattr(families, family), role)]
                 hint = f" {family} can be {listed(roles)}, not {name}."
         elif kind == "extra_forbidden":
@@ -81,7 +81,7 @@ def explain(error: ValidationError, name: str, raw: Any, section: Section) -> li
 def _known(tables: dict[str, Any], raw: Any) -> dict[str, Any]:
     """Fields that belong into a table by its family; `family` alone if that is unknown."""
     family = raw.get("family") if isinstance(raw, dict) and "" not in tables else ""
-    return tables[family].model_fields if family in tables else {"family": None}
+    return tables[family].model_fields if isinstance(family, str) and family in tables else {"family": None}
 
 
 def _type_words(kind: Any) -> str:

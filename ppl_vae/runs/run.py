@@ -1,11 +1,12 @@
 """Runs: train what a spec says, evaluate it, and keep the result in a run directory, written as a whole."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
-import shutil
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +26,14 @@ from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
 from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
 from ppl_vae.reports.page import markdown
-from ppl_vae.runs import storage
+from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.apply import Applied
+from ppl_vae.runs.blame import blamed
+from ppl_vae.runs.machine import machine
+from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, load_spec
-from ppl_vae.runs.spec_file import programs, read
+from ppl_vae.runs.spec_file import Say, quiet
+from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -115,12 +120,20 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
             `trust_code` is not given.
     """
     path = Path(path)
+    places.mend(path)
+    return storage.steadily(path, lambda: _load_run(path, trust_code))
+
+
+def _load_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
-    spec = _read_spec(path, trust_code)
-    known = report["data"]
-    columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
-    program = spec.assemble(columns=columns, rows=known["n_train"])
+    spec = read_spec(path, trust_code, say)
+    with storage.reading(path / "report.json", "a report"):
+        known = report["data"]
+        columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
+        rows = check_int("n_train", known["n_train"])
+    with blamed(spec.programs):
+        program = spec.assemble(columns=columns, rows=rows)
     storage.load_learned_state(program, path / "model.safetensors")
     return Run(path, spec, program, report)
 
@@ -133,7 +146,7 @@ def fit_spec(
     device: str = "auto",
     force: bool = False,
     trust_code: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = quiet,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
 
@@ -150,89 +163,112 @@ def fit_spec(
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    resumed = False
-    if isinstance(source, Spec):
-        spec, folder = source, pick_folder(source, out, force)
-    elif not Path(source).is_dir():
-        spec = load_spec(source, overrides, trust_code=trust_code or not storage.is_run(Path(source).parent))
-        folder = pick_folder(spec, out, force)
-    else:
-        resumed, folder = True, Path(source)
-        storage.check_folder(folder, finished=False)
+    with stops.listening(), contextlib.ExitStack() as stack:
+        if isinstance(source, Spec) or not Path(source).is_dir():
+            if not isinstance(source, Spec):
+                trusted = trust_code or not storage.is_run(Path(source).parent)
+                source = load_spec(source, overrides, trust_code=trusted, say=say)
+            place = stack.enter_context(pick_place(source, out, force=force, say=say))
+            return _train(source, place, pick_device(device), False, say)
         if overrides or out is not None:
             raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
-        spec = _read_spec(folder, trust_code)
-        storage.check_replaceable(folder)
-    for reference in spec.programs.values():
-        say(f"runs the code of {reference}")
-    with storage.reserved(folder):
-        return _train(spec, folder, pick_device(device), resumed, say)
+        storage.check_folder(Path(source), finished=False)
+        place = stack.enter_context(places.claimed(Path(source), say=say))
+        storage.check_folder(place.path, finished=False)
+        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
 
 
-def _train(spec: Spec, folder: Path, device: torch.device, resumed: bool, say: Callable[[str], None]) -> Run:
+def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
+    for text in (spec.to_toml(), str(place.folder)):
+        if (plain := text.encode(errors="replace").decode()) != text:
+            raise ValueError(f"Expected names of files and folders in UTF-8; got {plain[:60]!r}. Rename them.")
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
-    state = None
+    machines = [machine(device)]
+    start, latest = None, None  # the state of the last whole epoch, and what was learned by then
+    go_on = f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{' --trust-code' * bool(spec.programs)}"
     if resumed:
-        state = storage.read_state(folder / storage.STATE)
-        _check_same_data(folder, state.pop("protocol"), data)
-        storage.load_learned_state(program, folder / "model.safetensors")
-        learned = storage.learned_state(program)
-        say(f"goes on after epoch {len(state['history']['elbo'])} of {spec.svi.epochs}")
-    latest = state
+        start = storage.read_state(place.path / storage.STATE)
+        with storage.reading(place.path / storage.STATE, "a training state"):
+            check_same_data(place.path, start.pop("protocol"), data)
+            say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
+        storage.load_learned_state(program, place.path / "model.safetensors")
+        machines = trained_on(place.path, machines)
+    place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
+    pace = Pace(spec.svi.checkpoint)
+
+    def keep(reached: tuple[dict[str, Any], Any]) -> str:
+        """Write the state of the last whole epoch, and say where it is and how to go on."""
+        state, learned = reached
+        with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
+            write_trained(partial, place.path, spec, learned, state["history"])
+            storage.write_state({**state, "protocol": data.protocol}, partial / storage.STATE)
+        return go_on
 
     def note(epoch: int, now: State) -> None:
-        nonlocal latest, learned
-        latest, learned = now.save(), storage.learned_state(program)
-
-    def keep(reached: dict[str, Any], when: str) -> str:
-        """Write the state of the last whole epoch, and describe how to go on."""
-        with storage.replacing(folder) as partial:
-            _write_trained(partial, folder, spec, learned, reached["history"])
-            storage.write_state({**reached, "protocol": data.protocol}, partial / storage.STATE)
-        trust = " --trust-code" if spec.programs else ""
-        return f"{when}; its state is in {folder}. Go on with: ppl-vae fit {folder}{trust}"
+        nonlocal latest
+        latest = now.save(), storage.learned_state(program)
+        stops.look()
+        if pace.is_due():
+            try:
+                how = keep(latest)
+            except OSError as error:
+                say(f"the state after epoch {epoch + 1} cannot be kept, and training goes on: {error}")
+            else:
+                if pace.kept == 1:
+                    say(f"after epoch {epoch + 1} and every {spec.svi.checkpoint} {how}")
 
     history = None
     try:
-        settings = {**spec.svi.model_dump(), "device": str(device), "validation": data.validation}
-        history = fit(program, data.to(device), **settings, resume=state, on_epoch=note)
-        part, rows = evaluation_split(program, data)
-        n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
-        say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
-        return write_run(folder, spec, program, data, vars(history))
+        settings = {**spec.svi.model_dump(exclude={"checkpoint"}), "device": str(device)}
+        settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
+        with blamed(spec.programs):
+            history = fit(program, data.to(device), **settings)
+            part, rows = evaluation_split(program, data)
+            n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
+            say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
+            return write_run(place, spec, program, data, vars(history), machines)
     except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
         if latest is None:
-            raise type(stop)("interrupted in the first epoch; nothing was kept") from None
-        done = len(latest["history"]["elbo"])
-        raise type(stop)(keep(latest, f"interrupted after epoch {done} of {spec.svi.epochs}")) from None
-    except OSError:
-        raise
+            what = (
+                f"interrupted before another epoch ended; {go_on}"
+                if resumed
+                else "interrupted in the first epoch; nothing was kept"
+            )
+            raise stops.Stopped(what, number) from None
+        when = f"interrupted after epoch {len(latest[0]['history']['elbo'])} of {spec.svi.epochs}"
+        raise stops.Stopped(f"{when}; {keep(latest)}", number) from None
     except Exception:
-        if history is not None and latest is not None:
-            say(keep(latest, "the evaluation failed after the last epoch"))
+        if latest is not None:
+            when = "the evaluation failed" if history is not None else "the training failed"
+            with contextlib.suppress(OSError, ValueError):
+                say(f"{when} after epoch {len(latest[0]['history']['elbo'])}; {keep(latest)}")
         raise
 
 
-def write_run(folder: Path, spec: Spec, program: Any, data: Data, history: Mapping[str, Any]) -> Run:
+def write_run(
+    place: places.Place, spec: Spec, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
+) -> Run:
     """Evaluate a trained program and write a finished run directory as a whole.
 
     Args:
-        folder: where; an earlier run there is replaced.
+        place: where, as `pick_place` gives it; an earlier run there is replaced.
         spec: what was fitted.
         program: the trained program.
         data: its data.
         history: the entries of `History` by name.
+        machines: that trained it, as `machine` describes them; by default this one.
     """
-    storage.check_replaceable(folder)
-    with storage.reserved(folder), storage.replacing(folder) as partial:
-        home = _write_trained(partial, folder, spec, storage.learned_state(program), history)
+    machines = machines or [machine(device_and_dtype(program)[0])]
+    with place.replacing(trained=machines, evaluated=machines[-1]) as partial:
+        home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
-        run = Run(folder, home, program, {"train": train})
+        run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
 
@@ -243,6 +279,7 @@ def evaluate_run(
     diagnostics: Diagnostics = Diagnostics(),  # noqa: B008  frozen
     device: str = "auto",
     trust_code: bool = False,
+    say: Say = quiet,
 ) -> Run:
     """Evaluate a finished run again, and replace its report, figures and evidence.
 
@@ -252,120 +289,29 @@ def evaluate_run(
         diagnostics: what the report includes beside the evidence.
         device: `auto`, `cpu` or `cuda`.
         trust_code: whether the run's copy of a program file may run.
+        say: takes messages for the user.
 
     Raises:
         ValueError: If the path is no finished run, its data have changed, or `samples` or the diagnostics will not do.
     """
     if samples is not None:
         check_int("samples", samples)
-    run = load_run(path, trust_code=trust_code)
-    storage.check_replaceable(run.path)
-    data = run.spec.load_data()
-    _check_same_data(run.path, run.report["data"]["protocol"], data)
-    if isinstance(run.program, nn.Module):
-        run.program.to(pick_device(device))
-    history = storage.read_metrics(run.path, run.report["train"]["epochs"])
-    with storage.replacing(run.path) as partial:
-        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
-        return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
-
-
-def pick_folder(spec: Spec, out: str | Path | None, force: bool | None) -> Path:
-    """Choose the folder of a run: `out`, or a new one under `runs/` named after the spec.
-
-    Args:
-        spec: what will be fitted.
-        out: the folder, if it was given.
-        force: whether to replace a finished run at `out`; None for a caller that has no such option.
-
-    Raises:
-        ValueError: If `out` holds a finished run and `force` is not given, or anything but a run.
-    """
-    if out is None:
-        folder, number = Path("runs") / spec.path.stem, 1
-        while folder.exists():
-            number += 1
-            folder = folder.with_name(f"{spec.path.stem}-{number}")
-        return folder
-    folder = Path(out)
-    storage.check_replaceable(folder)
-    if (folder / "report.json").is_file() and not force:
-        remedy = "Choose another" + (", or give --force." if force is False else ".")
-        raise ValueError(f"Expected --out to be new; {folder} holds a finished run. {remedy}")
-    return folder
-
-
-def _read_spec(path: Path, trust_code: bool) -> Spec:
-    """Spec of a run, with the run's own copy of its program file.
-
-    Raises:
-        ValueError: If the spec or the program file is not what was fitted.
-    """
-    known = storage.read_metadata(path / "model.safetensors")
-    own, digests, names = {}, known.get("program", "").split(), []
-    for place, table in programs(read(path / "spec.toml")):
-        file, colon, name = table["program"].partition(":")
-        copy = path / Path(file).name
-        own[f"{place}.program"] = f"{copy.name}{colon}{name}"
-        names += [copy.name] if copy.name not in names else []
-        fitted = dict(zip(names, digests, strict=False)).get(copy.name)
-        if not copy.is_file() or storage.digest(copy) != fitted:
-            raise ValueError(
-                f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
-                f"{'changed' if copy.is_file() else 'missing'}. Fit again."
-            )
-    spec = load_spec(path / "spec.toml", own, trust_code=trust_code)
-    if _pinned(read(path / "spec.toml")) != known.get("spec"):
-        raise ValueError(
-            f"Expected {path / 'spec.toml'} to say what was fitted; it was changed or cut since. Restore it, or fit "
-            "again. If the data have moved, only data.name, data.root and data.download may change."
-        )
-    return spec
-
-
-def _pinned(tables: dict[str, Any]) -> str:
-    """All of a complete spec that was fitted, as JSON; paths may change, and keys that came later are not missed."""
-    for key in ("name", "root", "download"):
-        tables["data"].pop(key, None)
-    for _, table in programs(tables):
-        table.pop("program")
-    return json.dumps(tables, sort_keys=True)
-
-
-def _check_same_data(path: Path, known: Mapping[str, Any], data: Data) -> None:
-    """Check that the data are those that a run was fitted to."""
-    if data.protocol["digest"] != known["digest"] or data.protocol["split"] != known["split"]:
-        raise ValueError(
-            f"Expected the data that {path} was fitted to; {data.name} has changed since. Put the old data back, or "
-            f"fit again. If they have moved, correct data.name in {path / 'spec.toml'}."
-        )
-
-
-def _write_trained(
-    partial: Path, folder: Path, spec: Spec, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
-) -> Spec:
-    """Write what training leaves: weights, metrics, the files of programs if there are any, and the spec.
-
-    Returns:
-        The spec as written for `folder`: it names the run's own copies of these files.
-    """
-    own: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    digests = []
-    for place, reference in spec.programs.items():
-        file, colon, name = reference.partition(":")
-        if file not in copies:
-            taken = Path(file).name in copies.values()
-            copies[file] = f"{place.partition('.')[0]}_{Path(file).name}" if taken else Path(file).name
-            digests.append(storage.digest(Path(shutil.copy2(file, partial / copies[file]))))
-        own[place] = f"{folder.resolve() / copies[file]}{colon}{name}"
-    home, program = spec.relocated(folder / "spec.toml", own), {"program": " ".join(digests)} if digests else {}
-    (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
-    tensors, constraints = learned
-    known = {"spec": _pinned(spec.to_dict()), **program, **constraints}
-    storage.write_tensors(tensors, partial / "model.safetensors", **known)
-    storage.write_metrics(history, partial)
-    return home
+    places.mend(Path(path), say)
+    storage.check_folder(Path(path), finished=True)
+    with stops.listening(), places.claimed(Path(path), say=say) as place:
+        run = _load_run(place.path, trust_code, say)
+        data = run.spec.load_data()
+        with storage.reading(place.path / "report.json", "a report"):
+            protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])
+            check_same_data(place.path, protocol, data)
+        history = storage.read_metrics(place.path, epochs)
+        if isinstance(run.program, nn.Module):
+            run.program.to(pick_device(device))
+        records = {"trained": trained_on(place.path), "evaluated": machine(device_and_dtype(run.program)[0])}
+        with blamed(run.spec.programs), place.replacing(**records) as partial:
+            for name in storage.trained_files(place.path):
+                (partial / name).write_bytes(storage.read_file(place.path / name))
+            return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
 
 
 def _write_report(

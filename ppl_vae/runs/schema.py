@@ -23,6 +23,7 @@ from ppl_vae.infer.svi import SETTINGS, check_settings, fit
 from ppl_vae.networks.encoding import WORDS
 from ppl_vae.programs.given import KEYS
 from ppl_vae.programs.given import ROLES as ROLES
+from ppl_vae.runs.pace import Pace
 
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
 SVI = (*SETTINGS, "seed")
@@ -168,7 +169,7 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
         return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
 
     count = Annotated[int, Field(ge=1)]
-    data_name = Annotated[str, AfterValidator(_judge_name)]
+    data_name, pace = (Annotated[str, AfterValidator(judge)] for judge in (_judge_name, _judge_pace))
     read = _keywords(load).keys() - {"dtype"}
     given: dict[str, Any] = {
         "program": (str | None, None),
@@ -179,7 +180,7 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
         "model": {"": _table("Model", *coded("model"), latent=(count | None, None), **given)},
-        "svi": {"": _table("Svi", fit, _judge_svi, SVI)},
+        "svi": {"": _table("Svi", fit, _judge_svi, SVI, checkpoint=(pace, "60 s"))},
         "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000), class_prior=priors)},
     }
     inner: dict[str, dict[str, Any]] = {}
@@ -301,3 +302,8 @@ def _judge_data(**keys: Any) -> None:
 def _judge_name(name: str) -> str:
     check_name(name)
     return name
+
+
+def _judge_pace(text: str) -> str:
+    Pace(text)
+    return text

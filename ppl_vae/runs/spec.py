@@ -7,7 +7,6 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 
 import os
 import re
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,11 +28,13 @@ from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
+from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.check import Check, check_program, column_hints
 from ppl_vae.runs.mistakes import explain
 from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
-from ppl_vae.runs.spec_file import is_program, listed, merge, near, programs, read, show
+from ppl_vae.runs.spec_file import Say, is_program, listed, merge, near, programs, quiet, read, show
 
+Source = str | os.PathLike[str]
 _OWN = {"latent", "program", "given", "given_to"}  # keys of `model` that are no program's
 _OF_CODES = ("Bernoulli", "Categorical", "Mixed", "OrderedCategorical")  # likelihoods to which codes are no numbers
 # for what can be built without the data
@@ -67,7 +68,7 @@ class Spec:
 
     @classmethod
     def from_dict(
-        cls, tables: Mapping[str, Any], path: str | os.PathLike[str] = "spec.toml", *, trust_code: bool = True
+        cls, tables: Mapping[str, Any], path: Source = "spec.toml", *, trust_code: bool = True, say: Say = quiet
     ) -> "Spec":
         """Check the tables of a spec.
 
@@ -75,13 +76,14 @@ class Spec:
             tables: the tables by name, as in a TOML file.
             path: the file that they stand for: messages name it, and paths are relative to its folder.
             trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
+            say: told of each such file before it runs.
 
         Raises:
             ValueError: If any key is wrong: each of them, its value, and what is allowed.
         """
         path, raw = Path(path), merge(Path(path), tables, {})
         errors: list[str] = []
-        own = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code)
+        own = _resolve(path.absolute().parent.resolve(), raw, errors, trust_code, say)
         program = own.get("model")
         if is_program(path) and program is not None and "latent" in needs(program):
             raw["model"].setdefault("latent", 10)
@@ -209,7 +211,7 @@ class Spec:
 
 
 def load_spec(
-    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, trust_code: bool = True
+    path: Source, overrides: Mapping[str, Any] | None = None, *, trust_code: bool = True, say: Say = quiet
 ) -> Spec:
     """Read and check a spec.
 
@@ -218,15 +220,16 @@ def load_spec(
         overrides: values by dotted key, set before anything is checked:
             `{"svi.epochs": 3, "likelihood.network.hidden": [50]}`. A whole table replaces the old one.
         trust_code: whether the files of programs and networks may run; they do so here, to check their keys.
+        say: told of each such file before it runs.
 
     Raises:
         ValueError: If the file or any key is wrong: each of them, its value, and what is allowed.
     """
     path = Path(path)
-    return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code)
+    return Spec.from_dict(merge(path, read(path), overrides or {}), path, trust_code=trust_code, say=say)
 
 
-def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool) -> dict[str, Any]:
+def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: bool, say: Say) -> dict[str, Any]:
     """Make paths absolute, and load the classes that tables name, None for one that cannot be loaded."""
     data = _table(raw, "data")
     own: dict[str, Any] = {}
@@ -243,10 +246,11 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
         try:
             if not trust_code:
                 raise ValueError(f"Cannot run {table['program']} without --trust-code. Read its code first.")
+            say(f"runs the code of {table['program']}")
             if place == "model":
-                own[place] = load_program(table["program"])
+                own[place] = load_program(table["program"], fresh=True)
             else:
-                own[place] = load_network(table["program"])
+                own[place] = load_network(table["program"], fresh=True)
                 filled(own[place], context=1, outputs=1, shape=(1, 1))
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
@@ -327,26 +331,11 @@ def _support(part: Any) -> Any:
 def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     """Name the spec in an error, with the line of a program's file, or with the `--set` that mends it."""
     try:
-        yield
+        with blamed(spec.programs):
+            yield
     except ValueError as error:
         remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
         raise ValueError(f"{spec.path}: {error}{remedy}") from error
-    except Exception as error:
-        if not spec.programs:
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = {
-            place: [frame.lineno for frame in frames if frame.filename == reference.partition(":")[0]]
-            for place, reference in spec.programs.items()
-        }
-        place = next((place for place in lines if lines[place]), next(iter(lines)))
-        file, parts = spec.programs[place].partition(":")[0], "model and guide" if place == "model" else "the network"
-        where = f"line {lines[place][-1]}" if lines[place] else "it"
-        what = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{spec.path}: {place}.program: Expected {parts} of {file} to run on the data; {where} raised "
-            f"{type(error).__name__}: {what}"
-        ) from error
 
 
 def _remedy(spec: Spec, data: Data, error: str) -> str:

@@ -3,10 +3,18 @@
 import difflib
 import json
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+Say = Callable[[str], None]
+DEPTH, LARGEST = 20, 2**20  # tables and lists in one another, and bytes, of a spec
+
+
+def quiet(message: str) -> None:
+    """Say nothing."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -19,10 +27,33 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ValueError(f"Expected KEY=VALUE, such as svi.epochs=3; got {text!r}.")
     try:
-        parsed = tomllib.loads(f"value = {value}")
+        parsed = _parsed(f"value = {value}")
     except tomllib.TOMLDecodeError:
         parsed = {}
     return key.strip(), parsed["value"] if list(parsed) == ["value"] else value.strip()
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Parse TOML, at most `DEPTH` tables and lists deep.
+
+    Raises:
+        TOMLDecodeError: If it is no TOML.
+        ValueError: If it is deeper, or has numbers of thousands of digits.
+    """
+    deep = ValueError(f"Expected tables and lists at most {DEPTH} deep; got deeper ones.")
+    if re.search(rf"(?:[\w-]+[ \t]*\.[ \t]*){{{DEPTH},}}", text):  # which takes the parser long
+        raise deep
+    try:
+        if _depth(tables := tomllib.loads(text)) > DEPTH:
+            raise deep
+    except RecursionError:
+        raise deep from None
+    return tables
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def is_program(path: Path) -> bool:
@@ -47,16 +78,20 @@ def read(path: Path) -> dict[str, Any]:
     if is_program(path):
         return {"data": {"name": "digits"}, "model": {"program": path.name}}
     try:
+        if not file.is_file() or file.stat().st_size > LARGEST:
+            raise OSError(f"it is no regular file of at most {LARGEST:,} bytes")
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected a TOML file in UTF-8; got {path}: {error}") from error
     if not text.strip():
         raise ValueError(f"Expected a spec with the tables data, model, svi and others; got the empty file {path}.")
     try:
-        return tomllib.loads(text)
+        return _parsed(text)
     except tomllib.TOMLDecodeError as error:
         what, _, where = str(error).rpartition(" (at ")
         raise ValueError(f"{path}, {where.rstrip(')')}: Expected TOML; got a mistake: {what}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def merge(path: Path, tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

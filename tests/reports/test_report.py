@@ -347,6 +347,8 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({"train__lead": None}, FLAT, None),
         ({"test__elbo__mean": -100.9}, FLAT, None),
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
+        ({}, [-1e26, -1e25, -1e24], "diverged.* ended at -1.0e.24 nats.*learning_rate"),
+        ({}, [-100.0, -200.0, -1e7], "diverged"),
         ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
         ({"exact": {"gap": 0.01}}, FLAT, None),
         (

@@ -1,0 +1,263 @@
+"""Attacks on runs: children that are killed, files that are damaged, inputs that are hostile. Seeded, and counted."""
+
+import copy
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch._dynamo  # which Adam loads
+
+from ppl_vae import load_run
+from ppl_vae.cli import app
+from ppl_vae.runs import run, schema, stops, storage
+
+schema.sections()
+
+SPEC = """
+[data]
+name = "table.npy"
+[model]
+latent = 1
+[prior]
+family = "StandardNormal"
+[likelihood]
+family = "Normal"
+scale = "shared"
+network = { family = "Linear" }
+[posterior]
+family = "Normal"
+network = { family = "Linear" }
+[svi]
+epochs = 6
+batch_size = 16
+learning_rate = 0.05
+checkpoint = "1 epoch"
+[evaluation]
+samples = 26
+"""
+PROGRAM = """
+import pathlib, pyro, torch
+import pyro.distributions as dist
+
+pathlib.Path(MARK).touch()
+
+class Own(torch.nn.Module):
+    def __init__(self, features, latent):
+        super().__init__()
+        self.decoder, self.encoder = torch.nn.Linear(latent, features), torch.nn.Linear(features, latent)
+
+    def model(self, x):
+        pyro.module(f"own{id(self)}", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.decoder.in_features), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 5.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module(f"own{id(self)}", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+"""
+
+
+def project(folder: Path) -> Path:
+    """Write a spec and its data, and give the spec."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "table.npy", np.random.default_rng(0).normal(size=(60, 3)))
+    (folder / "spec.toml").write_text(SPEC)
+    return folder / "spec.toml"
+
+
+def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: None) -> int:
+    """Start a command in a process of its own, without loading the libraries anew; pictures are left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.stdout.flush()
+        number = os.fork()
+    if number:
+        return number
+    status = 70
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False, buffering=1) for n in (1, 2))
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        for name in stops.NAMES:  # whatever this process was started with
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_default_dtype(torch.float32)
+        run.draw_run = lambda *given, **more: given[3].mkdir() or {}
+        before()
+        try:
+            app([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            import traceback
+
+            os.write(handle, traceback.format_exc().encode())
+            status = 1
+    finally:
+        os._exit(status)
+
+
+def finish(number: int, patience: float = 600.0) -> int:
+    """Wait for a child, and give its status: minus the signal that killed it."""
+    deadline = time.monotonic() + patience
+    while True:
+        ended, status = os.waitpid(number, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(number, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def command(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: None) -> tuple[int, str]:
+    """Run a command to its end: its status, and all that it printed."""
+    status = finish(child(arguments, log, before))
+    return status, log.read_text(errors="replace") if log.is_file() else ""
+
+
+def kill_at(step: int, root: Path) -> Callable[[], None]:
+    """Make a process kill itself at its n-th touch of a file under a folder."""
+
+    def hook() -> None:
+        counted, prefixes = [0], (str(root), f".{os.sep}")
+
+        def watch(event: str, given: tuple[Any, ...]) -> None:
+            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.scandir"):
+                if any(os.fsdecode(one).startswith(prefixes) for one in given[:2] if isinstance(one, str | bytes)):
+                    counted[0] += 1
+                    if counted[0] == step:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+
+    return hook
+
+
+def state_of(folder: Path) -> str:
+    """What a run directory holds: a finished or an interrupted run, nothing, or something unreadable."""
+    try:
+        load_run(folder)
+    except ValueError as error:
+        if "was interrupted" not in str(error):
+            return "nothing" if not folder.exists() or not any(folder.iterdir()) else f"unreadable: {error}"
+        storage.check_folder(folder, finished=False)
+        storage.read_state(folder / storage.STATE)
+        return "interrupted"
+    return "finished"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two finished runs have the same weights, history and figures, to the bit."""
+    a, b = weights(one), weights(other)
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) and first["test"] == second["test"]
+
+
+def left_over(folder: Path) -> list[str]:
+    """What lies beside a run that nobody put there; the file of a lock is harmless."""
+    names = (path.name for path in folder.parent.iterdir())
+    return [name for name in names if name.startswith(f".{folder.name}.") and not name.endswith(".lock")]
+
+
+def damages(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes, bytes]]:
+    """Flips of a byte and cuts, over all files of a run: the file, what it held, and what it is to hold."""
+    draw = random.Random(seed)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for number in range(count):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        if not whole:
+            continue
+        at = draw.randrange(len(whole))
+        if draw.random() < 0.3:
+            yield file, whole, whole[:at]
+        else:
+            yield file, whole, whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :]
+
+
+JUNK: list[Any] = [
+    *(None, True, -1, 0, 1, 10**400, 2**63, 10**12, 0.5, -0.0, float("nan"), float("inf"), "", "x", "é\0", "a" * 5000),
+    *([], ["Normal"], [[[1]]], {}, {"family": "MLP"}, {"family": ["Normal"]}, {"program": "none.py"}, {"a": {"b": {}}}),
+    *(
+        "Normal",
+        "Bernoulli",
+        "MixtureNormal",
+        "VampPrior",
+        "best",
+        "dynamic",
+        "standardize",
+        "/proc/self/mem",
+        "nowhere/",
+    ),
+]
+
+
+WORDS = ["family", "scale", "hidden", "seed", "x", "network", "program", "kinds"]
+
+
+def mutated(tables: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """A copy of the tables of a spec with one to three mutations: junk, another key, a lost or a moved table."""
+    changed = copy.deepcopy(tables)
+    for _ in range(draw.randint(1, 3)):
+        places = [changed]
+        for place in places:
+            places += [value for value in place.values() if isinstance(value, dict)]
+        place, action = draw.choice(places), draw.random()
+        key = draw.choice(list(place) or WORDS)
+        if action < 0.2:
+            place[draw.choice(WORDS)] = copy.deepcopy(draw.choice(JUNK))
+        elif action < 0.3:
+            place.pop(key, None)
+        elif action < 0.4:
+            place[key] = copy.deepcopy(draw.choice(places))
+        else:
+            place[key] = copy.deepcopy(draw.choice(JUNK))
+    return changed
+
+
+def hostile_states(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Training states that do not fit the program, by what is wrong with them."""
+    state = storage.read_state(folder / storage.STATE)
+    first = state["optimizer"]["state"][0]
+
+    def changed(**more: Any) -> dict[str, Any]:
+        return {**state, **more}
+
+    def moments(**more: Any) -> dict[str, Any]:
+        optimizer = {**state["optimizer"], "state": {**state["optimizer"]["state"], 0: {**first, **more}}}
+        return changed(optimizer=optimizer)
+
+    yield "a moment cut short", moments(exp_avg=first["exp_avg"].flatten()[:1])
+    yield "a moment of integers", moments(exp_avg_sq=first["exp_avg_sq"].long())
+    yield "steps in a row", moments(step=torch.zeros(7))
+    yield "one weight for all", changed(learned=[torch.zeros(1) for _ in state["learned"]])
+    yield "weights of another type", changed(learned=[value.double() for value in state["learned"]])
+    yield "too few weights", changed(learned=state["learned"][:-1])
+    yield "no list", changed(learned={"a": 1})
+    yield "best of another shape", changed(best=[torch.zeros(2)])
+    yield "a history of words", changed(history={**state["history"], "elbo": ["a"]})
+    yield "a schedule of words", changed(schedule={**state["schedule"], "last_epoch": "x"})
+    yield "a schedule's method", changed(schedule={**state["schedule"], "step": 1})
+    yield "groups without their tensors", changed(optimizer={**state["optimizer"], "param_groups": []})
+    yield "no optimizer", {key: value for key, value in state.items() if key != "optimizer"}
