@@ -168,13 +168,13 @@ def fit(
     held_out = None if validation is None else other(validation, check=True)
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*parameters_of(target)] if parameters is None else [*parameters]
-    if not learned:
-        raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
     with scope(program, training=True):
         steps = parts or math.ceil(target.n / batch_size)
         weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
         keys: Any = {key: settings[key] for key in OBJECTIVE}
         objective = make_objective(target, learned, beta=weight, **keys)
+        if not learned:
+            raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
         optim = make_optimizer(optimizer, learned, learning_rate, **{key: settings[key] for key in RATE})
         scheduler = make_schedule(schedule, optim, learning_rate, epochs * steps, restarts)
         state = State(learned, optim, scheduler, module=program)
