@@ -100,12 +100,17 @@ class GuideCheck:
 
     @property
     def trusted(self) -> str:
-        """Which moments to use: `"guide"`, `"reweighted"`, `"reference"`, or `"none"`."""
+        """Which moments to use: `"guide"`, `"reweighted"`, `"reference"`, or `"none"`.
+
+        Where the evidence is a bound only, the reweighted moments of S draws are still usable while k-hat is at most
+        min(0.7, 1 - 1 / log10 S) (Vehtari, Simpson, Gelman, Yao and Gabry 2024, section 3).
+        """
         if self.reference is not None and self.reference.converged:
             return "guide" if self._near else "reference"
         if self.evidence.kind == "estimate":
             return "guide" if self._near else "reweighted"
-        return "reweighted" if self.pareto_k <= _USABLE else "none"
+        usable = min(_USABLE, 1 - 1 / math.log10(max(self.evidence.samples, 2)))
+        return "reweighted" if self.pareto_k <= usable else "none"
 
     @property
     def _near(self) -> bool:
