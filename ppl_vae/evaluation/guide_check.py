@@ -277,7 +277,8 @@ def check_guide(
     columns = [torch.cat(each) for each in zip(*(part.figures() for part in moments), strict=True)]
     if isinstance(reference, str):
         reference = reference_posterior(target, method=reference, seed=seed)  # type: ignore[arg-type]
-    bounds = _bounds(evidence, columns[0], columns[1], columns[4], _local(target))
+    divergence = torch.cat([part.divergence() for part in moments])
+    bounds = _bounds(evidence, divergence, columns[0], columns[1], columns[4], _local(target))
     errors = columns[1] / evidence.samples**0.5, columns[5]
     if reference is not None and _disagrees(reference, columns[0], bounds[0], errors[0]):
         bounds = [torch.full_like(bound, math.nan) for bound in bounds]
@@ -310,6 +311,7 @@ class _Moments:
             self.origin, self.count = first[0], 0
             self.top = torch.full_like(draws.weights[0], -math.inf)
             self.plain, self.weighted, self.squared = (torch.zeros(m, *first[0].shape).to(first) for m in (5, 3, 3))
+            self.powers = torch.zeros(4, len(self.top)).to(first)
         top = torch.maximum(self.top, draws.weights.amax(0)).nan_to_num(0.0, neginf=-1e300)
         share = (draws.weights - top).exp().unsqueeze(-1)
         apart, near = first - self.origin, local - self.origin
@@ -321,7 +323,18 @@ class _Moments:
         lower = (self.top - top).exp().unsqueeze(-1)
         self.weighted = self.weighted * lower + torch.stack(sums)
         self.squared = self.squared * lower**2 + torch.stack(twice)
+        order = torch.arange(1, 5, device=top.device).unsqueeze(-1)
+        self.powers = self.powers * lower[:, 0] ** order
+        self.powers += torch.stack([(share[..., 0] ** power).sum(0) for power in range(1, 5)])
         self.top, self.count = top, self.count + len(first)
+
+    def divergence(self) -> Tensor:
+        r""":math:`\chi^2` of posterior and guide with three of its standard errors, (n,), by the delta method."""
+        mean = self.powers[0] / self.count
+        two, three, four = (self.powers[p - 1] / self.count / mean**p for p in (2, 3, 4))
+        variance = four - 4 * two * three + 4 * two**3 - two**2
+        variance = torch.where(variance > 64 * torch.finfo(four.dtype).eps * four, variance, 0.0)  # else rounding
+        return two - 1 + 3 * (variance / self.count).sqrt()
 
     def figures(self) -> tuple[Tensor, ...]:
         """Mean and deviation by guide and weights, the guide's fourth moment, the weighted mean's error, (n, z)."""
@@ -335,12 +348,14 @@ class _Moments:
         return self.origin + mean, scales[0], self.origin + near, scales[1], central.clamp_min(0), error
 
 
-def _bounds(evidence: Evidence, loc: Tensor, scale: Tensor, fourth: Tensor, local: Tensor) -> list[Tensor]:
+def _bounds(
+    evidence: Evidence, divergence: Tensor, loc: Tensor, scale: Tensor, fourth: Tensor, local: Tensor
+) -> list[Tensor]:
     """Most that mean and standard deviation of the guide can be off, (n, z); NaN where that is not known."""
     shape = evidence.pareto_k
     known = (shape + shape_error(shape, evidence.samples) < 0.5) | (shape.isnan() & (evidence.samples >= 25))
     known = known.unsqueeze(-1) & ~local
-    chi2 = (evidence.samples / evidence.ess - 1).clamp_min(0).unsqueeze(-1)
+    chi2 = divergence.clamp_min(0).unsqueeze(-1)
     mean = scale * chi2.sqrt()
     square = ((fourth - scale**4).clamp_min(0) * chi2).sqrt()
     high = (scale.square() + square).sqrt() - scale
