@@ -99,8 +99,8 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         spec, n = self._spec(), len(x)
         with fork_rng(self._seed, "build", device=torch.device("cpu")):
             program = spec.assemble(columns=Columns(x.shape[1]), rows=n).to(x.dtype).initialise(x)
-        settings = spec.svi.model_dump(exclude={"seed"})
-        self.history_ = fit(program, x, **settings, seed=self._seed, device="cpu", progress=False)
+        settings = spec.training | {"seed": self._seed}
+        self.history_ = fit(program, x, **settings, device="cpu", progress=False)
         self.program_ = program.eval()
         self._n_features_out = self.latent
         return self

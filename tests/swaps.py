@@ -144,7 +144,7 @@ def attempt(choice: dict[str, str], data: Data) -> str | None:
         spec = spec_of(choice)
         program: Any = spec.build(data)
         before = [p.detach().clone() for p in program.parameters()]
-        history = fit(program, data.train, **spec.svi.model_dump(), device="cpu", progress=False)
+        history = fit(program, data.train, **spec.training, device="cpu", progress=False)
     except ValueError as error:
         message = str(error)
         assert "Expected" in message, (choice, message)

@@ -223,7 +223,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
 
     history = None
     try:
-        settings = {**spec.svi.model_dump(exclude={"checkpoint"}), "device": str(device)}
+        settings = {**spec.training, "device": str(device)}
         settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)

@@ -53,7 +53,7 @@ class Spec:
         model: `latent`, and `program` with its keys if a program file takes the place of the three roles.
         prior, likelihood, posterior: `family`, its keys, and its `network`, one of the library's by `family` or one of
             your own by `program`, with its keys; None beside a program.
-        svi: the keys of `fit`.
+        svi: the keys of `fit`, and `checkpoint`.
         evaluation: `samples`, the draws per datum.
     """
 
@@ -118,6 +118,11 @@ class Spec:
         for key in unused_keys(self.data.name):
             plain["data"].pop(key, None)
         return plain
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The keys of `[svi]` that `fit` takes: `fit(program, data, **spec.training)`."""
+        return self.svi.model_dump(exclude={"checkpoint"})  # type: ignore[no-any-return]
 
     def to_toml(self) -> str:
         """The spec as TOML, which loads as an equal spec."""
@@ -312,7 +317,9 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
                 assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
             remedy = _guides(spec) if "reparameterised posterior" in str(error) else ""
-            yield f"{'prior' if tied_to(spec.prior) else 'posterior'}: {error}{remedy}"
+            free = "where nothing is given" in str(error)
+            place = "prior.network.family" if free else "prior" if tied_to(spec.prior) else "posterior"
+            yield f"{place}: {error}{remedy}"
 
 
 def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:

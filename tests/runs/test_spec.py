@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from ppl_vae import families, fit, networks
+from ppl_vae.programs.param_store import own_params
 from ppl_vae.runs.catalogue import components
 from ppl_vae.runs.schema import ROLES, SECTIONS, json_schema
 from ppl_vae.runs.spec import load_spec
@@ -26,7 +28,7 @@ _loaded = {}
 
 
 def few(spec):
-    """The first 20 data of each part; a data set is read once for all tests."""
+    """20 data of each part, of labels that the first 20 have; a data set is read once for all tests."""
     key = repr(spec.data)
     if key not in _loaded:
         root = Path(os.environ.get("PPL_VAE_DATA", "none"))
@@ -36,7 +38,15 @@ def few(spec):
             pytest.skip(f"{Path(spec.data.name).name} is not at hand: set PPL_VAE_DATA")
         data = spec.load_data()
         parts = {part: getattr(data, part) for part in ("train", "validation", "test")}
-        small = {part: tensors and {k: v[:20] for k, v in tensors.items()} for part, tensors in parts.items()}
+        labels = data.train.get("y", torch.empty(0))[:20]
+        rows = {
+            part: torch.isin(tensors["y"], labels).nonzero()[:20, 0] if tensors and len(labels) else torch.arange(20)
+            for part, tensors in parts.items()
+        }
+        small = {
+            part: tensors and {key: value[rows[part][rows[part] < len(value)]] for key, value in tensors.items()}
+            for part, tensors in parts.items()
+        }
         _loaded[key] = dataclasses.replace(data, **small, stored=None)
     return _loaded[key]
 
@@ -44,9 +54,10 @@ def few(spec):
 def step(spec, data):
     """Take one step, and say whether every learned number stayed finite."""
     program = spec.build(data)
-    history = fit(program, data.train, **spec.svi.model_dump(), device="cpu", progress=False)
+    history = fit(program, data.train, **spec.training, device="cpu", progress=False)
     assert history.steps == 1
-    return all(bool(p.isfinite().all()) for p in program.parameters())
+    learned = program.parameters() if hasattr(program, "parameters") else own_params(program)["params"].values()
+    return all(bool(p.isfinite().all()) for p in learned)
 
 
 def write(folder, text):
@@ -107,7 +118,7 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
         message = str(error)
         assert message.startswith(str(MODELS / f"{base}.toml"))
         assert "Expected" in message
-        assert "got" in message
+        assert re.search("got |one raised: |found invalid values", message)  # the last two of one's own programs
     else:
         assert step(spec, few(spec))
 
@@ -146,7 +157,10 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
         ({"data.name": "a.npy", "data.array": "b"}, "Expected no `array` for a file that is no .npz"),
         ({"model.latent": 0}, "model.latent: Expected at least 1; got 0."),
         ({"model.latent": None}, "Try --set model.latent=2"),
-        ({"model.hidden": 3}, "model.hidden: Expected latent, program; got the unknown key hidden = 3."),
+        (
+            {"model.hidden": 3},
+            "model.hidden: Expected latent, program, given, given_to; got the unknown key hidden = 3.",
+        ),
         ({"model.program": "two_level.py:TwoLevel"}, "prior: Expected no such table beside model.program"),
         ({"model.program": "none.py:A"}, "model.program: Expected a program as file.py:Class"),
         ({"prior": {}}, "prior.family: Expected Beta, ContinuousBernoulli, "),
@@ -157,7 +171,10 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
         ({"prior.components": 3}, "--set 'prior={family = \"StandardNormal\"}'"),
         ({"prior.family": "MixtureNormal", "prior.components": 0}, "prior.components: Expected `components` to be"),
         ({"prior.network": MLP}, "prior.network: Expected family; got the unknown key network"),
-        ({"prior": {"family": "Normal", "network": MLP}}, 'prior.network.family: Expected "Free"; got "MLP".'),
+        (
+            {"prior": {"family": "Normal", "network": MLP}},
+            "prior.network.family: Expected the network Free where nothing is given; got MLP.",
+        ),
         ({"likelihood": {"family": "Bernoulli"}}, "likelihood.network: Expected a network (Conv, GatedMLP, Lin"),
         ({"likelihood": {"family": "StandardNormal"}}, "StandardNormal can be prior, not likelihood."),
         ({"likelihood.scale": "feture"}, 'likelihood.scale: Expected "network", "shared" or "feature" or a number'),
