@@ -268,7 +268,9 @@ def _gap(
     """
     best, from_prior, left = guide.start, torch.zeros_like(error, dtype=torch.bool), torch.zeros_like(error)
     rows = guide.start
-    if guide.sizes[0] == guide.family.start().numel() > 0:
+    with search.target.running(*search.key, "width"):  # some start from draws
+        width = guide.family.start().numel()
+    if guide.sizes[0] == width > 0:
         best, from_prior, left, widths = search.best(guide, steps)
         least = max(_NARROW, 100 * torch.finfo(rows.dtype).eps)
         if widths is not None and (narrow := int((widths.amin(1) < least).sum())):

@@ -76,8 +76,8 @@ def test_groups_of_every_wiring(twin: str, version: str) -> None:
     t = TWINS[twin]()
     ids = [f"row {i}" for i in range(6)]
     tree = to_datatree(perturbed(t.program, 1.1, 0.1), t.batch, draws=150, labels=list("aabbcc"), ids=ids)
-    assert names(tree, version) == GROUPS | {"constant_data"}
-    for group in GROUPS | {"constant_data"}:
+    assert names(tree, version) == GROUPS | {"constant_data", "reweighted"}
+    for group in GROUPS | {"constant_data", "reweighted"}:
         data = tree[group]
         assert data.attrs["inference_library"] == "ppl_vae"
         assert {"created_at", "inference_library_version", "seed"} <= data.attrs.keys()

@@ -71,7 +71,7 @@ def test_a_guide_of_full_rank_loses_nothing_on_a_linear_gaussian_pair() -> None:
     prior, likelihood = linear_pair(2, 4, scale=0.4)
     likelihood.network.weight.data.copy_(torch.tensor([[1.0, 0.8], [0.5, 0.6], [1.0, 1.0], [-0.3, 0.1]]))
     x = 2 * torch.randn(3, 4)
-    precision = linear_gaussian(prior, likelihood).posterior(x).precision_matrix[0].detach()
+    precision = linear_gaussian(prior, likelihood, torch.zeros(0)).posterior(x).precision_matrix[0].detach()
     lost = 0.5 * (precision.diagonal().log().sum() - precision.logdet()).item()
     assert lost > 0.1
     vae = VAE(prior, likelihood, Conditional(LowRankNormal(2, rank=2), Table(3)))

@@ -297,7 +297,7 @@ def test_exact_posterior_of_every_gaussian_prior(prior: str, scale: Any, masked:
 def test_evidence_of_the_linear_gaussian_pair_is_that_of_scipy(masked: bool) -> None:
     first, second = linear_pair(2, 5, "feature", FullNormal(2))
     x, mask = torch.randn(6, 5), torch.rand(6, 5) < 0.5
-    ours = linear_gaussian(first, second).log_evidence(x, mask if masked else None)
+    ours = linear_gaussian(first, second, torch.zeros(0)).log_evidence(x, mask if masked else None)
     m, s = gaussian_moments(first.family, first.unconstrained().detach().numpy())
     w, b = second.network.weight.detach().numpy(), second.network.bias.detach().numpy()
     loc, covariance = w @ m + b, w @ s @ w.T + np.diag(normal_scale(second.family, np.zeros(0)) ** 2)

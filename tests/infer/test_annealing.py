@@ -488,9 +488,5 @@ def test_what_cannot_be_annealed_is_refused_by_name():
     x = torch.ones(2, 1)
     with pytest.raises(ValueError, match="continuous latent sites.* got 'z', which is discrete"):
         annealed_importance(counted(), x)
-    shares = dist.Dirichlet(torch.ones(3))
-    simplex = single(shares, lambda z: dist.Normal(z.sum(-1), 1.0), shares)
-    with pytest.raises(ValueError, match="got 'z' on Simplex"):
-        annealed_importance(simplex, x)
     with pytest.raises(ValueError, match="site 'x' observes something made of them"):
         bidirectional(computed(), x)

@@ -18,7 +18,7 @@ from ppl_vae.programs.sites import structure
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "models").glob("*.py"))
-WHOLE = ("eight_schools", "regression")  # whose latent variables are shared by all data
+WHOLE = ("eight_schools", "regression", "semi_supervised")  # one datum, or with labels: tested elsewhere
 OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TraceMeanField_ELBO": TraceMeanField_ELBO}
 ENUMERATED = ("mixture", "hidden_markov", "dirichlet_allocation")
 SIZES = {"features": 4, "latent": 3, "hidden": 6, "top": 2}  # sizes that a constructor may ask for

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 from ppl_vae.data import Columns
+from ppl_vae.runs import storage
 from ppl_vae.runs.run import fit_spec, load_run
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import parse_override
@@ -183,6 +185,10 @@ def test_a_run_from_before_columns_were_kept_loads(table: Path) -> None:
     report = json.loads((run.path / "report.json").read_text())
     del report["data"]["columns"]
     (run.path / "report.json").write_text(json.dumps(report))
+    weights = run.path / "model.safetensors"
+    older = {**storage.read_metadata(weights), "format_version": "1"}
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, older)
+    (run.path / "manifest.json").unlink()
     loaded = load_run(run.path)
     assert torch.equal(loaded.program.sample(5, seed=0), run.program.sample(5, seed=0))
 
