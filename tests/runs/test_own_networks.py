@@ -117,7 +117,7 @@ def test_a_spec_names_networks_of_ones_own(tmp_path):
         ({"posterior.network.program": "net.py:Donw"}, "posterior.network.program: Expected"),
         ({"posterior.network.program": "net.py"}, "define the class after the colon as a torch module; it has Down"),
         ({"posterior.network.program": "none.py:Down"}, "Expected a network as file.py:Class"),
-        ({"prior": {"family": "Normal", "network": {"program": "net.py:Up"}}}, "prior.network.family: Expected Conv, Fr"),
+        ({"prior": {"family": "Normal", "network": {"program": "net.py:Up"}}}, "network.family: Expected Conv, Free"),
     ],
 )  # fmt: skip
 def test_its_keys_are_its_constructors(overrides, expected, tmp_path):
