@@ -62,7 +62,7 @@ def fit(
         from ppl_vae.runs.run import fit_spec
 
         run = fit_spec(spec, overrides, out=out, device=device, force=force, trust_code=trust_code, say=say)
-        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
+        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
 
 
 @app.command()
@@ -90,7 +90,7 @@ def evaluate(
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
-        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.md'}")
+        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
             raise typer.Exit(1)

@@ -116,7 +116,7 @@ def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypat
 def test_text_for_people(finished, tmp_path):
     made = invoke("fit", PPCA, *SHORT, "--out", tmp_path / "a", "--set", "svi.seed=1")
     assert "nats per held-out datum" in made.stdout
-    assert str(tmp_path / "a" / "report.md") in made.stdout
+    assert str(tmp_path / "a" / "report.html") in made.stdout
     assert "z (n, 10) latent, KL analytic; x (n, 64) observed" in made.stderr
     table = invoke("compare", finished, tmp_path / "a").stdout.splitlines()
     assert table[0].split() == ["run", "ELBO", "log", "evidence", "exact", "PPCA"]

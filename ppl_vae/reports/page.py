@@ -1,4 +1,4 @@
-"""Pages: a report in Markdown."""
+"""Pages: the report of a run in Markdown, and as a page."""
 
 import inspect
 import re
@@ -9,11 +9,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 
+from ppl_vae.evaluation.pareto import shape_error
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
+from ppl_vae.reports.diagnostic_words import describe_diagnostics
+from ppl_vae.reports.findings import counted, figure, list_findings, margin
+from ppl_vae.reports.html_page import Number, Picture, page, plain
 from ppl_vae.reports.measures import MOST_DATA
+from ppl_vae.reports.remedies import list_remedies
 
 _ROWS = 40  # of the table of moments, at the most
 
@@ -40,8 +45,9 @@ def markdown(
         options: of `ppl-vae evaluate`, that ask for the diagnostics.
     """
     source, rates = files("ppl_vae.reports").joinpath("report.md.jinja"), report["test"]["rates"] or []
-    template = jinja2.Template(source.read_text("utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return template.render(
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    return environment.from_string(source.read_text("utf-8")).render(
         report=report,
         title=title,
         **_moments(report.get("check")),
@@ -50,12 +56,96 @@ def markdown(
         sites=_sites(target),
         falling=sorted(range(len(rates)), key=lambda latent: -rates[latent]),
         findings=list_findings(report, history),
+        remedies=list_remedies(report, history),
         diagnostics=[*describe_diagnostics(report), *notes],
         captions=captions,
         options=options,
         figure=figure,
         most=MOST_DATA,
     )
+
+
+def run_page(text: str, report: Mapping[str, Any], captions: Mapping[str, str], folder: Path) -> str:
+    """Write a report as an HTML page.
+
+    Args:
+        text: the report in Markdown.
+        report: the content of `report.json`.
+        captions: of the figures, by file name.
+        folder: where the figures lie.
+    """
+    names = [name for name in _FIRST if name in captions] or [*captions]
+    pictures = [Picture(caption, (folder / name).read_bytes()) for name, caption in captions.items()]
+    first = [*captions].index(names[0]) if names else 0
+    return page(text, about=_about(report), numbers=_first_numbers(report), pictures=pictures, first=first)
+
+
+_FIRST = ("reconstructions.png", "samples.png", "predictive.png")  # what stands on the first screen, if it is there
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    """What was fitted, to what, in a sentence."""
+    data, spec = report["data"], report["spec"]
+    what = f"The program {plain(Path(spec['model'].get('program') or '').name)}"
+    if "prior" in spec:
+        families = [plain(Path(spec[r].get("family") or spec[r]["program"]).name) for r in ("likelihood", "posterior")]
+        what = f"A variational autoencoder with {report['test']['latents']} latents, likelihood {families[0]} and "
+        what += f"approximate posterior {families[1]},"
+    kept = report["train"].get("kept_epoch")
+    ended = f"{report['train']['epochs']} epochs" + (f", of which the best, epoch {kept}, was kept" if kept else "")
+    of = f"{data['features']} features" + (" in all" if data.get("whole") else " each")
+    held = f", {data['n_test']:,} held out" if data["n_test"] else ""
+    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}, {of}; {ended}."
+
+
+def _first_numbers(report: Mapping[str, Any]) -> list[Number]:
+    """The three numbers that matter most, each with its error, unit and kind."""
+    test, data, exact, baseline = report["test"], report["data"], report["exact"], report["baseline"]
+    whole, value = data.get("whole"), test["log_evidence"]
+    kind = value["kind"]
+    least, most = ("≥ ", "≤ ") if kind == "lower bound" else ("", "")
+    unknown = "error not known: of a single datum or draw" if not least else "error not known, as of any lower bound"
+    part = "held-out" if data["part"] == "test" else "training"
+    unit = "nats of the whole data set" if whole else f"nats per {part} datum"
+
+    def errors(over: float | None, own: float | None = None, paired: str = " over the data") -> str:
+        first = [] if over is None or whole else [f"± {margin(over)} standard error{paired}"]
+        return "; ".join(first + ([] if own is None else [f"± {margin(own)} Monte Carlo error"])) or unknown
+
+    own, elbo = (errors(one["se"], one["mc_se"]) for one in (value, test["elbo"]))
+    numbers = [
+        Number("log evidence, log p(x)", least + _minus(value["mean"]), unknown if least else own, unit, kind),
+        Number("ELBO", _minus(test["elbo"]["mean"]), elbo, unit, "estimate"),
+    ]
+    if exact:
+        how = "estimate" if exact["gap_method"] == "sampled" else "closed form"
+        doubt, name = errors(None, exact["gap_mc_se"]), "KL divergence of guide to exact posterior"
+        numbers.append(Number(name, _minus(exact["posterior_kl"]), doubt, unit, how))
+    elif baseline and "difference" in baseline["ppca"]:
+        ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
+        sign = least + "+" * (ahead > 0)
+        numbers.append(
+            Number("log evidence less that of PPCA", sign + _minus(ahead), errors(se, None, ", paired"), unit, kind)
+        )
+    elif classes := report.get("classes"):
+        share = f"share of {counted(classes['n'])}"
+        numbers.append(Number("right classes", _minus(classes["accuracy"]), errors(classes["se"]), share, "estimate"))
+    elif not whole:
+        doubt, how = (unknown, "upper bound") if least else (errors(test.get("bits_per_dim_se")), kind)
+        numbers.append(
+            Number("bits per dimension", most + _minus(test["bits_per_dim"]), doubt, "bits per feature", how)
+        )
+    elif (shape := test["pareto_k"]["max"]) is not None:
+        doubt = f"± {margin(float(shape_error(torch.tensor(shape), test['samples'])))} standard error"
+        numbers.append(
+            Number("tail shape k of the weights", _minus(shape), doubt, "no unit; above 0.7 unreliable", "estimate")
+        )
+    return numbers
+
+
+def _minus(value: float | None) -> str:
+    """A figure with a true minus sign."""
+    return "not finite" if value is None else figure(value).replace("-", "\N{MINUS SIGN}")
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:

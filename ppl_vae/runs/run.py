@@ -25,7 +25,7 @@ from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
 from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
-from ppl_vae.reports.page import markdown
+from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
@@ -268,6 +268,7 @@ def write_run(
         home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
+        train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
@@ -371,6 +372,8 @@ def _write_report(
     text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
+    page = run_page(text, report, captions, partial / "figures")
+    (partial / "report.html").write_text(page, encoding="utf-8")
     table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
     scaling = {f"transform.{name}": torch.as_tensor(getattr(data.transform, name)) for name in ("loc", "scale")}
     storage.write_tensors(table | scaling, partial / "evidence.safetensors")
