@@ -122,13 +122,21 @@ def apply(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")], as_json: Json = False) -> None:
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")],
+    html: Annotated[Path | None, typer.Option(help="A page to write, such as compare.html.")] = None,
+    as_json: Json = False,
+) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
     with plainly() as screen:
         from ppl_vae.runs.compare import compare_runs
         from ppl_vae.runs.console import comparison
 
         compared = compare_runs(runs)
+        if html is not None:
+            from ppl_vae.reports.more_pages import comparison_page
+
+            html.write_text(comparison_page(compared), encoding="utf-8")
         show(screen, compared, as_json, lambda: comparison(compared))
 
 

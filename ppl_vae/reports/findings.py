@@ -37,7 +37,7 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
 def has_diverged(report: Mapping[str, Any], history: Sequence[float]) -> bool:
     """Whether the bound fell by ten times its size, or ended where no model of the data belongs."""
     baseline = (report.get("baseline") or {}).get("ppca", {}).get("log_evidence") or 0.0
-    least = min(baseline, 0.0) * 100 - 1e4 * report["data"].get("features", 1)
+    least = min(baseline, 0.0) * 100 - 1e4 * max(report["data"].get("features", 1), 1)
     return history[-1] < min(history[0] - 10 * abs(history[0]) - 1e3, least) or history[-1] < 1e6 * least
 
 

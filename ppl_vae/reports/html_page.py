@@ -170,11 +170,9 @@ def _embedded(png: bytes) -> tuple[str, int, int]:
 
 def _joined(text: str) -> str:
     """Signs that stay with their numbers, and true ones for those of ASCII."""
-    return (
-        re.sub(r" ?± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", text)
-        .replace(">= ", "≥\N{NO-BREAK SPACE}")
-        .replace("<= ", "≤\N{NO-BREAK SPACE}")
-    )
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}± ").replace("± ", "±\N{NO-BREAK SPACE}")
+    text = text.replace(">= ", "≥\N{NO-BREAK SPACE}").replace("<= ", "≤\N{NO-BREAK SPACE}")
+    return re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _plain(text: str) -> str:

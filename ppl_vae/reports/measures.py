@@ -80,7 +80,7 @@ def evaluate(
         test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
         test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
         blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
-        return finite({**blocks, "check": _check_block(checked)}), evidence
+        return finite({**blocks, "check": check_block(checked)}), evidence
     volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
     if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
         shares = mask.flatten(1).double().mean(0)
@@ -106,7 +106,7 @@ def evaluate(
     return finite(blocks), evidence
 
 
-def _check_block(checked: GuideCheck) -> dict[str, Any]:
+def check_block(checked: GuideCheck) -> dict[str, Any]:
     """What `check_guide` says: in words, and the moments of each latent site."""
     sites, keys = {}, ("mean", "error", "sd")
     for name, site in checked.sites.items():

@@ -50,7 +50,7 @@ def markdown(
     return environment.from_string(source.read_text("utf-8")).render(
         report=report,
         title=title,
-        **_moments(report.get("check")),
+        **moment_rows(report.get("check")),
         model=_model(target.program, report["spec"]),
         objective=_objective(report["spec"]["svi"], report["train"]),
         sites=_sites(target),
@@ -77,7 +77,7 @@ def run_page(text: str, report: Mapping[str, Any], captions: Mapping[str, str], 
     names = [name for name in _FIRST if name in captions] or [*captions]
     pictures = [Picture(caption, (folder / name).read_bytes()) for name, caption in captions.items()]
     first = [*captions].index(names[0]) if names else 0
-    return page(text, about=_about(report), numbers=_first_numbers(report), pictures=pictures, first=first)
+    return page(text, about=_about(report), numbers=first_numbers(report), pictures=pictures, first=first)
 
 
 _FIRST = ("reconstructions.png", "samples.png", "predictive.png")  # what stands on the first screen, if it is there
@@ -93,59 +93,60 @@ def _about(report: Mapping[str, Any]) -> str:
         what += f"approximate posterior {families[1]},"
     kept = report["train"].get("kept_epoch")
     ended = f"{report['train']['epochs']} epochs" + (f", of which the best, epoch {kept}, was kept" if kept else "")
-    of = f"{data['features']} features" + (" in all" if data.get("whole") else " each")
+    of = f", {data['features']} features" + " each" * (not data.get("whole")) if data["features"] else ""
     held = f", {data['n_test']:,} held out" if data["n_test"] else ""
-    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}, {of}; {ended}."
+    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}{of}; {ended}."
 
 
-def _first_numbers(report: Mapping[str, Any]) -> list[Number]:
-    """The three numbers that matter most, each with its error, unit and kind."""
-    test, data, exact, baseline = report["test"], report["data"], report["exact"], report["baseline"]
-    whole, value = data.get("whole"), test["log_evidence"]
-    kind = value["kind"]
-    least, most = ("≥ ", "≤ ") if kind == "lower bound" else ("", "")
-    unknown = "error not known: of a single datum or draw" if not least else "error not known, as of any lower bound"
-    part = "held-out" if data["part"] == "test" else "training"
-    unit = "nats of the whole data set" if whole else f"nats per {part} datum"
-
-    def errors(over: float | None, own: float | None = None, paired: str = " over the data") -> str:
-        first = [] if over is None or whole else [f"± {margin(over)} standard error{paired}"]
-        return "; ".join(first + ([] if own is None else [f"± {margin(own)} Monte Carlo error"])) or unknown
-
-    own, elbo = (errors(one["se"], one["mc_se"]) for one in (value, test["elbo"]))
-    numbers = [
-        Number("log evidence, log p(x)", least + _minus(value["mean"]), unknown if least else own, unit, kind),
-        Number("ELBO", _minus(test["elbo"]["mean"]), elbo, unit, "estimate"),
-    ]
+def first_numbers(report: Mapping[str, Any]) -> list[Number]:
+    """The three numbers of a report that matter most, each with its error, unit and kind."""
+    test, exact, baseline = report["test"], report["exact"], report["baseline"]
+    numbers = evidence_numbers(test, report["data"])
+    (_, _, unknown, unit, kind), whole = numbers[0], report["data"].get("whole")
+    bound = kind == "lower bound"
     if exact:
         how = "estimate" if exact["gap_method"] == "sampled" else "closed form"
-        doubt, name = errors(None, exact["gap_mc_se"]), "KL divergence of guide to exact posterior"
-        numbers.append(Number(name, _minus(exact["posterior_kl"]), doubt, unit, how))
+        name, doubt = "KL divergence of guide to exact posterior", _errors(None, exact["gap_mc_se"])
+        numbers.append(Number(name, figure(exact["posterior_kl"]), doubt, unit, how))
     elif baseline and "difference" in baseline["ppca"]:
         ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
-        sign = least + "+" * (ahead > 0)
-        numbers.append(
-            Number("log evidence less that of PPCA", sign + _minus(ahead), errors(se, None, ", paired"), unit, kind)
-        )
+        value = ">= " * bound + "+" * (ahead > 0) + figure(ahead)
+        numbers.append(Number("log evidence less that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
     elif classes := report.get("classes"):
         share = f"share of {counted(classes['n'])}"
-        numbers.append(Number("right classes", _minus(classes["accuracy"]), errors(classes["se"]), share, "estimate"))
+        numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
     elif not whole:
-        doubt, how = (unknown, "upper bound") if least else (errors(test.get("bits_per_dim_se")), kind)
-        numbers.append(
-            Number("bits per dimension", most + _minus(test["bits_per_dim"]), doubt, "bits per feature", how)
-        )
+        doubt, how = (unknown, "upper bound") if bound else (_errors(test["bits_per_dim_se"]), kind)
+        value = "<= " * bound + figure(test["bits_per_dim"])
+        numbers.append(Number("bits per dimension", value, doubt, "bits per feature", how))
     elif (shape := test["pareto_k"]["max"]) is not None:
-        doubt = f"± {margin(float(shape_error(torch.tensor(shape), test['samples'])))} standard error"
-        numbers.append(
-            Number("tail shape k of the weights", _minus(shape), doubt, "no unit; above 0.7 unreliable", "estimate")
+        doubt, unit = (
+            _errors(float(shape_error(torch.tensor(shape), test["samples"])), None, ""),
+            "no unit; unreliable above 0.7",
         )
+        numbers.append(Number("tail shape k of the weights", figure(shape), doubt, unit, "estimate"))
     return numbers
 
 
-def _minus(value: float | None) -> str:
-    """A figure with a true minus sign."""
-    return "not finite" if value is None else figure(value).replace("-", "\N{MINUS SIGN}")
+def evidence_numbers(test: Mapping[str, Any], data: Mapping[str, Any]) -> list[Number]:
+    """Log evidence and ELBO, with their errors over the data, unless these count as one, and by Monte Carlo."""
+    value, elbo, whole = test["log_evidence"], test["elbo"], data.get("whole")
+    bound = value["kind"] == "lower bound"
+    own, other = (_errors(None if whole else one["se"], one["mc_se"]) for one in (value, elbo))
+    part = "held-out" if data["part"] == "test" else "training"
+    unit = "nats of the whole data set" if whole else f"nats per {part} datum"
+    doubt = "error not known, as of any lower bound" if bound else own
+    return [
+        Number("log evidence, log p(x)", ">= " * bound + figure(value["mean"]), doubt, unit, value["kind"]),
+        Number("ELBO", figure(elbo["mean"]), other, unit, "estimate"),
+    ]
+
+
+def _errors(over: float | None, own: float | None = None, of: str = " over the data") -> str:
+    """A standard error and a Monte Carlo error in words, as far as they are known."""
+    parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
+    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
+    return "; ".join(parts) or "error not known: of a single datum or draw"
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"latents": z, "features": x, "formulas": formulas, "given": words, "after": after}
 
 
-def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
+def moment_rows(check: Mapping[str, Any] | None) -> dict[str, Any]:
     """The methods that give moments, and a row for each entry of the latent sites, at most `_ROWS`."""
     if check is None:
         return {}

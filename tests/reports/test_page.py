@@ -7,10 +7,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
-from ppl_vae.reports import html_page, terms
+from ppl_vae import Program
+from ppl_vae.evaluation import check_guide
+from ppl_vae.reports import comparison_page, guide_page, html_page, terms
+from ppl_vae.reports.more_pages import sweep_page
+from ppl_vae.runs import sweep
 from ppl_vae.runs.run import fit_spec
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -186,3 +192,67 @@ def test_terms_are_found_whole_and_explained_in_a_sentence():
         [name for name in terms.TERMS if terms.TERMS[name][0] == how] == [term]
         for term, (how, _) in terms.TERMS.items()
     )
+
+
+def test_the_page_of_a_guide_check_has_its_moments(tmp_path):
+    """The truth: m given five data is N(3.8 / 6, 1 / 6)."""
+    torch.set_default_dtype(torch.float64)
+    y = torch.tensor([1.0, 0.2, -0.4, 2.0, 1.0])
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("m", dist.Normal(3.8 / 6, 6**-0.5))
+
+    check = check_guide(Program(model, guide), {"y": y}, samples=200, reference="closed-form")
+    found, values = check_page(guide_page(check, title=EVIL))
+    exact = dist.MultivariateNormal(torch.zeros(5), torch.eye(5) + 1).log_prob(y)
+    assert values[0]["text"] == f"−{-exact:.3f}"
+    assert found.all("h1")[0]["text"] == EVIL
+    cells = [e["text"] for e in found.all("td")]
+    assert cells[0] == "m"
+    assert f"{3.8 / 6:.3f}" in cells[-3]
+    assert "Trust the guide" in found.all("section", class_="doubts")[0]["text"]
+
+
+def run_of(path, mean, ppca=None):
+    evidence = {"mean": mean, "se": 0.4, "mc_se": 0.02, "kind": "lower bound" if mean > -9 else "estimate"}
+    test = {"n": 50, "elbo": {"mean": mean - 1, "se": 0.4, "mc_se": 0.02}, "log_evidence": evidence}
+    baseline = None if ppca is None else {"ppca": {"log_evidence": ppca}}
+    data = {"name": "table.csv", "part": "test"}
+    return {"path": path, "data": data, "test": test, "exact": None, "baseline": baseline, "train": {"seconds": 2.0}}
+
+
+@pytest.mark.parametrize(("best", "apart"), [(-9.5, True), (-9.9, False), (-5.0, True)])
+def test_the_page_of_a_comparison_has_the_best_first(best, apart):
+    runs = [run_of("runs/a", -10.0, -11.0), run_of("runs/<b>|", best), run_of("runs/c", -12.0)]
+    pairs = [("runs/a", "runs/<b>|", -10 - best), ("runs/a", "runs/c", 2.0), ("runs/<b>|", "runs/c", best + 12)]
+    differences = [{"a": a, "b": b, "mean": mean, "se": 0.1} for a, b, mean in pairs]
+    found, values = check_page(comparison_page({"runs": runs, "differences": differences}))
+    assert values[1]["text"] == f"{best + 10:.3f}"
+    assert found.all("td")[0]["text"] == "runs/<b>|"
+    doubts = "".join(e["text"] for e in found.all("section", class_="doubts"))
+    assert ("cannot be told apart" in doubts) == (not apart)
+    assert ("only a lower bound" in doubts) == (best > -9)
+
+
+@pytest.mark.parametrize("chosen", [None, 1])
+def test_the_page_of_a_sweep_has_the_chosen_setting(chosen):
+    rows = []
+    for number, mean in enumerate((-10.0, -9.0)):
+        value = {"mean": mean, "se": 0.3, "se_seeds": 0.2 if number else None, "mc_se": 0.01, "kind": "estimate"}
+        row = {"values": {"model.latent": number + 1}, "seeds": 1 + number, "log_evidence": value, "elbo": mean - 1}
+        rows.append({**row, "seconds": 2.0, "ppca": -11.0, "validation": None, "difference": None})
+    other = 1 if chosen is None else 0
+    rows[other]["difference"] = {"mean": rows[other]["log_evidence"]["mean"] - rows[1 - other]["log_evidence"]["mean"]}
+    rows[other]["difference"] |= {"se": 0.1, "se_seeds": None}
+    summary = {"settings": rows, "chosen": chosen, "compared_with": 1 - other, "failed": {"<b>": "no luck"}}
+    found, values = check_page(sweep_page(summary, sweep.told(summary)))
+    assert values[0]["text"] == ("−10.000" if chosen is None else "−9.000")
+    doubts = found.all("section", class_="doubts")[0]["text"]
+    assert ("No setting is chosen" in doubts) == (chosen is None)
+    assert "<b> failed: no luck" in doubts
+    assert [e["text"] for e in found.all("td")][0].startswith("model.latent = 1")

@@ -360,6 +360,7 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
         ({}, [-1e26, -1e25, -1e24], "diverged.* ended at -1.0e.24 nats"),
         ({}, [-100.0, -200.0, -1e7], "diverged"),
+        ({"data__features": 0}, FLAT, None),
         ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
         ({"exact": {"gap": 0.01}}, FLAT, None),
         (

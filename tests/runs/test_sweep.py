@@ -137,7 +137,7 @@ def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on
     assert not again["failed"]
     assert (first / "report.json").stat().st_mtime_ns == before
     names = {path.name for path in out.iterdir()}
-    assert names == {"sweep.json", "sweep.md", "sweep.png", first.name, "model.latent=2,svi.seed=0"}
+    assert names == {"sweep.json", "sweep.md", "sweep.html", "sweep.png", first.name, "model.latent=2,svi.seed=0"}
 
 
 def test_wrong_settings_and_folders_are_refused_before_anything_is_trained(spec, tmp_path):
