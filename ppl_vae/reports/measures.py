@@ -13,6 +13,7 @@ from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
+from ppl_vae.evaluation.predictive import PredictiveCheck, predictive_check
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
@@ -149,6 +150,57 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
             lead[f"{name}_se"] = math.hypot(seen[name]["se"] or 0.0, unseen[name]["se"] or 0.0)
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
     return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
+
+
+def predict(target: Target, data: Data, *, seed: int = 0) -> PredictiveCheck | None:
+    """Compare statistics of at most 200 data, by column in their own units, with those of draws; None if none can be.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        seed: of all draws.
+    """
+    names = None if data.shape is not None else data.columns.names
+    few = target if target.structure.whole else target.rows(slice(200))
+
+    def units(rows: Tensor) -> Tensor:
+        return torch.from_numpy(data.transform.inverse(rows)).double()
+
+    try:
+        return predictive_check(few, draws=100, names=names, units=units if names else None, seed=seed)
+    except (ValueError, NotImplementedError):
+        return None
+
+
+def strangest(target: Target, data: Data, log_evidence: Tensor, most: int = 5) -> list[dict[str, Any]] | None:
+    """The rows of a table that the model finds least probable, with their rarest values; None of other data.
+
+    A value is as rare as the share of training data that lie as far out or further, or that have the same code.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        log_evidence: of the evaluation split, (n,).
+        most: the number of rows.
+    """
+    columns = data.columns
+    if columns.names is None or data.shape is not None or "x" not in target.batch or len(log_evidence) < 2:
+        return None
+    known, own = (data.transform.inverse(x.flatten(1)) for x in (data.train["x"], target.batch["x"]))
+    mask, rows = target.batch.get("mask"), []
+    for row in log_evidence.argsort()[:most].tolist():
+        found = []
+        for j, name in enumerate(columns.names):
+            if mask is not None and not bool(mask[row, j]):
+                continue
+            value, words = own[row, j], (columns.categories or {}).get(name)
+            share = min((known[:, j] <= value).mean(), (known[:, j] >= value).mean())
+            if words:
+                share = (known[:, j].round() == round(value)).mean()
+            found.append((share, name, words[min(round(value), len(words) - 1)] if words else f"{value:.4g}"))
+        rare = {name: word for _, name, word in sorted(found, key=lambda each: each[0])[:4]}
+        rows.append({"row": row, "log_evidence": float(log_evidence[row]), "values": rare})
+    return rows
 
 
 def measure(target: Target) -> str:

@@ -24,7 +24,16 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.measures import (
+    classify,
+    evaluate,
+    evaluation_split,
+    finite,
+    measure,
+    predict,
+    strangest,
+    trained,
+)
 from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.apply import Applied
@@ -361,8 +370,11 @@ def _write_report(
         **blocks,
     }
     classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
-    report |= {} if classes is None else {"classes": classes}
-    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
+    predictive, strange = predict(target, data, seed=seed), strangest(target, data, evidence.log_evidence)
+    more = {"classes": classes, "predictive": predictive and predictive.summary(), "strangest": strange}
+    report |= finite({key: block for key, block in more.items() if block is not None})
+    drawn: Any = {"report": report, "log_evidence": evidence.log_evidence, "predictive": predictive, "seed": seed}
+    captions, notes = draw_run(target, data, history, partial / "figures", **drawn), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report
