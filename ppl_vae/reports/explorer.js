@@ -119,6 +119,7 @@ function inside(z) {
   z = Float64Array.from(z);
   if (page.grid) { z = Float64Array.from(page.grid.rest); page.grid.axes.forEach((axis, k) => { z[axis] = page.grid.at[k][nearest(page.grid.at[k], arguments[0][axis])]; }); }
   if (page.limits === "sphere") { const r = Math.hypot(...z) || 1; return z.map((v) => v / r); }
+  if (page.limits === "simplex") { const up = z.map((v) => Math.max(v, 1e-9)), r = up.reduce((s, v) => s + v, 0); return up.map((v) => v / r); }
   const [low, high] = page.limits;
   return z.map((v) => Math.min(Math.max(v, low ?? -Infinity), high ?? Infinity));
 }
@@ -359,7 +360,7 @@ function build() {
   $("given-row").hidden = page.given.length === 0;
   $("given").onchange = () => { state.given = +$("given").value; draw(); };
   $("exact-label").hidden = !page.exact || Z < 2;
-  $("path-label").hidden = Z < 2 || page.limits === "sphere";
+  $("path-label").hidden = Z < 2 || typeof page.limits === "string";
   if (page.limits === "sphere") $("path").value = "circle";
   $("pictures").hidden = !page.shape; $("table").hidden = !asTable; $("curve").hidden = !!page.shape || asTable;
   if (asTable) {
@@ -377,6 +378,7 @@ function build() {
     for (const j of page.order) {
       let low = page.limits[0] ?? -3, high = page.limits[1] ?? 3;
       if (page.limits === "sphere") { low = -1; high = 1; }
+      if (page.limits === "simplex") { low = 0; high = 1; }
       for (let i = 0; i < N; i++) { low = Math.min(low, codes[i * Z + j]); high = Math.max(high, codes[i * Z + j]); }
       const row = document.createElement("label"), name = document.createElement("span"), slider = document.createElement("input"), out = document.createElement("output");
       row.className = "slider"; name.textContent = `z${sub(j)}`;

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.latents import guide_moments
@@ -97,9 +98,10 @@ def _check(target: Target, data: Data) -> None:
             "Expected latent variables of each datum, for a latent space to explore; the whole data set counts as one "
             "datum of this program. Its report shows the posterior: report.md."
         )
-    if not structure.latents or target.layout.discrete:
-        names = ", ".join(structure.enumerated or target.layout.discrete)
-        raise ValueError(f"Expected continuous latent variables, for a latent space to explore; got {names}.")
+    if others := [*structure.enumerated, *target.layout.discrete]:
+        raise ValueError(
+            f"Expected continuous latent variables alone, for a latent space to explore; got {', '.join(others)}."
+        )
     few = target.rows(slice(2))
     with few.running(0):
         z = few.draws(1)
@@ -111,11 +113,11 @@ def _check(target: Target, data: Data) -> None:
 
 
 def _support(target: Target) -> tuple[float, float] | str:
-    """The range of the latents, or `sphere`."""
+    """The range of the latents, or `sphere` or `simplex`."""
     sites: Any = target.rows(slice(1)).traces(1, 0)[0].nodes
     supports = [of_entries(sites[name]["fn"].support) for name in target.structure.latents]
-    if len(supports) == 1 and isinstance(supports[0], Sphere):
-        return "sphere"
+    if len(supports) == 1 and (isinstance(supports[0], Sphere) or supports[0] is constraints.simplex):
+        return "sphere" if isinstance(supports[0], Sphere) else "simplex"
     limits = bounds(supports[0])
     if limits is None or any(bounds(support) != limits for support in supports):
         words = ", ".join(describe_support(support) for support in supports)
@@ -227,7 +229,8 @@ def _grid(target: Target, means: Tensor, axes: list[int], support: Any, buffer: 
     ticks = [torch.linspace(a, b, size + 2, dtype=torch.float64)[1:-1] for a, b in zip(low, high, strict=True)]
     z = means.mean(0).repeat(size ** len(axes), 1)
     z[:, axes] = torch.cartesian_prod(*ticks).reshape(-1, len(axes)).to(z)
-    if support == "sphere":
-        z = z / z.norm(dim=-1, keepdim=True)
+    if isinstance(support, str):
+        z = z.clamp_min(0) if support == "simplex" else z
+        z = z / z.norm(p=2 if support == "sphere" else 1, dim=-1, keepdim=True)
     mean = _decoded(target.rows(slice(1)), z.unsqueeze(1))
     return {"axes": axes, "at": [t.tolist() for t in ticks], "mean": buffer.add(mean), "rest": means.mean(0).tolist()}

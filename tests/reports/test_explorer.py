@@ -358,5 +358,5 @@ def test_what_has_no_latent_space_is_refused():
     schools = load(MODELS / "eight_schools.csv", test_fraction=0.0).with_entries(["y", "error"])
     with pytest.raises(ValueError, match="whole data set counts as one"):
         explorer_page(load_program(str(MODELS / "eight_schools.py"))(), schools, title="")
-    with pytest.raises(ValueError, match="Expected continuous latent variables"):
+    with pytest.raises(ValueError, match="Expected continuous latent variables alone"):
         explorer_page(load_program(str(MODELS / "mixture.py"))(4), load("iris"), title="")
