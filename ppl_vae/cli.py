@@ -122,6 +122,21 @@ def apply(
 
 
 @app.command()
+def explore(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="A new HTML file; by default RUN.html beside the run.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page to move through the latent space of a run: one HTML file that works offline."""
+    with plainly() as screen:
+        from ppl_vae.runs.explore import write_explorer
+
+        file = write_explorer(run, out, trust_code=trust_code)
+        show(screen, {"out": str(file)}, as_json, lambda: str(file))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")],
     html: Annotated[Path | None, typer.Option(help="A page to write, such as compare.html.")] = None,

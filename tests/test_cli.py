@@ -113,6 +113,16 @@ def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypat
     assert "a loud program" in said["program"][1]
 
 
+def test_the_explorer_of_a_run_is_one_new_file(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    made = invoke("explore", "run", "--json")
+    assert json.loads(made.stdout) == {"out": str(tmp_path / "run.html")}
+    assert "run: latent space" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "Expected --out to be new" in refused("explore", "run")
+    assert invoke("explore", "run", "--out", "deep/a.html").stdout == "deep/a.html\n"
+    assert "is missing" in refused("explore", "none")
+
+
 def test_text_for_people(finished, tmp_path):
     made = invoke("fit", PPCA, *SHORT, "--out", tmp_path / "a", "--set", "svi.seed=1")
     assert "nats per held-out datum" in made.stdout

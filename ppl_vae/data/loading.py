@@ -15,7 +15,7 @@ from torch import Tensor
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
-from ppl_vae.data.datasets import read_dataset
+from ppl_vae.data.datasets import is_path, read_dataset
 from ppl_vae.data.files import RawData, present
 from ppl_vae.data.tables import LABEL, UNLABELLED, Roles, check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.transforms import Transform, fit_transform
@@ -49,6 +49,7 @@ class Data:
         roles: The role of each column that is no feature: `label`, `id`, `size factor`, `covariate` or `left out`.
         suspects: Features that look like something else, by name: `label`, `id` or `constant`.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
+        source: What `load` was given to read them, ready for JSON; None if it cannot be read again so.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Data:
     roles: dict[str, str] = field(default_factory=dict)
     suspects: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Tensor] | None = field(default=None, repr=False)
+    source: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def features(self) -> int:
@@ -133,6 +135,7 @@ class Data:
             columns=self.columns.only(kept),
             roles={**self.roles, **dict.fromkeys(taken, "entry of its own")},
             suspects={name: look for name, look in self.suspects.items() if name not in taken},
+            source=self.source and {**self.source, "entries": [*self.source.get("entries", []), *taken]},
         )
 
     def to(self, device: torch.device | str) -> "Data":
@@ -234,6 +237,8 @@ def load(
         ValueError: If an option is unknown or does not suit the data, or the data cannot be found or read.
     """
     name = os.fspath(name)
+    given = {key: value for key, value in locals().items() if value is not None and key not in ("dtype", "download")}
+    given |= {key: str(Path(given[key]).absolute()) for key in ("name", "root") if key in given and is_path(given[key])}
     fold_in(seed)
     check_choice("missing", missing, ("refuse", "model", "drop rows"))
     check_choice("binarization", binarization, ("none", "threshold", "static", "dynamic"))
@@ -296,8 +301,8 @@ def load(
         "loc": _summary(transform.loc),
         "scale": _summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
-        "digest": _digest(parts["test" if len(rows["test"]) else "train"]),
-        "digest_train": _digest({**parts["train"], "x": stored["train"]}, parts.get("validation")),
+        "digest": digest(parts["test" if len(rows["test"]) else "train"]),
+        "digest_train": digest({**parts["train"], "x": stored["train"]}, parts.get("validation")),
         **({"roles": raw.roles} if raw.roles else {}),
         **({"mean_total": mean_total} if mean_total is not None else {}),
     }
@@ -322,6 +327,7 @@ def load(
         suspects={column: look for column, look in looks.items() if look is not None},
         transform=transform,
         stored={"x": stored["train"]} if transform.redraws else None,
+        source=given if dtype == torch.float32 else None,
     )
 
 
@@ -400,15 +406,15 @@ def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> C
     return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
 
 
-def _digest(*parts: Mapping[str, Tensor] | None) -> str:
+def digest(*parts: Mapping[str, Tensor] | None) -> str:
     """SHA-256 of keys, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for part in filter(None, parts):
         for key in sorted(part):
             value = part[key].cpu().numpy()
-            digest.update(f"{key} {value.shape} {value.dtype};".encode())
-            digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
+            found.update(f"{key} {value.shape} {value.dtype};".encode())
+            found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()
 
 
 def _summary(values: npt.NDArray[np.float64]) -> float | list[float] | str:

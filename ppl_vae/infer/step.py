@@ -33,6 +33,7 @@ class History:
         seconds: time since the start.
         steps: how many steps the optimiser took in all.
         best_epoch: the epoch whose state was kept, counted from 0.
+        settings: those of `fit`, as a spec's `[svi]` has them, once it has ended.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -43,6 +44,7 @@ class History:
     seconds: list[float] = field(default_factory=list)
     steps: int = 0
     best_epoch: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def best(self, start: int = 0, otherwise: int | None = None) -> Any:
         """The first epoch, from `start` on, with the highest finite objective of the validation data."""

@@ -20,7 +20,7 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
-from ppl_vae.programs.param_store import device_and_dtype
+from ppl_vae.programs.param_store import device_and_dtype, learned_params
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
@@ -29,6 +29,8 @@ from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
+from ppl_vae.runs.built import Built
+from ppl_vae.runs.console import as_html
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, load_spec
@@ -48,16 +50,26 @@ class Run:
         spec: the complete spec.
         program: the trained program, in evaluation mode.
         report: what `report.json` says.
+
+    `spec` is a `Built` if the program was built in Python, which no spec can do again.
     """
 
     path: Path
-    spec: Spec
+    spec: Spec | Built
     program: Any
     report: dict[str, Any]
 
     def __post_init__(self) -> None:
         if isinstance(self.program, nn.Module):
             self.program.eval()
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """What the program learned through `pyro.param`, by name, within its constraints."""
+        return learned_params(self.program)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.path, self.report)
 
     def encode(self, data: Any = None) -> "DataFrame":
         """Mean and standard deviation of the latent variables of each row, by the guide.
@@ -108,26 +120,38 @@ class Run:
         return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
 
 
-def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
+def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
     """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
 
     Args:
         path: the run directory.
+        program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
+            weights, which become those of the run.
         trust_code: whether the run's copy of a program file may run.
 
     Raises:
-        ValueError: If the folder is no run, or an unfinished, damaged or newer one, or if it has a program file and
-            `trust_code` is not given.
+        ValueError: If the folder is no run, or an unfinished, damaged or newer one, if it has a program file and
+            `trust_code` is not given, or if `program` is missing, not asked for, or has other weights.
     """
     path = Path(path)
     places.mend(path)
-    return storage.steadily(path, lambda: _load_run(path, trust_code))
+    return storage.steadily(path, lambda: _load_run(path, trust_code, program=program))
 
 
-def _load_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
+def _load_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None) -> Run:
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
     spec = read_spec(path, trust_code, say)
+    if isinstance(spec, Built) != (program is not None):
+        if program is not None:
+            raise ValueError(f"Expected no `program` for {path}, which its spec builds; got one. Leave it out.")
+        raise ValueError(
+            f"Expected the program of {path}, which was built in Python. Build it again: load_run({str(path)!r}, "
+            "program=...)."
+        )
+    if program is not None:
+        storage.load_learned_state(program, path / "model.safetensors")
+        return Run(path, spec, program, report)
     with storage.reading(path / "report.json", "a report"):
         known = report["data"]
         columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
@@ -251,7 +275,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
 
 
 def write_run(
-    place: places.Place, spec: Spec, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
+    place: places.Place, spec: Spec | Built, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
 ) -> Run:
     """Evaluate a trained program and write a finished run directory as a whole.
 

@@ -26,7 +26,6 @@ from ppl_vae.programs.given import KEYS
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.check import Check, check_program, column_hints
@@ -205,9 +204,7 @@ class Spec:
         """
         program = self.build(data) if program is None else program
         with _blamed(self, data):
-            name, part = evaluation_split(program, data)
-            parts = [data.validation, data.train] if name == "train" else [part, data.validation, data.train]
-            found = check_program(program, data, [part for part in parts if part is not None], self.svi)
+            found = check_program(program, data, **self.training)
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
             hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
