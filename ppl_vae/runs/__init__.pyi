@@ -2,7 +2,7 @@ from .catalogue import components as components
 from .catalogue import describe as describe
 from .check import Check as Check
 from .compare import compare_runs as compare_runs
-from .run import Run as Run
+from .loaded import Run as Run
 from .run import evaluate_run as evaluate_run
 from .run import fit_spec as fit_spec
 from .run import load_run as load_run
