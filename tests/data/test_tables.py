@@ -344,7 +344,7 @@ def test_a_constant_column_is_suspect(tmp_path: Path) -> None:
         ({"label": "sex", "columns": ["sex"]}, "one role for column 'sex' of .*; got label and feature"),
         ({"columns": []}, r"at least one feature in .*; got row \(left out\)"),
         ({"size_factor": "species"}, "numbers above 0 as size factors in column 'species'"),
-        ({"array": "x"}, r"no `array` for a file that is no \.npz; got 'x'"),
+        ({"array": "x"}, r"no `array` for a file that is neither \.npz nor \.h5ad; got 'x'"),
     ],
 )
 def test_bad_roles_are_refused(frame: pd.DataFrame, tmp_path: Path, options: dict[str, Any], match: str) -> None:
