@@ -125,7 +125,8 @@ def read_dataset(
         return annotated.read_annotated(path, array, roles)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
-    return tables.choose(tables.read_table(path, roles.separator), roles)
+    text = [name for name in (roles.id, roles.label, *(roles.categories or ())) if name]
+    return tables.choose(tables.read_table(path, roles.separator, text), roles)
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:

@@ -130,7 +130,9 @@ class Reader:
         if ending == annotated.SUFFIX:
             return annotated.stream_annotated(path, self.array, size)
         if ending in TEXT:
-            return stream_text(path, self.separator, size)
+            words = [name for name in (self.id, annotated.NAMES, self.label) if name]
+            words += [*(self.columns.categories or {}), *(self.columns.covariates or {})]
+            return stream_text(path, self.separator, size, words)
         return _stream_binary(path, size) if ending in BINARY else None
 
     def _arrays(self, source: Any, size: int, label: bool) -> Iterator[tuple[npt.NDArray[Any], Table]]:
@@ -218,8 +220,8 @@ class Reader:
             batch["size_factor"] = torch.from_numpy(table.column(str(self.size_factor))[0]).to(batch["x"].dtype)
         self._give(batch, table)
         named = next((name for name in (self.id, annotated.NAMES) if name in table.cells), None)
-        index = np.arange(start, start + n) if named is None else np.asarray(table.cells[named])
-        return Piece(batch, index, np.asarray(table.cells[self.label]) if self.label in table.cells else None, values)
+        index = np.arange(start, start + n) if named is None else np.asarray(table.text(named))
+        return Piece(batch, index, np.asarray(table.text(self.label)) if self.label in table.cells else None, values)
 
     def _words(self, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
         return ((name, (self.columns.categories or {}).get(name)) for name in names)

@@ -47,7 +47,8 @@ class Table:
 
     Attributes:
         source: Where it stands, for messages.
-        cells: Each column, by its name or its number from 1: a list of text, None where it is missing, or an array.
+        cells: Each column, by its name or its number from 1: a list of text, None where it is missing; a tuple of text
+            as it stands in a file; or an array.
         has_header: Whether the source names the columns.
         lines: Line of each row in a text file.
         levels: Columns that pandas holds as categories, with their words if these have an order.
@@ -67,6 +68,15 @@ class Table:
         """
         cells, words = self.cells[name], self.levels.get(name)
         as_words |= words is not None
+        if isinstance(cells, tuple):
+            try:
+                plain = None if as_words else np.fromiter(map(float, cells), np.float64, len(cells))
+            except ValueError:
+                plain = None
+            if plain is not None:
+                self._check_numbers(name, plain, cells)
+                return plain, ()
+            cells = self.text(name)
         if isinstance(cells, np.ndarray):
             if cells.dtype.kind not in "biuf":
                 raise ValueError(
@@ -92,7 +102,16 @@ class Table:
         codes: dict[Any, float] = {None: math.nan} | {word: float(code) for code, word in enumerate(words)}
         return np.array([codes[cell] for cell in cells]), tuple(words)
 
+    def text(self, name: str) -> Any:
+        """Cells of a column: text without the space around it and None where missing, or an array."""
+        cells = self.cells[name]
+        if not isinstance(cells, tuple):
+            return cells
+        return [None if cell.lower() in _MISSING else cell for cell in map(str.strip, cells)]
+
     def _check_numbers(self, name: str, numbers: Any, cells: Any) -> None:
+        if isinstance(numbers, np.ndarray) and not np.isinf(numbers).any():
+            return
         i = next((i for i, number in enumerate(numbers) if number is None or math.isinf(number)), None)
         if i is not None:
             column = repr(name) if self.has_header else name.removeprefix("column ")
@@ -103,18 +122,18 @@ class Table:
             )
 
 
-def read_table(path: Path, separator: str | None) -> Table:
-    """Read a table from text, a parquet or a feather file.
+def read_table(path: Path, separator: str | None, text: Iterable[str] = ()) -> Table:
+    """Read a table from text, a parquet or a feather file; the columns named in `text` as they stand there.
 
     Raises:
         ValueError: If it cannot be read, or has no rows.
     """
     if path.suffix.lower() in BINARY:
         return _read_pandas(path)
-    return next(stream_text(path, separator, None))
+    return next(stream_text(path, separator, None, text))
 
 
-def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator[Table]:
+def stream_text(path: Path, separator: str | None, size: int | None, text: Iterable[str] = ()) -> Iterator[Table]:
     """Read a table from text, at most `size` rows at a time.
 
     Raises:
@@ -123,30 +142,49 @@ def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator
     if separator is not None and len(separator) != 1:
         raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
     usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
-    with reading(path, "separated text in UTF-8"):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            beginning = "".join(itertools.islice(file, 200))
-            file.seek(0)
-            reader = _reader(file, separator or _find_separator(beginning, usual))
-            rows: Iterator[Any] = ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)
-            first = next(rows, None)
-            header = first[1] if first and None in map(_number, first[1]) else None
-            if first and not header:
-                rows = itertools.chain([first], rows)
-            piece = list(itertools.islice(rows, size))
-            if not first or not piece:
-                raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-            while piece:
-                yield _text_table(path, header, len(first[1]), piece)
-                piece = list(itertools.islice(rows, size))
+    with reading(path, "separated text in UTF-8"), path.open(newline="", encoding="utf-8-sig") as file:
+        beginning = "".join(itertools.islice(file, 200))
+        file.seek(0)
+        mark = separator or _find_separator(beginning, usual)
+        reader = _reader(file, mark)
+        first = [cell.strip() for cell in next(filter(None, reader), [])]
+        header = first if None in map(_number, first) else None
+        done = reader.line_num if header else 0  # lines that were read
+        file.seek(0)
+        lines, empty = itertools.islice(file, done, None), True
+        piece = [*itertools.islice(lines, size)]
+        while piece and (numbers := _read_numbers(piece, mark, len(first))) is not None:
+            cells: list[Any] = [*numbers.T]
+            for j in [j for j, name in enumerate(header or ()) if name in text]:
+                cells[j] = tuple(line.rstrip("\r\n").split(mark)[j] for line in piece)
+            named = _named(header or [""] * len(first), cells, path)
+            yield Table(str(path), named, header is not None, np.arange(done + 1, done + len(piece) + 1))
+            done, piece, empty = done + len(piece), [*itertools.islice(lines, size)], False
+        reader = _reader(itertools.chain(piece, lines), mark)
+        rows = ((done + reader.line_num, row) for row in reader if row)
+        while read := [*itertools.islice(rows, size)]:
+            yield _text_table(path, header, len(first), read)
+            empty = False
+        if empty:
+            raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
+
+
+def _read_numbers(lines: list[str], separator: str, width: int) -> npt.NDArray[np.float64] | None:
+    """Rows of numbers alone, without quotes, gaps or empty lines; None for others."""
+    if separator == " " or not lines[0].strip():
+        return None
+    try:
+        numbers = np.loadtxt(lines, np.float64, comments=None, delimiter=separator, ndmin=2)
+    except ValueError:
+        return None
+    return numbers if numbers.shape == (len(lines), width) else None
 
 
 def _text_table(path: Path, header: list[str] | None, width: int, rows: list[tuple[int, list[str]]]) -> Table:
     for line, row in rows:
         if len(row) != width:
             raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
-    columns = zip(*(row for _, row in rows), strict=True)
-    cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
+    cells = [*zip(*(row for _, row in rows), strict=True)]
     named = _named(header or [""] * width, cells, path)
     return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
 
@@ -247,7 +285,7 @@ def choose(table: Table, roles: Roles) -> RawData:
         y[known], classes = (values[known], words) if words else encode(values[known], where)
         raw = replace(raw, y=y, classes=classes)
     if roles.id:
-        raw = replace(raw, ids=np.asarray(table.cells[roles.id]))
+        raw = replace(raw, ids=np.asarray(table.text(roles.id)))
     if size:
         values, words = _complete(table, size, "size factor")
         if words or not (values > 0).all():

@@ -357,7 +357,8 @@ def carry_out(
         for result in results:
             if outlier is not None and result.labels is None:
                 raise ValueError("Expected a column of labels for --outlier: the one that data.label names; got none.")
-            kept.append((result.arrays["log_evidence"], result.labels) if what == "score" else None)
+            if outlier is not None:
+                kept.append((result.arrays["log_evidence"], result.labels))
             yield result
 
     rows = write(seen(), out) if out is not None else write_text(seen(), screen or sys.stdout)
