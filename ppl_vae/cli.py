@@ -48,6 +48,7 @@ def fit(
     spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or an interrupted run.")],
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default a new one under runs/.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="A run whose weights it begins with.")] = None,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
     trust_code: Trust = False,
@@ -56,6 +57,7 @@ def fit(
     """Train what a spec says, evaluate it, and leave a run directory with a report."""
     with plainly() as screen:
         overrides = dict(map(parse_override, set_ or []))
+        overrides |= {} if start is None else {"svi.start": str(start.absolute())}
         if not any((spec / name).exists() for name in ("spec.toml", "model.safetensors")):
             read(spec)
         from ppl_vae.runs.console import headline
