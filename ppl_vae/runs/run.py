@@ -268,6 +268,7 @@ def write_run(
         home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
+        train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
