@@ -202,6 +202,7 @@ def write_run(
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
         train |= {"start": start} if start else {}
+        train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
