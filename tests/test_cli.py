@@ -455,17 +455,20 @@ def test_a_signal_keeps_the_last_epoch_and_fit_goes_on_to_the_same_numbers(numbe
         "    def told(epoch, state):\n"
         "        on_epoch(epoch, state)\n"
         "        print('epoch', epoch, file=sys.stderr, flush=True)\n"
+        "        if epoch == 3:\n"
+        "            sys.stdin.readline()\n"
         "    return fit(*given, on_epoch=told, **more)\n"
         "run.fit = telling\nmain()\n"
     )
     settings = ["--set", "svi.epochs=40", "--set", "evaluation.samples=30"]
     command = [sys.executable, "tell.py", "fit", PPCA, *settings, "--out", "part"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path) as process:
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, cwd=tmp_path) as process:
         for line in process.stderr:
             if line.startswith("epoch 3"):
                 process.send_signal(number)
                 break
-        rest = process.stderr.read()
+        rest = process.communicate("go on\n")[1]
     assert process.returncode == status
     assert "Go on with: ppl-vae fit part" in rest
     assert "Traceback" not in rest

@@ -122,6 +122,7 @@ def example(kind: Any) -> Any:
         return kind if None in keys_of(kind).values() else kind(**filled(kind, **_example()))
 
 
+@cache
 def parametric(kind: Any) -> bool:
     """Whether a family has parameters that a network may give."""
     return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
