@@ -48,6 +48,7 @@ def fit(
     spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or an interrupted run.")],
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default a new one under runs/.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="A run whose weights it begins with.")] = None,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
     trust_code: Trust = False,
@@ -56,6 +57,7 @@ def fit(
     """Train what a spec says, evaluate it, and leave a run directory with a report."""
     with plainly() as screen:
         overrides = dict(map(parse_override, set_ or []))
+        overrides |= {} if start is None else {"svi.start": str(start.absolute())}
         if not any((spec / name).exists() for name in ("spec.toml", "model.safetensors")):
             read(spec)
         from ppl_vae.runs.console import headline
@@ -119,6 +121,21 @@ def apply(
         found = carry_out(loaded, what, data, out=out, screen=screen, n=n, samples=samples, outlier=outlier)
         if as_json or out is not None:
             show(screen, found, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in found.items()))
+
+
+@app.command()
+def explore(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="A new HTML file; by default RUN.html beside the run.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page to move through the latent space of a run: one HTML file that works offline."""
+    with plainly() as screen:
+        from ppl_vae.runs.explore import write_explorer
+
+        file = write_explorer(run, out, trust_code=trust_code)
+        show(screen, {"out": str(file)}, as_json, lambda: str(file))
 
 
 @app.command()

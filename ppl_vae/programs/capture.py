@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ppl_vae.programs.products import faster
+
 _EAGER = 3  # evaluations of a shape before they are captured
 aten = torch.ops.aten
 _LOG = logging.getLogger(__name__)
@@ -67,7 +69,13 @@ class Captured:
         return self.function
 
 
-def record(function: Callable[..., Any], given: Sequence[Tensor], *, exact: bool = False) -> GraphModule:
+def record(
+    function: Callable[..., Any],
+    given: Sequence[Tensor],
+    *,
+    exact: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> GraphModule:
     """Record the tensor operations of a function, as a graph that takes the same tensors.
 
     What depends on no argument is computed once; draws are made anew each time, in the same order. The operations
@@ -77,6 +85,7 @@ def record(function: Callable[..., Any], given: Sequence[Tensor], *, exact: bool
         function: of these tensors, which it may also reach by itself, as a module reaches its parameters.
         given: the tensors.
         exact: whether the graph gives the same numbers to the last bit, or may take operations that are faster.
+        precision: of the factors of large matrix products, unless exact.
 
     Raises:
         ValueError: If a shape depends on values, or a tensor that outlives the call is changed in place.
@@ -84,7 +93,7 @@ def record(function: Callable[..., Any], given: Sequence[Tensor], *, exact: bool
     graph = make_fx(lambda *args: function(*args))(*given)
     graph.graph.eliminate_dead_code(_acts)
     with torch.no_grad():
-        _simplify(graph, given, exact)
+        _simplify(graph, given, None if exact else precision)
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -103,7 +112,7 @@ def _values(module: GraphModule, given: Sequence[Tensor]) -> dict[Node, Any]:
     return interpreter.env
 
 
-def _simplify(module: GraphModule, given: Sequence[Tensor], exact: bool) -> None:
+def _simplify(module: GraphModule, given: Sequence[Tensor], precision: torch.dtype | None) -> None:
     """Compute once what does not depend on the arguments, and drop what changes nothing, such as times one."""
     graph, value = module.graph, _values(module, given)
     changed = {_memory(value[one]) for node in graph.nodes for one in _writes(node)} - {None}
@@ -126,7 +135,9 @@ def _simplify(module: GraphModule, given: Sequence[Tensor], exact: bool) -> None
     for node in calls:
         if not known[node] and not any(_memory(value[one]) in changed for one in (node, *node.all_input_nodes)):
             with graph.inserting_before(node):
-                other = _cheaper(node) if value[node].device.type == "cpu" and not exact else node
+                other = node
+                if precision is not None and value[node].device.type == "cpu":
+                    other = faster(_cheaper(node), value, precision)
                 other = _simpler(node, value, known) if other is node else other
             if other is not node:
                 value[other], known[other] = value[node], False

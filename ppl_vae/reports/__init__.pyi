@@ -12,6 +12,7 @@ from .diagnostic_plots import predictive_checks as predictive_checks
 from .diagnostic_plots import rank_histograms as rank_histograms
 from .diagnostic_plots import tail_shapes as tail_shapes
 from .diagnostics import Diagnostics as Diagnostics
+from .explorer import explorer_page as explorer_page
 from .latent_plots import latent_grid as latent_grid
 from .latent_plots import latent_scatter as latent_scatter
 from .latent_plots import traversals as traversals
