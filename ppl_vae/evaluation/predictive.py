@@ -102,9 +102,12 @@ def predictive_check(
     entries = sum(value.numel() for value in target.batch.values())
     size, nodes = max(1, _ENTRIES // max(entries, 1)), target.replay(seed)[0].nodes
     real: Any = {name: nodes[name] for name in target.structure.observed}
-    real = {name: node["value"] for name, node in real.items() if not isinstance(node["fn"], dist.Unit)}
+    real = {name: node["value"] for name, node in real.items() if _is_drawn(node)}
     if not real:
-        raise ValueError("Expected a program that observes what it could draw; its observed sites are factors.")
+        raise ValueError(
+            "Expected a program that observes what it could draw; its observed sites are factors, or their "
+            "distributions have fewer entries than the data."
+        )
     mask = target.batch.get("mask")
 
     def statistics(values: dict[str, Tensor], k: int) -> tuple[dict[str, bool], Tensor]:
@@ -140,6 +143,12 @@ def predictive_check(
     told = drawn.isfinite().all(0) & own[0].isfinite() & (drawn != own).any(0) & torch.tensor([*titles.values()])
     kept = [title for title, kept in zip(titles, told.tolist(), strict=True) if kept]
     return PredictiveCheck(kept, own[0][told], drawn[:, told], target.n)
+
+
+def _is_drawn(node: Any) -> bool:
+    """Whether draws of an observed site are data: it is no factor, and no entry of its distribution stands for more."""
+    fn = node["fn"]
+    return not isinstance(fn, dist.Unit) and math.prod(fn.batch_shape + fn.event_shape) == node["value"].numel()
 
 
 def _statistics(rows: Tensor) -> dict[str, Tensor]:

@@ -110,5 +110,16 @@ def test_what_cannot_be_checked_is_refused():
 
     with pytest.raises(ValueError, match="observes what it could draw"):
         predictive_check(Program(model, noisy().guide), {"x": torch.randn(5)})
+    def shared(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+    with pytest.raises(ValueError, match="fewer entries than the data"):
+        predictive_check(Program(shared, guide), {"x": torch.randn(5, 3)})
     with pytest.raises(ValueError, match="draws"):
         predictive_check(noisy(), {"x": torch.randn(5)}, draws=1)
