@@ -140,21 +140,26 @@ def _train(
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
-    storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
+    live = resumed or not storage.is_run(place.folder)  # another run that is to be replaced stays as it is till then
+    if live:
+        storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
     def keep(reached: tuple[dict[str, Any], Any]) -> str:
         """Write the state of the last whole epoch, and say where it is and how to go on."""
+        nonlocal live
         state, learned = reached
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
+        live = True
         return go_on
 
     def note(epoch: int, now: State) -> None:
         nonlocal latest
         latest = now.save(), storage.learned_state(program)
-        with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
-            storage.append_metrics(vars(now.history), place.folder)
+        if live:
+            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
+                storage.append_metrics(vars(now.history), place.folder)
         if on_epoch is not None:
             on_epoch(epoch, now)
         stops.look()

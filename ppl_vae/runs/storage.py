@@ -355,17 +355,15 @@ def _metrics_line(epoch: int, row: Iterable[Any]) -> str:
 
 def trim_metrics(folder: Path, epochs: int) -> None:
     """Cut the metrics of an unfinished run to so many epochs: a killed training may have left more than its state."""
-    path = folder / "metrics.jsonl"
-    if is_plain(path) and not (folder / "report.json").exists():
+    if is_plain(path := folder / "metrics.jsonl"):
         os.truncate(path, len(b"".join(plain_bytes(path).splitlines(keepends=True)[:epochs])))
 
 
 def append_metrics(history: Mapping[str, Any], folder: Path) -> None:
-    """Add the line of the last epoch to the metrics of a run that is being trained; those of a finished one stay."""
-    if not (folder / "report.json").exists():
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            last = [(history.get(key) or [None])[-1] for key in METRICS]
-            file.write(_metrics_line(len(history["elbo"]) - 1, last))
+    """Add the line of the last epoch to the metrics of a run that is being trained."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        last = [(history.get(key) or [None])[-1] for key in METRICS]
+        file.write(_metrics_line(len(history["elbo"]) - 1, last))
 
 
 def _metrics(held: bytes, *, alone: bool = False) -> list[dict[str, Any]]:

@@ -90,9 +90,16 @@ def test_what_a_killed_first_try_left_is_no_obstacle_and_other_files_are(tmp_pat
         assert (other / "metrics.jsonl").read_text() == text
 
 
-def test_metrics_of_a_finished_run_stay_while_it_is_replaced(tmp_path):
+def test_metrics_of_another_run_stay_while_it_is_replaced(tmp_path):
     out = tmp_path / "run"
-    fit_spec(PPCA_SPEC, {**SHORT, "svi.epochs": 1}, out=out)
+    with pytest.raises(KeyboardInterrupt):
+        fit_spec(PPCA_SPEC, SHORT, out=out, on_epoch=stop_after(2))
+    interrupted = (out / "metrics.jsonl").read_bytes()
+
+    def compare(epoch, state):
+        assert (out / "metrics.jsonl").read_bytes() == interrupted
+
+    fit_spec(PPCA_SPEC, {**SHORT, "svi.epochs": 1}, out=out, on_epoch=compare)
     before, seen = (out / "metrics.jsonl").read_bytes(), []
 
     def look(epoch, state):
