@@ -54,7 +54,7 @@ class Spec:
         prior, likelihood, posterior: `family`, its keys, and its `network`, one of the library's by `family` or one of
             your own by `program`, with its keys; None beside a program.
         svi: the keys of `fit`, and `checkpoint`.
-        evaluation: `samples`, the draws per datum.
+        evaluation: `samples`, the draws per datum, and `precision` of their products.
     """
 
     path: Path = field(compare=False)
