@@ -34,6 +34,7 @@ class History:
         seconds: time since the start.
         steps: how many steps the optimiser took in all.
         best_epoch: the epoch whose state was kept, counted from 0.
+        settings: those of `fit`, as a spec's `[svi]` has them, once it has ended.
         capture: how the last steps were taken: `off`, `graph`, `fast` or `compile` (see `Gradients`).
         capture_reason: why they were not captured, if that was tried.
     """
@@ -46,6 +47,7 @@ class History:
     seconds: list[float] = field(default_factory=list)
     steps: int = 0
     best_epoch: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     capture: str | None = None
     capture_reason: str | None = None
 

@@ -212,6 +212,8 @@ def fit(
     if sites.whole and ignores_data(program, target.batch, seed):
         remember(program, target.batch)
     target.refresh()
+    known = {key: value for key, value in settings.items() if value is not None and key != "validation"}
+    history.settings = {**known, "optimizer": getattr(optimizer, "__name__", optimizer), "seed": seed}
     return history
 
 

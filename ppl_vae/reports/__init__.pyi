@@ -6,11 +6,15 @@ from .data_plots import samples as samples
 from .data_plots import training_curve as training_curve
 from .diagnostic_plots import bound_over_samples as bound_over_samples
 from .diagnostic_plots import gap_parts as gap_parts
+from .diagnostic_plots import moments as moments
 from .diagnostic_plots import rank_histograms as rank_histograms
 from .diagnostic_plots import tail_shapes as tail_shapes
 from .diagnostics import Diagnostics as Diagnostics
+from .explorer import explorer_page as explorer_page
 from .latent_plots import latent_grid as latent_grid
 from .latent_plots import latent_scatter as latent_scatter
 from .latent_plots import traversals as traversals
+from .more_pages import comparison_page as comparison_page
+from .more_pages import guide_page as guide_page
 from .posterior_plots import ellipses as ellipses
 from .posterior_plots import regions as regions

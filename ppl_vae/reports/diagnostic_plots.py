@@ -40,11 +40,12 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
     return ax
 
 
-def sweep_results(found: Mapping[str, Any]) -> Figure:
+def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Figure:
     """Show log p(x) of each setting of a sweep, ± 2 errors over seeds where there are several, best above.
 
     Args:
-        found: from `runs.sweep.summarise`.
+        found: from `runs.sweep.summarise`, or runs alike, each with a `name`.
+        errors: what the errors are of.
     """
     rows = sorted(found["settings"], key=lambda row: row["log_evidence"]["mean"])
     style.check_some(len(rows))
@@ -57,15 +58,46 @@ def sweep_results(found: Mapping[str, Any]) -> Figure:
         if row["ppca"] is not None:
             ax.plot(row["ppca"], place, marker="d", ms=5, ls="", mfc="none", color=style.VERMILLION)
         ax.annotate(f"{row['seconds']:.0f} s", (1.01, place), xycoords=("axes fraction", "data"), va="center", size=8)
-    names = [", ".join(f"{key} = {value}" for key, value in row["values"].items()) or "as it is" for row in rows]
+    values = [", ".join(f"{key} = {value}" for key, value in row.get("values", {}).items()) for row in rows]
+    names = [row.get("name") or value or "as it is" for row, value in zip(rows, values, strict=True)]
     ax.set_yticks(range(len(rows)), [style.short(name, 44) for name in names], fontsize="small")
     ax.plot([], [], "o", color=style.BLUE, label="estimate")
     ax.plot([], [], ">", color=style.BLUE, label="lower bound")
     ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
-    ax.set(xlabel="log p(x), nats per held-out datum; ± 2 errors over seeds", ylim=(-0.6, len(rows) - 0.4))
+    ax.set(xlabel=f"log p(x), nats per held-out datum; ± 2 errors {errors}", ylim=(-0.6, len(rows) - 0.4))
     ax.ticklabel_format(axis="x", useOffset=False)
     style.legend_above(ax)
     return figure
+
+
+def moments(sites: Mapping[str, Any], *, most: int = 24, ax: Axes | None = None) -> Axes:
+    """Plot mean ± standard deviation of each latent by the guide beside that by its weights or by a reference.
+
+    Args:
+        sites: of a guide check, as `measures.check_block` gives them.
+        most: entries that are shown, those whose guide is furthest off.
+        ax: where to draw, by default in a new figure.
+    """
+    entries = []
+    for name, site in sites.items():
+        labels = [label for label, each in site.items() if isinstance(each, dict)]
+        off = np.abs(np.ravel(np.array(site["mean_error"], dtype=float)))
+        for j in range(len(off)):
+            both = [[np.ravel(site[label][key])[j] for key in ("mean", "sd")] for label in (labels[0], labels[-1])]
+            entries.append((off[j], f"{name}[{j}]" if len(off) > 1 else name, both, labels[-1]))
+    style.check_some(len(entries))
+    furthest = sorted(entries, key=lambda entry: -entry[0])[:most]
+    shown = [entry for entry in entries if entry in furthest][::-1]
+    ax = style.axes_for(ax, (6.4, 0.9 + 0.3 * len(shown)))
+    for shift, which, colour, mark in ((0.15, 1, style.BLUE, "s"), (-0.15, 0, style.VERMILLION, "o")):
+        means, sds = np.array([entry[2][which] for entry in shown], dtype=float).T
+        label = ("guide", shown[0][3])[which]
+        at = np.arange(len(shown)) + shift
+        ax.errorbar(means, at, xerr=sds, fmt=mark, ms=4, color=colour, capsize=2, label=label)
+    ax.set_yticks(range(len(shown)), [style.short(entry[1], 28) for entry in shown], fontsize="small")
+    ax.set(xlabel="mean ± standard deviation of the latent, in its own units", ylim=(-0.6, len(shown) - 0.4))
+    style.legend_above(ax)
+    return ax
 
 
 def tail_shapes(pareto_k: Tensor, *, ax: Axes | None = None) -> Axes:

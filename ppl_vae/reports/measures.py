@@ -84,7 +84,7 @@ def evaluate(
         test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
         test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
         blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
-        return finite({**blocks, "check": _check_block(checked)}), evidence
+        return finite({**blocks, "check": check_block(checked)}), evidence
     volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
     if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
         shares = mask.flatten(1).double().mean(0)
@@ -93,6 +93,7 @@ def evaluate(
     if "probability mass" in measure(target):
         volume = 0.0
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, features)
+    test["bits_per_dim_se"] = None if value["se"] is None else -bits_per_dim(value["se"], features)
     few = target.rows(slice(MOST_DATA))
     active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
@@ -102,14 +103,14 @@ def evaluate(
     except ValueError:  # a site whose marginals have no density
         test["rates"] = None
     exact = _compare_exact(target, test["elbo"])
-    baseline = None if latent is None else _fit_baseline(target, data, latent)
+    baseline = None if latent is None else _fit_baseline(target, data, latent, evidence.log_evidence)
     blocks = {"test": test, "exact": exact, "baseline": baseline}
     if mask is not None:
         blocks["missing"] = _missing(mask, data, evidence)
     return finite(blocks), evidence
 
 
-def _check_block(checked: GuideCheck) -> dict[str, Any]:
+def check_block(checked: GuideCheck) -> dict[str, Any]:
     """What `check_guide` says: in words, and the moments of each latent site."""
     sites, keys = {}, ("mean", "error", "sd")
     for name, site in checked.sites.items():
@@ -232,10 +233,11 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     return {**exact, "gap_method": kind, "gap_mc_se": error}
 
 
-def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | None:
+def _fit_baseline(target: Target, data: Data, latent: int, evidence: Tensor) -> dict[str, Any] | None:
     """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable.
 
-    Beside a conditional VAE it is fitted to what a linear regression of x on what is given leaves.
+    The program's evidence (n,) less PPCA's is their `difference`, with the standard error `se` over the data. Beside a
+    conditional VAE PPCA is fitted to what a linear regression of x on what is given leaves.
     """
     given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
     x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
@@ -250,7 +252,10 @@ def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | N
         ppca = PPCA.fit(x, latent, mask, tolerance=1e-6)
     except (ValueError, RuntimeError):
         return None
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(other, rows.get("mask")).mean())}}
+    baseline = ppca.log_evidence(other, rows.get("mask"))
+    apart = evidence.to(baseline) - baseline
+    se = float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else None
+    return {"ppca": {"log_evidence": float(baseline.mean()), "difference": float(apart.mean()), "se": se}}
 
 
 def classify(

@@ -22,9 +22,9 @@ from ppl_vae.data.transforms import Transform
 from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.impute import impute
-from ppl_vae.evaluation.latents import codes
+from ppl_vae.evaluation.latents import guide_moments
 from ppl_vae.programs.param_store import device_and_dtype, mode
-from ppl_vae.programs.rows import indexed
+from ppl_vae.programs.rows import indexed, keywords
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.runs import storage
@@ -65,7 +65,7 @@ class Applied:
     def of(cls, run: Any) -> "Applied":
         """What a finished run takes to be applied."""
         known, kept = run.report["data"], storage.read_tensors(run.path / "evidence.safetensors")
-        protocol, data = known["protocol"], run.spec.data
+        protocol, data, taken = known["protocol"], run.spec.data, keywords(run.program.model)
         loc, scale = (kept.get(f"transform.{name}", protocol[name]) for name in ("loc", "scale"))
         if isinstance(loc, str) or isinstance(scale, str):  # an older run, which has only their digests
             transform = run.spec.load_data().transform
@@ -84,6 +84,7 @@ class Applied:
             array=getattr(data, "array", None),
             seed=run.spec.svi.seed,
             missing=getattr(data, "missing", "refuse") == "model",
+            covariates=tuple(getattr(data, "covariates", None) or ()) if "covariates" in taken else (),
             classes=tuple(known["classes"]) if "y" in getattr(run.program, "given_keys", ()) else None,
         )
         held_out = kept["log_evidence"].double() if known["part"] == "test" else None
@@ -122,25 +123,11 @@ class Applied:
         They are exact where there is one latent site whose distribution knows its moments, else by 1,000 draws.
         """
         for number, piece, target in self._targets(source):
-            moments = [self._moments(block, number + place) for place, block in enumerate(target.blocks())]
+            blocks = enumerate(target.blocks(), number)
+            moments = [guide_moments(block, seed=self.seed, block=place) for place, block in blocks]
             mean, sd = (torch.cat(part) for part in zip(*moments, strict=True))
             names = latent_names(target)
             yield as_result(piece.index, {"mean": (names, mean), "sd": ([f"{name} sd" for name in names], sd)})
-
-    def _moments(self, target: Target, number: int) -> tuple[Tensor, Tensor]:
-        with target.running(self.seed, "encode", number):
-            site: Any = target.trace("guide", 1).nodes[target.structure.latents[0]]
-        try:
-            known = [site["fn"].mean, site["fn"].variance.sqrt()]
-        except (NotImplementedError, AttributeError):
-            known = []
-        if len(target.structure.latents) == 1 and known and all(bool(value.isfinite().all()) for value in known):
-            name = target.structure.latents[0]
-            shape = site["value"].shape
-            mean, sd = (target.layout.pack({name: value.expand(shape)})[0].double() for value in known)
-            return mean, sd
-        mean, variance = codes(target, draws=1000, seed=self.seed)
-        return mean, variance.sqrt()
 
     @torch.no_grad()
     def reconstruct(self, source: Any) -> Iterator[Result]:
@@ -356,7 +343,8 @@ def carry_out(
         for result in results:
             if outlier is not None and result.labels is None:
                 raise ValueError("Expected a column of labels for --outlier: the one that data.label names; got none.")
-            kept.append((result.arrays["log_evidence"], result.labels) if what == "score" else None)
+            if outlier is not None:
+                kept.append((result.arrays["log_evidence"], result.labels))
             yield result
 
     rows = write(seen(), out) if out is not None else write_text(seen(), screen or sys.stdout)

@@ -2,21 +2,18 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_int
-from ppl_vae.data.columns import Columns
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -25,117 +22,35 @@ from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
 from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
-from ppl_vae.reports.page import markdown
+from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
-from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
+from ppl_vae.runs.built import Built
+from ppl_vae.runs.loaded import Run, read_run
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
+from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Args:
-        path: its directory.
-        spec: the complete spec.
-        program: the trained program, in evaluation mode.
-        report: what `report.json` says.
-    """
-
-    path: Path
-    spec: Spec
-    program: Any
-    report: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.program, nn.Module):
-            self.program.eval()
-
-    def encode(self, data: Any = None) -> "DataFrame":
-        """Mean and standard deviation of the latent variables of each row, by the guide.
-
-        Args:
-            data: rows in the data's own units: the path of a table or an array, a pandas table, or an array (n, x); or
-                a batch dict as the program takes it. By default the run's held-out rows.
-
-        Raises:
-            ValueError: If columns are missing or of another type, or hold words that the training data lack.
-        """
-        return self._table("encode", self._source(data))
-
-    def reconstruct(self, data: Any = None) -> "DataFrame":
-        """Mean of p(x'|z) over draws of z from the guide, in the data's own units; arguments as of `encode`."""
-        return self._table("reconstruct", self._source(data))
-
-    def score(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """Log p(x) of each row in nats, with error, kind and tail probability; arguments as of `encode`.
-
-        Args:
-            data: as of `encode`.
-            samples: importance samples per row, by default as in the spec.
-        """
-        return self._table("score", self._source(data), samples)
-
-    def impute(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """The rows with their missing cells filled, and how far to trust them; arguments as of `score`."""
-        return self._table("impute", self._source(data), samples)
-
-    def predict(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """The class of each row by p(y|x), with the error of its probability; arguments as of `score`."""
-        return self._table("predict", self._source(data), samples)
-
-    def sample(self, n: int) -> "DataFrame":
-        """New rows from the model, in the data's own units."""
-        return self._table("sample", n)
-
-    def weights(self, data: Any = None, *, smoothing: float = 0.01, bins: int = 10) -> "DataFrame":
-        """Weights by which rows whose codes are rare count more; see `Applied.weights`."""
-        return self._table("weights", self._source(data), smoothing=smoothing, bins=bins)
-
-    def _source(self, data: Any) -> Any:
-        return self.spec.load_data() if data is None else data
-
-    def _table(self, what: str, *given: Any, **options: Any) -> "DataFrame":
-        tables = [one.table for one in getattr(Applied.of(self), what)(*given, **options)]
-        return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
-
-
-def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
+def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
     """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
 
     Args:
         path: the run directory.
+        program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
+            weights, which become those of the run.
         trust_code: whether the run's copy of a program file may run.
 
     Raises:
-        ValueError: If the folder is no run, or an unfinished, damaged or newer one, or if it has a program file and
-            `trust_code` is not given.
+        ValueError: If the folder is no run, or an unfinished, damaged or newer one, if it has a program file and
+            `trust_code` is not given, or if `program` is missing, not asked for, or has other weights.
     """
     path = Path(path)
     places.mend(path)
-    return storage.steadily(path, lambda: _load_run(path, trust_code))
-
-
-def _load_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
-    storage.check_folder(path, finished=True)
-    report = storage.read_report(path)
-    spec = read_spec(path, trust_code, say)
-    with storage.reading(path / "report.json", "a report"):
-        known = report["data"]
-        columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
-        rows = check_int("n_train", known["n_train"])
-    with blamed(spec.programs):
-        program = spec.assemble(columns=columns, rows=rows)
-    storage.load_learned_state(program, path / "model.safetensors")
-    return Run(path, spec, program, report)
+    return storage.steadily(path, lambda: read_run(path, trust_code, program=program))
 
 
 def fit_spec(
@@ -171,7 +86,9 @@ def fit_spec(
             place = stack.enter_context(pick_place(source, out, force=force, say=say))
             return _train(source, place, pick_device(device), False, say)
         if overrides or out is not None:
-            raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
+            raise ValueError(
+                "Expected neither --set, --from nor --out with an interrupted run, which goes on as it began."
+            )
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
@@ -186,6 +103,11 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))
+    record = None
+    if not resumed:
+        spec, words, record = begin(spec, program)
+        for text in words:
+            say(text)
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     machines = [machine(device)]
     start, latest = None, None  # the state of the last whole epoch, and what was learned by then
@@ -194,6 +116,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
             check_same_data(place.path, start.pop("protocol"), data)
+            record = start.pop("start", None)
             say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
         storage.load_learned_state(program, place.path / "model.safetensors")
         machines = trained_on(place.path, machines)
@@ -205,7 +128,7 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         state, learned = reached
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
-            storage.write_state({**state, "protocol": data.protocol}, partial / storage.STATE)
+            storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
         return go_on
 
     def note(epoch: int, now: State) -> None:
@@ -225,12 +148,14 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     try:
         settings = {**spec.training, "device": str(device)}
         settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
+        if spec.svi.freeze is not None:
+            settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
             n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
             say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
-            return write_run(place, spec, program, data, vars(history), machines)
+            return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         if latest is None:
@@ -251,7 +176,13 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
 
 
 def write_run(
-    place: places.Place, spec: Spec, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
+    place: places.Place,
+    spec: Spec | Built,
+    program: Any,
+    data: Data,
+    history: Mapping[str, Any],
+    machines: Any = None,
+    start: Mapping[str, Any] | None = None,
 ) -> Run:
     """Evaluate a trained program and write a finished run directory as a whole.
 
@@ -262,12 +193,15 @@ def write_run(
         data: its data.
         history: the entries of `History` by name.
         machines: that trained it, as `machine` describes them; by default this one.
+        start: what was taken of an earlier run, as `take_weights` describes it.
     """
     machines = machines or [machine(device_and_dtype(program)[0])]
     with place.replacing(trained=machines, evaluated=machines[-1]) as partial:
         home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
+        train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
+        train |= {"start": start} if start else {}
         train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
@@ -300,7 +234,7 @@ def evaluate_run(
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
     with stops.listening(), places.claimed(Path(path), say=say) as place:
-        run = _load_run(place.path, trust_code, say)
+        run = read_run(place.path, trust_code, say)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
             protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])
@@ -373,6 +307,8 @@ def _write_report(
     text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
+    page = run_page(text, report, captions, partial / "figures")
+    (partial / "report.html").write_text(page, encoding="utf-8")
     table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
     scaling = {f"transform.{name}": torch.as_tensor(getattr(data.transform, name)) for name in ("loc", "scale")}
     storage.write_tensors(table | scaling, partial / "evidence.safetensors")

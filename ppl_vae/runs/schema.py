@@ -123,6 +123,7 @@ def example(kind: Any) -> Any:
         return kind if None in keys_of(kind).values() else kind(**filled(kind, **_example()))
 
 
+@cache
 def parametric(kind: Any) -> bool:
     """Whether a family has parameters that a network may give."""
     return not needs(kind) & set(ROLES) and (example(kind) is kind or example(kind).start().numel() > 0)
@@ -179,13 +180,16 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
     }
     judged: Any = {"samples": (count, 1000), "class_prior": _names("class_prior", PRIORS, list[float])}
     judged |= {"precision": (Precision, "full")}
+    more_of_svi: Any = {
+        "checkpoint": (pace, "60 s"),
+        "start": (str | None, None),
+        "freeze": (list[str] | str | None, None),
+    }
     tables: dict[str, dict[str, Any]] = {
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
         "model": {"": _table("Model", *coded("model"), latent=(count | None, None), **given)},
-        "svi": {"": _table("Svi", fit, _judge_svi, SVI, checkpoint=(pace, "60 s"))},
-        "evaluation": {
-            "": _table("Evaluation", _nothing, **judged)
-        },
+        "svi": {"": _table("Svi", fit, _judge_svi, SVI, **more_of_svi)},
+        "evaluation": {"": _table("Evaluation", _nothing, **judged)},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}

@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers_to_the_bit(settings, whe
     )
     with pytest.raises(ValueError, match="was interrupted. Go on with: ppl-vae fit"):
         load_run(part)
-    with pytest.raises(ValueError, match="Expected neither --set nor --out"):
+    with pytest.raises(ValueError, match="Expected neither --set, --from nor --out"):
         fit_spec(part, {"svi.epochs": 9})
     resumed = fit_spec(part)
     assert resumed.path == part
