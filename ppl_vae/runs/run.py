@@ -281,7 +281,8 @@ def _write_report(
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
     known = reference if target.structure.whole else None
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
+    how: Any = {"samples": samples, "seed": seed, "precision": spec.evaluation.precision}
+    blocks, evidence = evaluate(target, data, **how, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),

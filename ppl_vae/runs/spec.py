@@ -55,7 +55,7 @@ class Spec:
             your own by `program`, with its keys; None beside a program.
         svi: the keys of `fit`; `checkpoint`; `start`, a run whose weights are taken where they fit; and `freeze`, what
             is not learned: `taken`, or names of tensors or of what they begin with, such as `likelihood`.
-        evaluation: `samples`, the draws per datum.
+        evaluation: `samples`, the draws per datum, and `precision` of their products.
     """
 
     path: Path = field(compare=False)
