@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_vae._seeds import fork_rng
+from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
 from ppl_vae.infer.saved import check_saved
@@ -55,8 +56,8 @@ class History:
 class State:
     """State of a training run: what it learns and counts, the optimiser, the schedule and the history.
 
-    Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
-    keyed by seed and epoch.
+    This is everything needed to resume the run exactly: between epochs, since the order of the data and all draws are
+    keyed by seed and epoch, and within one by its `place`.
 
     Args:
         learned: the tensors that are learned.
@@ -65,6 +66,8 @@ class State:
         history: of the run.
         best: `values()` that were kept, if any.
         module: the program; its buffers, such as the running means of batch normalisation, belong to the state.
+        losses: within an epoch, of its steps so far.
+        place: where to go on within an epoch: the losses of its steps before, and the states of the generators.
     """
 
     learned: list[Tensor]
@@ -73,6 +76,8 @@ class State:
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     module: Any = None
+    losses: list[Tensor] = field(default_factory=list)
+    place: dict[str, Any] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
@@ -82,7 +87,11 @@ class State:
             "schedule": copy.deepcopy(self.scheduler.state_dict()),
             "history": copy.deepcopy(vars(self.history)),
             "best": self.best,
+            "place": self._place() if self.losses else self.place,
         }
+
+    def _place(self) -> dict[str, Any]:
+        return {"losses": torch.stack(self.losses), "generators": random_state(self.losses[0].device)}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go back to a saved state.
@@ -97,7 +106,7 @@ class State:
         known = saved["history"]  # of an older run, whose objective was the ELBO
         older = {"objective": known["elbo"], "validation_objective": known["validation"]}
         vars(self.history).update(copy.deepcopy({**older, **known}))
-        self.best = saved["best"]
+        self.best, self.place, self.losses = saved["best"], saved.get("place"), []
 
     def _tensors(self) -> list[Tensor]:
         return [*self.learned, *(self.module.buffers() if isinstance(self.module, nn.Module) else ())]
@@ -133,6 +142,7 @@ class Trainer:
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
         capture: whether the steps are replayed from a graph where that can be.
+        on_step: called with the state between two steps of an epoch.
     """
 
     program: Any
@@ -144,6 +154,7 @@ class Trainer:
     shuffle: bool = True
     parts: int = 0
     capture: bool = True
+    on_step: Callable[[State], None] | None = None
 
     def __post_init__(self) -> None:
         options: Any = {"whole": self.parts > 0, "capture": self.capture}
@@ -166,11 +177,15 @@ class Trainer:
         """
         good = self.state.save()
         self.gradients.look()
-        losses: list[Tensor] = []
         try:
-            with fork_rng(self.seed, "svi", number, device=data.device):
-                for batch in self._batches(data, number):
-                    with pyro.validation_enabled(check and not losses):
+            with self._drawing(data, number) as losses:
+                first = len(losses)
+                for step, batch in enumerate(self._batches(data, number)):
+                    if step < first:
+                        continue
+                    if step > first and self.on_step is not None:
+                        self.on_step(self.state)
+                    with pyro.validation_enabled(check and step == first):
                         losses.append(self._step(batch) * (1 / self.parts if self.parts else _size(batch)))
         except KeyboardInterrupt:
             self.state.load(good)
@@ -185,6 +200,17 @@ class Trainer:
             f"{number + 1}), at {culprit}. The program keeps the state before that step. Try a lower learning_rate, "
             "clip = 1.0, or data nearer to unit scale."
         )
+
+    @contextmanager
+    def _drawing(self, data: Target, number: int) -> Iterator[list[Tensor]]:
+        """Draw as an epoch does, from its start or from the place of the state, and keep the losses of its steps."""
+        state, place = self.state, self.state.place
+        state.losses, state.place = [] if place is None else [*place["losses"].to(data.device)], None
+        with fork_rng(self.seed, "svi", number, device=data.device):
+            if place is not None:
+                set_random_state(place["generators"], data.device)
+            yield state.losses
+        state.losses = []
 
     @torch.no_grad()
     def bound(self, held_out: Target) -> tuple[float, float]:
@@ -210,8 +236,10 @@ class Trainer:
     def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
         """Replay an epoch from its start up to the step that fails, and name the site at fault."""
         self.state.load(good)
-        with fork_rng(self.seed, "svi", number, device=data.device), pyro.validation_enabled(False):
+        with self._drawing(data, number) as losses, pyro.validation_enabled(False):
             for step, batch in enumerate(self._batches(data, number)):
+                if step < len(losses):
+                    continue
                 if step == until:
                     return _culprit(self.program, batch)
                 if not (bool(self._step(batch)[0].isfinite()) and self.state.is_finite()):

@@ -65,6 +65,7 @@ def fit(
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, "State"], None] | None = None,
+    on_step: Callable[["State"], None] | None = None,
     resume: dict[str, Any] | None = None,
     capture: bool = True,
 ) -> History:
@@ -123,6 +124,7 @@ def fit(
         parameters: the tensors to learn; all of the program's by default.
         progress: whether to show a bar; by default only if standard error is a terminal.
         on_epoch: called after each epoch with its number and the `State`, whose `save()` returns what `resume` takes.
+        on_step: called likewise between two steps of an epoch, with the `State`.
         resume: a saved state to start from; the result is that of a run without interruption.
         capture: whether steps are replayed as the tensor operations of an earlier one, without the Python around
             them, where this gives the same numbers (see `Gradients`); the log says where it does not.
@@ -181,7 +183,7 @@ def fit(
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
-        trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle, parts, capture)
+        trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle, parts, capture, on_step)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress

@@ -319,6 +319,13 @@ def test_patience_and_keep_judge_the_objective_after_the_warm_up():
     assert len(again.elbo) == 7  # a run that stopped stays stopped
 
 
+def within(start, x, options, steps):
+    """Runs that go on from within an epoch."""
+    for state in (steps[0], steps[3], steps[-1]):
+        other = copy.deepcopy(start)
+        yield other, fit(other, x, **options, resume=state)
+
+
 RUNS = [
     {"elbo": "ImportanceWeighted", "particles": 3, "optimizer": "SGD", "momentum": 0.9, "schedule": "cosine-restarts"},
     {"elbo": "Renyi", "alpha": 0.5, "particles": 3, "gradient": "dreg", "optimizer": "Adamax"},
@@ -345,12 +352,21 @@ def test_each_is_captured_and_resumed_to_the_last_bit(options, monkeypatch, capl
     )
     options = {"epochs": 4, "batch_size": 6, "learning_rate": 0.05, "validation": x, **options}
     whole, part = copy.deepcopy(start), copy.deepcopy(start)
-    a = fit(whole, x, **options, on_epoch=lambda epoch, state: saved.append(copy.deepcopy(state.save())))
+    steps = []
+    a = fit(
+        whole,
+        x,
+        **options,
+        on_epoch=lambda epoch, state: saved.append(copy.deepcopy(state.save())),
+        on_step=lambda state: steps.append(copy.deepcopy(state.save())),
+    )
+    assert [len(one["place"]["losses"]) for one in steps] == [1, 2] * 4  # between the three steps of each epoch
     b = fit(part, x, **options, resume=saved[0], capture=False)  # by Pyro, where the other was captured
     assert not caplog.records  # which would say why there was no graph
-    for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
-        assert getattr(a, key) == getattr(b, key)
-    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), part.parameters(), strict=True))
+    for resumed, c in ((part, b), *within(start, x, options, steps)):
+        for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
+            assert getattr(a, key) == getattr(c, key)
+        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 # What is refused

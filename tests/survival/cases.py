@@ -260,4 +260,8 @@ def hostile_states(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "a schedule of words", changed(schedule={**state["schedule"], "last_epoch": "x"})
     yield "a schedule's method", changed(schedule={**state["schedule"], "step": 1})
     yield "groups without their tensors", changed(optimizer={**state["optimizer"], "param_groups": []})
+    noise = [torch.zeros(3, dtype=torch.uint8)]
+    yield "a place of words", changed(place="here")
+    yield "a place without losses", changed(place={"losses": torch.zeros(3), "generators": noise})
+    yield "generators of another kind", changed(place={"losses": torch.zeros(1, 2), "generators": noise})
     yield "no optimizer", {key: value for key, value in state.items() if key != "optimizer"}
