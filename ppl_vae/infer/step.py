@@ -1,6 +1,5 @@
 """Training steps: their state, one step on the loss, one epoch of steps."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,6 +67,7 @@ class State:
         module: the program; its buffers, such as the running means of batch normalisation, belong to the state.
         losses: within an epoch, of its steps so far.
         place: where to go on within an epoch: the losses of its steps before, and the states of the generators.
+        good: what `save` returned after the last epoch, or at the start.
     """
 
     learned: list[Tensor]
@@ -78,14 +78,15 @@ class State:
     module: Any = None
     losses: list[Tensor] = field(default_factory=list)
     place: dict[str, Any] | None = None
+    good: dict[str, Any] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
         return {
             "learned": self.values(),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "schedule": copy.deepcopy(self.scheduler.state_dict()),
-            "history": copy.deepcopy(vars(self.history)),
+            "optimizer": _copied(self.optimizer.state_dict()),
+            "schedule": _copied(self.scheduler.state_dict()),
+            "history": _copied(vars(self.history)),
             "best": self.best,
             "place": self._place() if self.losses else self.place,
         }
@@ -101,11 +102,11 @@ class State:
         """
         check_saved(saved, self.save(), self.learned, self.optimizer)
         self.set_values(saved["learned"])
-        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self.optimizer.load_state_dict(_copied(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])
         known = saved["history"]  # of an older run, whose objective was the ELBO
         older = {"objective": known["elbo"], "validation_objective": known["validation"]}
-        vars(self.history).update(copy.deepcopy({**older, **known}))
+        vars(self.history).update(_copied({**older, **known}))
         self.best, self.place, self.losses = saved["best"], saved.get("place"), []
 
     def _tensors(self) -> list[Tensor]:
@@ -175,7 +176,7 @@ class Trainer:
         Raises:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
         """
-        good = self.state.save()
+        good = self.state.good = self.state.good or self.state.save()
         self.gradients.look()
         try:
             with self._drawing(data, number) as losses:
@@ -264,6 +265,15 @@ class Trainer:
         state.scheduler.step()
         state.history.steps += 1
         return losses
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested containers of tensors and plain values."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 def _size(batch: Batch) -> int:

@@ -202,6 +202,7 @@ def fit(
                 history.validation.append(bound)
                 if keep == "best" and history.best(warm_up) == epoch:
                     history.best_epoch, state.best = epoch, state.values()
+            state.good = state.save()
             if on_epoch is not None:
                 on_epoch(epoch, state)
         if state.best is not None:
