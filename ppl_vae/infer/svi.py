@@ -67,6 +67,7 @@ def fit(
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, "State"], None] | None = None,
+    on_step: Callable[["State"], None] | None = None,
     resume: dict[str, Any] | None = None,
 ) -> History:
     r"""Train a program by stochastic variational inference.
@@ -128,6 +129,7 @@ def fit(
         parameters: the tensors to learn; all of the program's by default.
         progress: whether to show a bar; by default only if standard error is a terminal.
         on_epoch: called after each epoch with its number and the `State`, whose `save()` returns what `resume` takes.
+        on_step: called likewise between two steps of an epoch, with the `State`.
         resume: a saved state to start from; the result is that of a run without interruption.
 
     Returns:
@@ -186,7 +188,7 @@ def fit(
         shuffle = sites.rows is None and not sites.whole
         how: Any = {"whole": sites.whole, "capture": capture, "steps": epochs * steps, "mode": state.history.capture}
         gradients = Gradients(program, objective, learned, **how)
-        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts)
+        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts, on_step)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
@@ -205,6 +207,7 @@ def fit(
                 history.validation.append(bound)
                 if keep == "best" and history.best(warm_up) == epoch:
                     history.best_epoch, state.best = epoch, state.values()
+            state.good = state.save()
             if on_epoch is not None:
                 on_epoch(epoch, state)
         if state.best is not None:
