@@ -1,9 +1,11 @@
 """Weights: draws from a program's guide in blocks, with their log importance weights."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
+import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -13,7 +15,7 @@ from ppl_vae.programs.enumeration import Weights
 from ppl_vae.programs.target import BLOCK, Target
 
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
-_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
+_WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -35,7 +37,27 @@ class Draws(NamedTuple):
 def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1, first: int = 0) -> Iterator[Iterator[Draws]]:
     """Draws in blocks of data, numbered from `first`, and, within these, of draws."""
     for number, block in enumerate(target.blocks(), first):
-        yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
+        yield map(_numbers, _weigh(block, samples, block_size(target, inner), (seed, number), inner))
+
+
+def _numbers(draws: Draws) -> Draws:
+    """Draws whose weights are all numbers.
+
+    Raises:
+        ValueError: If a weight is not.
+    """
+    if bool(draws.weights.isnan().any()):
+        row = int(draws.weights.isnan().any(0).nonzero()[0])
+        raise ValueError(
+            f"Expected log weights that are numbers; got NaN of datum {row} of a block: for some draw a parameter or a "
+            "log density is not a number. Look at the model's outputs far from the data, or train at a lower rate."
+        )
+    return draws
+
+
+def _checked(number: int) -> AbstractContextManager[None]:
+    """Pyro's validation as it is set for the first draws, without it for further ones, which makes them faster."""
+    return pyro.validation_enabled(False) if number else nullcontext()
 
 
 def block_size(target: Target, inner: int = 1) -> int:
@@ -43,13 +65,15 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
+    most, entries = _WHOLE if whole else (BLOCK, _ENTRIES)
+    return max(1, min(most, entries // numbers))
 
 
 def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
     if inner > 1:
         for number, start in enumerate(range(0, samples, size)):
-            nested = Nested(target, min(size, samples - start), inner, *key, number)
+            with _checked(number):
+                nested = Nested(target, min(size, samples - start), inner, *key, number)
             yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
     if target.structure.enumerated and not target.structure.sequential:
@@ -68,7 +92,8 @@ def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
         own = k if structure.latents else 1
-        weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
+        with _checked(number):
+            weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
         moments = partial(_summed_moments, target, weights, k)
         log_weights, likelihood, bounds = (
             each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
@@ -97,4 +122,6 @@ def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> It
     """Traces of model and guide with at most `size` particles each, and how many they have."""
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
+        with _checked(number):
+            traces = target.traces(k, *key, number)
+        yield k, *traces
