@@ -445,7 +445,7 @@ def test_shares_with_enumerated_sites_beside_them() -> None:
         counts = alpha + np.bincount(parts, minlength=3)
         dirichlet = gammaln(counts).sum() - gammaln(alpha).sum() + gammaln(alpha.sum()) - gammaln(counts.sum())
         terms.append(dirichlet + seen[range(5), list(parts)].sum())
-    gap = inference_gap(program, batch, draws=1000)
+    gap = inference_gap(program, batch, draws=1000, steps=50)
     assert gap.family == "Normal"
     assert abs(float(gap.total + gap.elbo) - logsumexp(terms)) < 5 * float(gap.error)
     assert 0 < float(gap.approximation) < float(gap.total) + 5 * float(gap.amortization_error)
