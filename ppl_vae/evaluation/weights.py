@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -22,7 +23,7 @@ Precision = Literal["full", "bfloat16"]
 _LOG = logging.getLogger(__name__)
 _MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
-_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
+_WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -56,7 +57,27 @@ def weight_blocks(
     suits = plain and target.device.type == "cpu" and (count >= _MANY or precision != "full")
     weigh = _Weigher(target, min(size, samples), precision if suits else None)
     for number, block in enumerate(target.blocks(), first):
-        yield _weigh(block, samples, size, (seed, number), inner, weigh)
+        yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh))
+
+
+def _numbers(draws: Draws) -> Draws:
+    """Draws whose weights are all numbers.
+
+    Raises:
+        ValueError: If a weight is not.
+    """
+    if bool(draws.weights.isnan().any()):
+        row = int(draws.weights.isnan().any(0).nonzero()[0])
+        raise ValueError(
+            f"Expected log weights that are numbers; got NaN of datum {row} of a block: for some draw a parameter or a "
+            "log density is not a number. Look at the model's outputs far from the data, or train at a lower rate."
+        )
+    return draws
+
+
+def _checked(number: int) -> AbstractContextManager[None]:
+    """Pyro's validation as it is set for the first draws, without it for further ones, which makes them faster."""
+    return pyro.validation_enabled(False) if number else nullcontext()
 
 
 def block_size(target: Target, inner: int = 1) -> int:
@@ -64,7 +85,8 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
+    most, entries = _WHOLE if whole else (BLOCK, _ENTRIES)
+    return max(1, min(most, entries // numbers))
 
 
 class _Weigher:
@@ -86,7 +108,8 @@ class _Weigher:
         shapes = [value.shape for value in block.batch.values()]
         if self.graph is not None and (k, shapes) == (self.size, self.shapes):
             return self._replayed(self.graph, block, key)
-        model, guide = block.traces(k, *key)
+        with _checked(int(key[-1])):
+            model, guide = block.traces(k, *key)
         draws = self._of(block, k, model, guide)
         if self.precision is not None and k == self.size and (self.precision != "full" or key[1:] != (0, 0)):
             return self._captured(block, key, shapes, draws)
@@ -139,7 +162,8 @@ def _weigh(
 ) -> Iterator[Draws]:
     if inner > 1:
         for number, start in enumerate(range(0, samples, size)):
-            nested = Nested(target, min(size, samples - start), inner, *key, number)
+            with _checked(number):
+                nested = Nested(target, min(size, samples - start), inner, *key, number)
             yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
         return
     if target.structure.enumerated and not target.structure.sequential:
@@ -155,7 +179,8 @@ def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
         own = k if structure.latents else 1
-        weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
+        with _checked(number):
+            weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
         moments = partial(_summed_moments, target, weights, k)
         log_weights, likelihood, bounds = (
             each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
@@ -183,4 +208,6 @@ def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> It
     """Traces of model and guide with at most `size` particles each, and how many they have."""
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
+        with _checked(number):
+            traces = target.traces(k, *key, number)
+        yield k, *traces
