@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
@@ -192,7 +193,9 @@ def fit(
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
-        for epoch in tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False):
+        bar = tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False)
+        reached = lambda: f", bound {history.elbo[-1]:.3f} nats per datum"  # noqa: E731
+        for epoch in track(bar, "training: epoch {}", epochs, done=done, note=reached) if bar.disable else bar:
             if patience and epoch - 1 - history.best(warm_up, epoch) >= patience:
                 break
             data = other(x.epoch(epoch), check=False) if isinstance(x, Data) else target

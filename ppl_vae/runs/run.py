@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_int
+from ppl_vae._progress import reporting
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -43,6 +44,8 @@ from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
+OnEpoch = Callable[[int, State], None]
+
 
 def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
     """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
@@ -71,8 +74,11 @@ def fit_spec(
     force: bool = False,
     trust_code: bool = False,
     say: Say = quiet,
+    on_epoch: OnEpoch | None = None,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
+
+    Its `metrics.jsonl` grows by a line an epoch meanwhile.
 
     Args:
         source: a spec or its path, a program `file.py[:Class]`, or the directory of an interrupted run to go on with.
@@ -81,19 +87,20 @@ def fit_spec(
         device: `auto`, `cpu` or `cuda`.
         force: whether to replace a finished run at `out`.
         trust_code: whether a program file that a run brings may run. One that your own spec names always may.
-        say: takes messages for the user.
+        say: takes messages for the user, among them how far training and evaluation are, every ten seconds.
+        on_epoch: called after each epoch with its number and the `State`, such as `trackers.tensorboard(...)`.
 
     Raises:
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    with stops.listening(), contextlib.ExitStack() as stack:
+    with stops.listening(), reporting(say), contextlib.ExitStack() as stack:
         if isinstance(source, Spec) or not Path(source).is_dir():
             if not isinstance(source, Spec):
                 trusted = trust_code or not storage.is_run(Path(source).parent)
                 source = load_spec(source, overrides, trust_code=trusted, say=say)
             place = stack.enter_context(pick_place(source, out, force=force, say=say))
-            return _train(source, place, pick_device(device), False, say)
+            return _train(source, place, pick_device(device), False, say, on_epoch)
         if overrides or out is not None:
             raise ValueError(
                 "Expected neither --set, --from nor --out with an interrupted run, which goes on as it began."
@@ -101,10 +108,12 @@ def fit_spec(
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
-        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
+        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say, on_epoch)
 
 
-def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say) -> Run:
+def _train(
+    spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say, on_epoch: OnEpoch | None
+) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
     for text in (spec.to_toml(), str(place.folder)):
         if (plain := text.encode(errors="replace").decode()) != text:
@@ -133,13 +142,18 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
+    live = resumed or not storage.is_run(place.folder)  # another run that is to be replaced stays as it is till then
+    if live:
+        storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
     def keep(latest: tuple[dict[str, Any], Any]) -> str:
         """Write the latest state, and say where it is and how to go on."""
+        nonlocal live
         state, learned = latest
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
+        live = True
         return go_on
 
     def look(state: State, is_due: Callable[[], bool]) -> None:
@@ -157,6 +171,14 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
                 if pace.kept == 1:
                     say(f"after {where} and every {spec.svi.checkpoint} {how}")
 
+    def note(epoch: int, state: State) -> None:
+        if live:
+            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
+                storage.append_metrics(vars(state.history), place.folder)
+        if on_epoch is not None:
+            on_epoch(epoch, state)
+        look(state, pace.is_due)
+
     def last() -> tuple[dict[str, Any], Any] | None:
         """The state of the last epoch, or of a checkpoint after that, and what was learned by then."""
         if now is None or now.good is None or not now.good["history"]["elbo"]:
@@ -170,9 +192,8 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     history = None
     try:
         settings = {**spec.training, "device": str(device)}
-        settings |= {"validation": data.validation, "resume": start}
+        settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
         settings["on_step"] = lambda state: look(state, pace.is_due_within)
-        settings["on_epoch"] = lambda epoch, state: look(state, pace.is_due)
         if spec.svi.freeze is not None:
             settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
@@ -265,7 +286,7 @@ def evaluate_run(
         check_int("samples", samples)
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
-    with stops.listening(), places.claimed(Path(path), say=say) as place:
+    with stops.listening(), reporting(say), places.claimed(Path(path), say=say) as place:
         run = read_run(place.path, trust_code, say)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
