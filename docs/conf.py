@@ -49,8 +49,8 @@ def mathml(block):
     """A visitor that writes formulas as MathML, which needs no script from elsewhere."""
 
     def visit(self, node):
-        display = "block" if block else "inline"
-        self.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+        code = latex2mathml.converter.convert(node.astext(), display="block" if block else "inline")
+        self.body.append(re.sub(r"(<mi>(?:log|ln|det)</mi>)", r'\1<mspace width="0.17em"/>', code))
         raise nodes.SkipNode
 
     return visit, None
