@@ -48,6 +48,7 @@ def fit(
     spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or an interrupted run.")],
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default a new one under runs/.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="A run whose weights it begins with.")] = None,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
     trust_code: Trust = False,
@@ -56,13 +57,14 @@ def fit(
     """Train what a spec says, evaluate it, and leave a run directory with a report."""
     with plainly() as screen:
         overrides = dict(map(parse_override, set_ or []))
+        overrides |= {} if start is None else {"svi.start": str(start.absolute())}
         if not any((spec / name).exists() for name in ("spec.toml", "model.safetensors")):
             read(spec)
         from ppl_vae.runs.console import headline
         from ppl_vae.runs.run import fit_spec
 
         run = fit_spec(spec, overrides, out=out, device=device, force=force, trust_code=trust_code, say=say)
-        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
+        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
 
 
 @app.command()
@@ -90,7 +92,7 @@ def evaluate(
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
-        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.md'}")
+        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
             raise typer.Exit(1)
@@ -137,13 +139,21 @@ def explore(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")], as_json: Json = False) -> None:
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")],
+    html: Annotated[Path | None, typer.Option(help="A page to write, such as compare.html.")] = None,
+    as_json: Json = False,
+) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
     with plainly() as screen:
         from ppl_vae.runs.compare import compare_runs
         from ppl_vae.runs.console import comparison
 
         compared = compare_runs(runs)
+        if html is not None:
+            from ppl_vae.reports.more_pages import comparison_page
+
+            html.write_text(comparison_page(compared), encoding="utf-8")
         show(screen, compared, as_json, lambda: comparison(compared))
 
 

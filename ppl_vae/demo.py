@@ -15,7 +15,8 @@ from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.posterior_plots import ellipses
 from ppl_vae.runs.console import table
-from ppl_vae.runs.run import Run, fit_spec
+from ppl_vae.runs.loaded import Run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec
 
 DIGITS = {"data": {"name": "digits"}, "prior": {"family": "StandardNormal"}}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["real", "positive", "unit", "count", "binary", "category", "ordered"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_BY_NAME = {"categories", "given", "covariates"}
 _LABELS = frozenset(
     ("class", "classes", "label", "labels", "target", "species", "y", "category", "diagnosis", "outcome", "group")
 )
@@ -32,6 +33,7 @@ class Columns:
         missing: The share of each column that is missing in the training part; None if no entry of the data is.
         given: How many values each column of the batch's other entries can take, 0 for numbers: of the label `y` the
             number of its classes, of `covariates` one for each column.
+        covariates: The words of each column of `covariates`, by name; none for one of numbers.
     """
 
     count: int
@@ -42,6 +44,7 @@ class Columns:
     categories: dict[str, tuple[str, ...]] | None = None
     missing: tuple[float, ...] | None = None
     given: dict[str, tuple[int, ...]] | None = None
+    covariates: dict[str, tuple[str, ...]] | None = None
 
     def only(self, kept: list[int]) -> "Columns":
         """Some of the columns, which are no picture."""
@@ -56,7 +59,7 @@ class Columns:
         """Plain values, ready for JSON."""
         known = {key: value for key, value in asdict(self).items() if value is not None}
         known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
-        for key in known.keys() & {"categories", "given"}:
+        for key in known.keys() & _BY_NAME:
             known[key] = {name: list(each) for name, each in known[key].items()}
         return known
 
@@ -74,7 +77,7 @@ class Columns:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Columns from what `to_dict` returned, lists in place of tuples."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        for key in known.keys() & {"categories", "given"}:
+        for key in known.keys() & _BY_NAME:
             known[key] = {name: tuple(each) for name, each in known[key].items()}
         return cls(**known)
 

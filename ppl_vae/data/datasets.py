@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from ppl_vae.data import images, tables
-from ppl_vae.data.files import RawData, flatten, read_array
+from ppl_vae.data import annotated, images, tables
+from ppl_vae.data.files import RawData, flatten, read_array, read_cells
 from ppl_vae.data.tables import Roles, Table
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes")
@@ -33,7 +33,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 EMBEDDED = (*BUNDLED, "keywords")
 NAMES = ("digits", *EMBEDDED, *TORCHVISION)
-SUFFIXES = (".npy", ".npz", *tables.TEXT, *tables.BINARY)
+SUFFIXES = (".npy", ".npz", annotated.SUFFIX, *tables.TEXT, *tables.BINARY)
 _ROLES = ("label", "id", "columns", "leave_out", "categories", "size_factor", "separator", "missing", "covariates")
 _LIBRARIES: list[Any] = []  # torch forgets the operators of a library that is not referenced
 
@@ -71,13 +71,16 @@ def unused_keys(name: str) -> dict[str, str]:
         return dict.fromkeys(("array", "test_fraction", *_ROLES), f"{name}, which has a split of its own")
     suffix = Path(name).suffix.lower()
     unused = dict.fromkeys(("root", "download"), "the path of a file; `name` says where it lies")
-    unused |= {"array": "a file that is no .npz", "separator": "data that are no text"}
-    unused.pop("array" if suffix == ".npz" else "separator" if suffix in tables.TEXT else "", None)
+    unused |= {"array": "a file that is neither .npz nor .h5ad", "separator": "data that are no text"}
+    several = suffix in (".npz", annotated.SUFFIX)
+    unused.pop("array" if several else "separator" if suffix in tables.TEXT else "", None)
+    if suffix == annotated.SUFFIX:
+        unused["categories"] = "an AnnData file, whose matrix holds numbers"
     if suffix in (".npy", ".npz"):
-        named = ("id", "columns", "leave_out", "categories", "covariates")
+        named = ("id", "columns", "leave_out", "categories")
         unused |= dict.fromkeys(named, "an array, whose columns have no names")
     if suffix == ".npy":
-        unused["label"] = "an array alone"
+        unused |= dict.fromkeys(("label", "covariates"), "an array alone")
     if suffix not in SUFFIXES:
         unused |= dict.fromkeys(_ROLES, "a folder of pictures, whose subfolders are the labels")
     return unused
@@ -113,10 +116,17 @@ def read_dataset(
     if path.is_dir():
         return images.read_folder(path)
     if path.suffix.lower() in (".npy", ".npz"):
-        return read_array(path, array, roles.label)
+        raw = read_array(path, array, roles.label, roles.covariates or ())
+        if not roles.covariates:
+            return raw
+        table = Table(str(path), read_cells(path, roles.covariates))
+        return tables.with_covariates(raw, table, table.cells)
+    if path.suffix.lower() == annotated.SUFFIX:
+        return annotated.read_annotated(path, array, roles)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
-    return tables.choose(tables.read_table(path, roles.separator), roles)
+    text = [name for name in (roles.id, roles.label, *(roles.categories or ())) if name]
+    return tables.choose(tables.read_table(path, roles.separator, text), roles)
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:

@@ -143,10 +143,11 @@ def encode(values: npt.NDArray[Any], where: str) -> tuple[npt.NDArray[np.int64],
     return codes.astype(np.int64), tuple(map(str, words))
 
 
-def read_array(path: Path, array: str | None, label: str | None) -> RawData:
+def read_array(path: Path, array: str | None, label: str | None, others: Sequence[str] = ()) -> RawData:
     """Read a `.npy` or `.npz` file.
 
-    The latter may hold labels under the key `label`, by default under `y` if that holds whole numbers or words.
+    The latter may hold labels under the key `label`, by default under `y` if that holds whole numbers or words, and
+    what is no data under `others`.
 
     Raises:
         ValueError: If it does not hold numbers, finite or NaN where missing, one row per datum.
@@ -154,8 +155,8 @@ def read_array(path: Path, array: str | None, label: str | None) -> RawData:
     y, classes, loaded, where = None, None, _load(path), f"{path}"
     if isinstance(loaded, list):
         keys, labelled = loaded, label or "y"
-        others = [key for key in keys if key != labelled] or keys
-        array = others[0] if array is None and len(others) == 1 else array
+        left = [key for key in keys if key != labelled and key not in others] or keys
+        array = left[0] if array is None and len(left) == 1 else array
         for key, value in {"array": array, "label": label or array}.items():
             if value not in keys:
                 known = ", ".join(map(repr, keys)) or "it is empty"
@@ -175,12 +176,39 @@ def read_array(path: Path, array: str | None, label: str | None) -> RawData:
             f"got {loaded.shape}."
         )
     values = np.ascontiguousarray(loaded, np.uint8 if loaded.dtype == np.uint8 else np.float64)
+    check_numbers(values, where)
+    rows, shape = flatten(values)
+    return RawData(rows, y, shape, array=array, maximum=intensity(values), classes=classes)
+
+
+def read_cells(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Arrays under some keys of an `.npz` file as columns by name: of numbers, or lists of words.
+
+    Raises:
+        ValueError: If there is no such key, or it holds neither (n,) nor (n, c) numbers or words.
+    """
+    known, cells = _load(path), dict[str, Any]()
+    for key in keys:
+        if not isinstance(known, list) or key not in known:
+            listed = ", ".join(map(repr, known if isinstance(known, list) else [])) or "there is none"
+            raise ValueError(f"Expected a key of {path} ({listed}); got {key!r}.")
+        values = _load(path, key)
+        if values.ndim not in (1, 2) or values.dtype.kind not in "biufU":
+            raise ValueError(
+                f"Expected numbers or words of shape (n,) or (n, c) in {path}:{key}; got {values.dtype} of shape "
+                f"{values.shape}."
+            )
+        columns = {key: values} if values.ndim == 1 else {f"{key}{j}": one for j, one in enumerate(values.T, 1)}
+        cells |= {name: one.tolist() if one.dtype.kind == "U" else one for name, one in columns.items()}
+    return cells
+
+
+def check_numbers(values: npt.NDArray[Any], where: str) -> None:
+    """Refuse infinities, with the place of the first."""
     try:
         check_finite({"x": torch.from_numpy(values), "mask": torch.from_numpy(~np.isnan(values))})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    rows, shape = flatten(values)
-    return RawData(rows, y, shape, array=array, maximum=intensity(values), classes=classes)
 
 
 def _load(path: Path, key: str | None = None) -> Any:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ppl_vae._seeds import fold_in
+from ppl_vae.data import annotated
 from ppl_vae.data.batches import as_batch
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.files import flatten, read_array, rows_text
+from ppl_vae.data.files import flatten, read_array, read_cells, rows_text
 from ppl_vae.data.loading import Data
 from ppl_vae.data.tables import BINARY, TEXT, Table, frame_table, stream_text
 from ppl_vae.data.transforms import Transform
@@ -56,6 +57,7 @@ class Reader:
         seed: of the noise, where the data are binarised or dequantised.
         missing: whether missing cells become a `mask`; else they are refused.
         classes: the words of the label, where the model is given it.
+        covariates: columns of a table, or keys of an `.npz` file, that the model is given.
     """
 
     columns: Columns
@@ -69,6 +71,7 @@ class Reader:
     seed: int = 0
     missing: bool = False
     classes: tuple[str, ...] | None = None
+    covariates: tuple[str, ...] = ()
 
     def pieces(self, source: Any, size: int = PIECE, *, label: bool = True) -> Iterator[Piece]:
         """Read a source, at most `size` rows at a time.
@@ -95,8 +98,8 @@ class Reader:
             return
         start = 0
         tables = self._tables(source, size)
-        for part in self._arrays(source, size) if tables is None else tables:
-            piece = self._matched(part, start, label) if isinstance(part, Table) else self._array(part, start)
+        for part in self._arrays(source, size, label) if tables is None else tables:
+            piece = self._matched(part, start, label) if isinstance(part, Table) else self._array(*part, start)
             start += len(piece.index)
             yield piece
         if not start:
@@ -124,12 +127,17 @@ class Reader:
         if not path.is_file():
             raise ValueError(f"Expected the path of a table or an array; there is no file {path}.")
         ending = path.suffix.lower()
+        if ending == annotated.SUFFIX:
+            return annotated.stream_annotated(path, self.array, size)
         if ending in TEXT:
-            return stream_text(path, self.separator, size)
+            words = [name for name in (self.id, annotated.NAMES, self.label) if name]
+            words += [*(self.columns.categories or {}), *(self.columns.covariates or {})]
+            return stream_text(path, self.separator, size, words)
         return _stream_binary(path, size) if ending in BINARY else None
 
-    def _arrays(self, source: Any, size: int) -> Iterator[npt.NDArray[Any]]:
-        values = source
+    def _arrays(self, source: Any, size: int, label: bool) -> Iterator[tuple[npt.NDArray[Any], Table]]:
+        """Arrays of rows, each with a table of what else is given of them."""
+        values, given = source, Table(f"{source}", {})
         if isinstance(source, str | Path):
             path = Path(source)
             if path.suffix.lower() == ".npy":
@@ -138,24 +146,37 @@ class Reader:
                 except (ValueError, OSError, EOFError) as error:
                     raise ValueError(f"Expected a NumPy file without objects; got {path}: {error}") from error
             elif path.suffix.lower() == ".npz":
-                values = read_array(path, self.array, self.label).x
+                keys = [*self.covariates, *([self.label or "y"] if label and self.classes is not None else [])]
+                values = read_array(path, self.array, self.label, self.covariates).x
+                given = Table(f"{path}", read_cells(path, keys))
             else:
-                known = ", ".join((*TEXT, *BINARY, ".npy", ".npz"))
+                known = ", ".join((*TEXT, *BINARY, ".npy", ".npz", annotated.SUFFIX))
                 raise ValueError(f"Expected a file of type {known}; got {path}.")
         values = values.numpy(force=True) if isinstance(values, Tensor) else np.asanyarray(values)
         if values.dtype.kind not in "biuf" or values.ndim < 2:
             raise ValueError(f"Expected numbers of shape (n, x); got {values.dtype} of shape {values.shape}.")
-        return (values[i : i + size] for i in range(0, len(values), size))
+        for rows in (slice(i, i + size) for i in range(0, len(values), size)):
+            yield values[rows], Table(given.source, {name: cells[rows] for name, cells in given.cells.items()})
 
-    def _array(self, values: npt.NDArray[Any], start: int) -> Piece:
+    def _array(self, values: npt.NDArray[Any], given: Table, start: int) -> Piece:
         rows, _ = flatten(values)
         if rows.shape[1] != self.columns.count:
             raise ValueError(
                 f"Expected rows of {self.columns.count} numbers, as the model was fitted to; got {rows.shape[1]}."
             )
         rows = rows if rows.dtype == np.uint8 else rows.astype(np.float64)
-        index = np.arange(start, start + len(rows))
-        return Piece(self._entries(rows, None, start), index, values=rows.astype(np.float64))
+        index, batch = np.arange(start, start + len(rows)), self._entries(rows, None, start)
+        self._give(batch, given)
+        return Piece(batch, index, values=rows.astype(np.float64))
+
+    def _give(self, batch: dict[str, Tensor], given: Table) -> None:
+        """Put what a model is given into a batch, as far as a table has it: the label and the covariates."""
+        label, words = self.label or "y", self.columns.covariates or {}
+        if self.classes is not None and label in given.cells:
+            batch["y"] = torch.from_numpy(self._column(given, label, self.classes)).long()
+        if self.covariates and words and words.keys() <= given.cells.keys():
+            each = [self._column(given, name, known or None) for name, known in words.items()]
+            batch["covariates"] = torch.from_numpy(np.stack(each, 1)).to(batch["x"].dtype)
 
     def _entries(self, rows: npt.NDArray[Any], lines: Any, start: int) -> dict[str, Tensor]:
         """The batch of rows in the data's own units."""
@@ -184,7 +205,7 @@ class Reader:
         if self.columns.names is None and len(table.cells) != self.columns.count:
             raise ValueError(f"Expected {self.columns.count} columns in {table.source}; got {len(table.cells)}.")
         needed = [*names, *([self.size_factor] if self.size_factor not in (None, "total") else [])]
-        needed += [str(self.label)] if label and self.classes is not None else []
+        needed += [*self.covariates, *([str(self.label)] if label and self.classes is not None else [])]
         if lacking := [name for name in needed if name not in table.cells]:
             close = difflib.get_close_matches(lacking[0], table.cells, 1)
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -197,10 +218,10 @@ class Reader:
         n = len(values)
         if self.size_factor not in (None, "total"):
             batch["size_factor"] = torch.from_numpy(table.column(str(self.size_factor))[0]).to(batch["x"].dtype)
-        if label and self.classes is not None:
-            batch["y"] = torch.from_numpy(self._column(table, str(self.label), self.classes)).long()
-        index = np.arange(start, start + n) if self.id not in table.cells else np.asarray(table.cells[self.id])
-        return Piece(batch, index, np.asarray(table.cells[self.label]) if self.label in table.cells else None, values)
+        self._give(batch, table)
+        named = next((name for name in (self.id, annotated.NAMES) if name in table.cells), None)
+        index = np.arange(start, start + n) if named is None else np.asarray(table.text(named))
+        return Piece(batch, index, np.asarray(table.text(self.label)) if self.label in table.cells else None, values)
 
     def _words(self, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
         return ((name, (self.columns.categories or {}).get(name)) for name in names)

@@ -1,8 +1,7 @@
 """Named data sets and files, as dicts of tensors with leading n, and the protocol that made them."""
 
-import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_choice, check_int
+from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
-from ppl_vae.data.columns import Columns, Kind, infer_kind, suspect
+from ppl_vae.data.checks import check_categories, check_columns, complete_rows, totals
+from ppl_vae.data.columns import Columns, suspect
 from ppl_vae.data.datasets import is_path, read_dataset
-from ppl_vae.data.files import RawData, present
-from ppl_vae.data.tables import LABEL, UNLABELLED, Roles, check_categories, check_columns, complete_rows, totals
+from ppl_vae.data.files import present
+from ppl_vae.data.protocol import describe, digest, infer_kinds, split, summary, withhold
+from ppl_vae.data.tables import Roles
 from ppl_vae.data.transforms import Transform, fit_transform
 
 if TYPE_CHECKING:
@@ -195,10 +196,11 @@ def load(
             tables, in their own units); "keywords" (how often each keyword stands in each module of the Python that
             runs); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
             or "svhn" (torchvision's, values in [0, 1]); the path of a `.npy`, `.npz`, `.csv`, `.tsv`, `.txt`,
-            `.parquet` or `.feather` file, or of a folder of pictures. The first row of text is a header if any of its
-            cells is not a number.
+            `.parquet`, `.feather` or `.h5ad` (AnnData) file, or of a folder of pictures. The first row of text is a
+            header if any of its cells is not a number.
         root: The folder of named sets; by default the variable PPL_VAE_DATA, else the platform's cache folder.
-        array: The key in an `.npz` file; may be left out if there is only one beside the labels.
+        array: The key in an `.npz` file; may be left out if there is only one beside the labels. Or the layer of an
+            `.h5ad` file, in place of X.
         label: The column of a table, or the key in an `.npz` file (by default "y"), that becomes `y`.
         id: The column that tells the rows of a table apart.
         columns: The columns that are features; by default all that have no other role.
@@ -206,7 +208,8 @@ def load(
         categories: Columns to read as words, even if they hold numbers.
         size_factor: By how much a row counts more than the average: a column, or "total", the row's total (of counts)
             over the mean total of the training part.
-        covariates: The columns of a table that become `covariates`: numbers as they are, words as codes.
+        covariates: The columns of a table, or the keys in an `.npz` file, that become `covariates`: numbers as they
+            are, words as codes.
         labelled: How many training data keep their label, as many of each class as there are; the other labels become
             -1, as do missing cells of the label's column, which are refused otherwise. None keeps them all.
         separator: The character between cells of text; by default the one of `,`, tab, `;` and `|` (and, in a `.txt`,
@@ -260,12 +263,12 @@ def load(
     roles = Roles(label, id, columns, leave_out, categories, size_factor, separator, covariates, labelled)
     raw = read_dataset(name, root, array, download, roles)
     raw, kept = complete_rows(raw, Path(name).name, missing)
-    rows = _split(raw, seed, validation_fraction, test_fraction)
+    rows = split(raw, seed, validation_fraction, test_fraction)
     check_columns(raw, rows["train"])
     check_categories(raw, rows["train"])
     if labelled is not None:
-        raw = replace(raw, y=_withhold(raw, rows["train"], labelled, seed))
-    kinds = _infer_kinds(raw, rows["train"])
+        raw = replace(raw, y=withhold(raw, rows["train"], labelled, seed))
+    kinds = infer_kinds(raw, rows["train"])
     transform = fit_transform(raw, rows["train"], kinds, binarization, scaling, dequantization, dtype)
     factors, mean_total = raw.size_factor, None
     if factors is None and size_factor is not None:
@@ -298,8 +301,8 @@ def load(
         "dequantization": dequantization,
         "maximum": raw.maximum,
         "levels": raw.maximum + 1 if raw.maximum is not None and raw.is_whole else None,
-        "loc": _summary(transform.loc),
-        "scale": _summary(transform.scale),
+        "loc": summary(transform.loc),
+        "scale": summary(transform.scale),
         "log_volume": float(np.log(np.broadcast_to(transform.scale, raw.x.shape[1])).sum()),
         "digest": digest(parts["test" if len(rows["test"]) else "train"]),
         "digest_train": digest({**parts["train"], "x": stored["train"]}, parts.get("validation")),
@@ -310,7 +313,7 @@ def load(
         raw.name(j): suspect(raw.name(j), present(raw.x[:, j]), present(raw.x[rows["train"], j]))
         for j in range(len(kinds or ()))
     }
-    described = _describe(raw, kinds, transform)
+    described = describe(raw, kinds, transform)
     if incomplete:
         described = replace(described, missing=tuple(raw.missing[rows["train"]].mean(0).tolist()))
     return Data(
@@ -329,96 +332,3 @@ def load(
         stored={"x": stored["train"]} if transform.redraws else None,
         source=given if dtype == torch.float32 else None,
     )
-
-
-def _split(
-    raw: RawData, seed: int, validation_fraction: float, test_fraction: float
-) -> dict[str, npt.NDArray[np.int64]]:
-    """Rows of each part."""
-
-    def shuffled(rows: npt.NDArray[np.int64], stream: str) -> npt.NDArray[np.int64]:
-        generator = torch.Generator().manual_seed(fold_in(seed, stream))
-        return rows[torch.randperm(len(rows), generator=generator).numpy()]
-
-    n = len(raw.x)
-    n_train = n - round(test_fraction * n) if raw.n_train is None else raw.n_train
-    order = np.arange(n) if raw.in_order else shuffled(np.arange(n), "split")
-    train, test = order[:n_train], order[n_train:]
-    n_validation = round(validation_fraction * n_train)
-    no_test = not len(test) and (test_fraction > 0 or raw.n_train is not None)
-    if no_test or n_validation >= n_train or (validation_fraction > 0 and not n_validation):
-        raise ValueError(
-            f"Expected rows for every part; got {n} rows, which makes {n_train - n_validation} for training, "
-            f"{n_validation} for validation (`validation_fraction` = {validation_fraction}) and {len(test)} "
-            f"for testing (`test_fraction` = {test_fraction}). Give more rows, or change the fractions."
-        )
-    if not n_validation:
-        return {"train": train, "test": test}
-    train = shuffled(train, "split-validation")
-    return {"train": train[n_validation:], "validation": train[:n_validation], "test": test}
-
-
-def _withhold(raw: RawData, train: npt.NDArray[np.int64], labelled: int, seed: int) -> npt.NDArray[np.int64]:
-    """Labels (n,), -1 for the training rows beyond the first ones of each class, in an order by seed."""
-    if raw.y is None:
-        raise ValueError(f"Expected labels, for `labelled`; got data without any. Name their column: {LABEL}.")
-    labelled, y, generator = (
-        check_int("labelled", labelled),
-        raw.y.copy(),
-        torch.Generator().manual_seed(fold_in(seed, "labelled")),
-    )
-    order = train[torch.randperm(len(train), generator=generator).numpy()]
-    order = order[y[order] >= 0]
-    order = order[np.argsort(y[order], kind="stable")]
-    turn = np.concatenate([np.arange(count) for count in np.unique(y[order], return_counts=True)[1]])
-    y[order[np.argsort(turn, kind="stable")[labelled:]]] = UNLABELLED
-    return y
-
-
-def _infer_kinds(raw: RawData, train: npt.NDArray[np.int64]) -> list[Kind] | None:
-    """Kinds of the columns of a table: of numbers by their values, of words by their number and order."""
-    kinds: list[Kind] = []
-    for j in range(raw.x.shape[1] if raw.is_table else 0):
-        name, words = raw.name(j), raw.categories.get(raw.name(j))
-        of_words: Kind = "ordered" if name in raw.ordered else "binary" if words and len(words) == 2 else "category"
-        kinds.append(of_words if words else infer_kind(present(raw.x[:, j]), present(raw.x[train, j])))
-    return kinds or None
-
-
-def _describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> Columns:
-    """Columns of `x`, as the transform leaves them."""
-    n, levels = raw.x.shape[1], None
-    scaled = np.broadcast_to((transform.loc != 0) | (transform.scale != 1) | transform.dequantize, n)
-    if kinds is not None:
-        for j in np.flatnonzero(scaled):
-            kinds[j] = "positive" if kinds[j] == "positive" and not transform.dequantize else "real"
-        kinds = kinds if transform.binarization == "none" else ["binary"] * n
-        sizes = [2 if kind == "binary" else 0 for kind in kinds]
-        levels = tuple(len(raw.categories.get(raw.name(j), ())) or size for j, size in enumerate(sizes))
-    elif transform.binarization != "none":
-        levels = (2,) * n
-    elif raw.maximum is not None and not transform.dequantize and not transform.loc.ndim and raw.is_whole:
-        levels = (raw.maximum + 1,) * n
-    given: Any = {} if raw.y is None else {"y": (len(raw.classes or ()) or int(raw.y.max()) + 1,)}
-    if raw.covariates is not None:
-        given["covariates"] = tuple(map(len, raw.covariate_words.values()))
-    known = None if kinds is None else tuple(kinds)
-    return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, given=given or None)
-
-
-def digest(*parts: Mapping[str, Tensor] | None) -> str:
-    """SHA-256 of keys, shapes, dtypes and bytes."""
-    found = hashlib.sha256()
-    for part in filter(None, parts):
-        for key in sorted(part):
-            value = part[key].cpu().numpy()
-            found.update(f"{key} {value.shape} {value.dtype};".encode())
-            found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()
-
-
-def _summary(values: npt.NDArray[np.float64]) -> float | list[float] | str:
-    """Few numbers as they are, many as their digest."""
-    if values.ndim == 0:
-        return float(values)
-    return values.tolist() if len(values) <= 16 else "sha256:" + hashlib.sha256(values.tobytes()).hexdigest()

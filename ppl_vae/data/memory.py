@@ -7,7 +7,8 @@ import torch
 
 from ppl_vae.data.batches import as_batch
 from ppl_vae.data.columns import Columns
-from ppl_vae.data.loading import Data, digest
+from ppl_vae.data.loading import Data
+from ppl_vae.data.protocol import digest
 from ppl_vae.data.transforms import Transform
 
 

@@ -5,7 +5,6 @@ import difflib
 import importlib
 import io
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -48,7 +47,8 @@ class Table:
 
     Attributes:
         source: Where it stands, for messages.
-        cells: Each column, by its name or its number from 1: a list of text, None where it is missing, or an array.
+        cells: Each column, by its name or its number from 1: a list of text, None where it is missing; a tuple of text
+            as it stands in a file; or an array.
         has_header: Whether the source names the columns.
         lines: Line of each row in a text file.
         levels: Columns that pandas holds as categories, with their words if these have an order.
@@ -68,6 +68,15 @@ class Table:
         """
         cells, words = self.cells[name], self.levels.get(name)
         as_words |= words is not None
+        if isinstance(cells, tuple):
+            try:
+                plain = None if as_words else np.fromiter(map(float, cells), np.float64, len(cells))
+            except ValueError:
+                plain = None
+            if plain is not None:
+                self._check_numbers(name, plain, cells)
+                return plain, ()
+            cells = self.text(name)
         if isinstance(cells, np.ndarray):
             if cells.dtype.kind not in "biuf":
                 raise ValueError(
@@ -93,7 +102,16 @@ class Table:
         codes: dict[Any, float] = {None: math.nan} | {word: float(code) for code, word in enumerate(words)}
         return np.array([codes[cell] for cell in cells]), tuple(words)
 
+    def text(self, name: str) -> Any:
+        """Cells of a column: text without the space around it and None where missing, or an array."""
+        cells = self.cells[name]
+        if not isinstance(cells, tuple):
+            return cells
+        return [None if cell.lower() in _MISSING else cell for cell in map(str.strip, cells)]
+
     def _check_numbers(self, name: str, numbers: Any, cells: Any) -> None:
+        if isinstance(numbers, np.ndarray) and not np.isinf(numbers).any():
+            return
         i = next((i for i, number in enumerate(numbers) if number is None or math.isinf(number)), None)
         if i is not None:
             column = repr(name) if self.has_header else name.removeprefix("column ")
@@ -104,18 +122,18 @@ class Table:
             )
 
 
-def read_table(path: Path, separator: str | None) -> Table:
-    """Read a table from text, a parquet or a feather file.
+def read_table(path: Path, separator: str | None, text: Iterable[str] = ()) -> Table:
+    """Read a table from text, a parquet or a feather file; the columns named in `text` as they stand there.
 
     Raises:
         ValueError: If it cannot be read, or has no rows.
     """
     if path.suffix.lower() in BINARY:
         return _read_pandas(path)
-    return next(stream_text(path, separator, None))
+    return next(stream_text(path, separator, None, text))
 
 
-def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator[Table]:
+def stream_text(path: Path, separator: str | None, size: int | None, text: Iterable[str] = ()) -> Iterator[Table]:
     """Read a table from text, at most `size` rows at a time.
 
     Raises:
@@ -124,30 +142,49 @@ def stream_text(path: Path, separator: str | None, size: int | None) -> Iterator
     if separator is not None and len(separator) != 1:
         raise ValueError(f'Expected `separator` to be one character, such as ";"; got {separator!r}.')
     usual = {".tsv": "\t,;|", ".txt": ",\t;| "}.get(path.suffix.lower(), ",\t;|")
-    with reading(path, "separated text in UTF-8"):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            beginning = "".join(itertools.islice(file, 200))
-            file.seek(0)
-            reader = _reader(file, separator or _find_separator(beginning, usual))
-            rows: Iterator[Any] = ((reader.line_num, [cell.strip() for cell in row]) for row in reader if row)
-            first = next(rows, None)
-            header = first[1] if first and None in map(_number, first[1]) else None
-            if first and not header:
-                rows = itertools.chain([first], rows)
-            piece = list(itertools.islice(rows, size))
-            if not first or not piece:
-                raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
-            while piece:
-                yield _text_table(path, header, len(first[1]), piece)
-                piece = list(itertools.islice(rows, size))
+    with reading(path, "separated text in UTF-8"), path.open(newline="", encoding="utf-8-sig") as file:
+        beginning = "".join(itertools.islice(file, 200))
+        file.seek(0)
+        mark = separator or _find_separator(beginning, usual)
+        reader = _reader(file, mark)
+        first = [cell.strip() for cell in next(filter(None, reader), [])]
+        header = first if None in map(_number, first) else None
+        done = reader.line_num if header else 0  # lines that were read
+        file.seek(0)
+        lines, empty = itertools.islice(file, done, None), True
+        piece = [*itertools.islice(lines, size)]
+        while piece and (numbers := _read_numbers(piece, mark, len(first))) is not None:
+            cells: list[Any] = [*numbers.T]
+            for j in [j for j, name in enumerate(header or ()) if name in text]:
+                cells[j] = tuple(line.rstrip("\r\n").split(mark)[j] for line in piece)
+            named = _named(header or [""] * len(first), cells, path)
+            yield Table(str(path), named, header is not None, np.arange(done + 1, done + len(piece) + 1))
+            done, piece, empty = done + len(piece), [*itertools.islice(lines, size)], False
+        reader = _reader(itertools.chain(piece, lines), mark)
+        rows = ((done + reader.line_num, row) for row in reader if row)
+        while read := [*itertools.islice(rows, size)]:
+            yield _text_table(path, header, len(first), read)
+            empty = False
+        if empty:
+            raise ValueError(f"Expected rows of numbers in {path}; got {'only a header' if header else 'none'}.")
+
+
+def _read_numbers(lines: list[str], separator: str, width: int) -> npt.NDArray[np.float64] | None:
+    """Rows of numbers alone, without quotes, gaps or empty lines; None for others."""
+    if separator == " " or not lines[0].strip():
+        return None
+    try:
+        numbers = np.loadtxt(lines, np.float64, comments=None, delimiter=separator, ndmin=2)
+    except ValueError:
+        return None
+    return numbers if numbers.shape == (len(lines), width) else None
 
 
 def _text_table(path: Path, header: list[str] | None, width: int, rows: list[tuple[int, list[str]]]) -> Table:
     for line, row in rows:
         if len(row) != width:
             raise ValueError(f"Expected {width} cells in {path}, line {line}, as in its first row; got {len(row)}.")
-    columns = zip(*(row for _, row in rows), strict=True)
-    cells = [[None if cell.lower() in _MISSING else cell for cell in column] for column in columns]
+    cells = [*zip(*(row for _, row in rows), strict=True)]
     named = _named(header or [""] * width, cells, path)
     return Table(str(path), named, header is not None, np.array([line for line, _ in rows]))
 
@@ -217,10 +254,7 @@ def choose(table: Table, roles: Roles) -> RawData:
     ):
         for name in filter(None, names):
             if name not in table.cells:
-                close = difflib.get_close_matches(name, table.cells, 1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                some = ", ".join(map(repr, list(table.cells)[:20])) + ", ..." * (len(table.cells) > 20)
-                raise ValueError(f"Expected `{key}` to name a column of {table.source} ({some}); got {name!r}.{hint}")
+                raise ValueError(unknown_name(key, name, list(table.cells), f"column of {table.source}"))
             if role and taken.setdefault(name, role) != role:
                 raise ValueError(
                     f"Expected one role for column {name!r} of {table.source}; got {taken[name]} and {role}."
@@ -251,112 +285,34 @@ def choose(table: Table, roles: Roles) -> RawData:
         y[known], classes = (values[known], words) if words else encode(values[known], where)
         raw = replace(raw, y=y, classes=classes)
     if roles.id:
-        raw = replace(raw, ids=np.asarray(table.cells[roles.id]))
+        raw = replace(raw, ids=np.asarray(table.text(roles.id)))
     if size:
         values, words = _complete(table, size, "size factor")
         if words or not (values > 0).all():
             raise ValueError(f"Expected numbers above 0 as size factors in column {size!r} of {table.source}.")
         raw = replace(raw, size_factor=values)
-    if roles.covariates:
-        read = {name: _complete(table, name, "covariate") for name in roles.covariates}
-        words_of = {name: words for name, (_, words) in read.items()}
-        raw = replace(raw, covariates=np.stack([each for each, _ in read.values()], 1), covariate_words=words_of)
-    return raw
+    return with_covariates(raw, table, roles.covariates) if roles.covariates else raw
 
 
-def complete_rows(raw: RawData, file: str, missing: str) -> tuple[RawData, npt.NDArray[np.int64]]:
-    """Refuse missing cells, drop the rows that have some, or leave them to the model.
-
-    Returns:
-        The data of the rows that stay, and the numbers of these rows.
-
-    Raises:
-        ValueError: With the columns and rows that have missing cells, if they are to be refused; or if all rows have.
-    """
-    gone = raw.missing.any(1)
-    kept = np.flatnonzero(~gone)
-    if missing == "model" or not gone.any():
-        return raw, np.arange(len(raw.x))
-    if missing == "refuse" or not len(kept):
-        each = raw.missing.sum(0)
-        counts = {raw.name(int(j)): int(each[j]) for j in np.flatnonzero(each)}
-        listed = ", ".join(f"{name!r} ({count})" for name, count in list(counts.items())[:20])
-        listed += ", ..." * (len(counts) > 20)
-        remedies = ['model them (missing = "model")']
-        remedies += ['drop these rows (missing = "drop rows")'] if len(kept) else []
-        remedies += [f"leave the columns out (leave_out = {json.dumps(list(counts))})"] if raw.is_table else []
+def with_covariates(raw: RawData, table: Table, names: Iterable[str]) -> RawData:
+    """Add columns of a table, which has a row for each datum, as covariates."""
+    read = {name: _complete(table, name, "covariate") for name in names}
+    if wrong := [name for name, (values, _) in read.items() if len(values) != len(raw.x)]:
         raise ValueError(
-            f"Expected no missing cells in {file}; got some in {listed}: {rows_text(raw.lines, np.flatnonzero(gone))}. "
-            f"To go on, {', or '.join(remedies)}."
+            f"Expected a covariate for each of the {len(raw.x)} data of {table.source}; got {len(read[wrong[0]][0])} "
+            f"in {wrong[0]!r}."
         )
-    keys = ("x", "y", "ids", "size_factor", "covariates", "lines")
-    rows: dict[str, Any] = {key: getattr(raw, key) for key in keys}
-    rows = {key: value if value is None else value[kept] for key, value in rows.items()}
-    return replace(raw, **rows), kept
+    words_of = {name: words for name, (_, words) in read.items()}
+    return replace(raw, covariates=np.stack([each for each, _ in read.values()], 1), covariate_words=words_of)
 
 
-def check_columns(raw: RawData, train: npt.NDArray[np.int64]) -> None:
-    """Refuse columns that are missing throughout the training part.
-
-    Raises:
-        ValueError: With their names.
-    """
-    empty = [raw.name(int(j)) for j in np.flatnonzero(raw.missing[train].all(0))]
-    if empty:
-        shown = ", ".join(map(repr, empty[:8])) + ", ..." * (len(empty) > 8)
-        remedy = f"Leave them out (leave_out = {json.dumps(empty)})" if raw.is_table else "Leave them out"
-        raise ValueError(
-            f"Expected each column to be observed somewhere in the training part; got columns that are missing "
-            f"throughout: {shown}. {remedy}."
-        )
-
-
-def check_categories(raw: RawData, train: npt.NDArray[np.int64]) -> None:
-    """Refuse words that the training part lacks.
-
-    Raises:
-        ValueError: With the words, their column and rows.
-    """
-    columns = [(name, words, raw.x[:, (raw.names or ()).index(name)]) for name, words in raw.categories.items()]
-    if raw.covariates is not None:
-        pairs = zip(raw.covariate_words.items(), raw.covariates.T, strict=True)
-        columns += [(name, words, codes) for (name, words), codes in pairs if words]
-    for name, words, codes in columns:
-        other = np.flatnonzero(~np.isin(codes, codes[train]) & ~np.isnan(codes))
-        if len(other):
-            strange = sorted({words[int(code)] for code in codes[other]})
-            known = ", ".join(map(repr, strange[:5])) + ", ..." * (len(strange) > 5)
-            remedy = f'give id = "{name}"' if len(words) == len(codes) else "merge rare words, drop the rows"
-            raise ValueError(
-                f"Expected each word of column {name!r} in the training part; got {known} in other parts alone "
-                f'({rows_text(raw.lines, other)}). Leave the column out (leave_out = ["{name}"]), or {remedy}.'
-            )
-
-
-def totals(raw: RawData, train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], float]:
-    """Total of each row (n,) over the mean total of the training rows, and that mean.
-
-    Raises:
-        ValueError: If a column holds no counts, or a row none but zeros.
-    """
-    if raw.missing.any():
-        where = rows_text(raw.lines, np.flatnonzero(raw.missing.any(1)))
-        raise ValueError(
-            f'Expected no missing cells for size_factor = "total", which adds up each row; got some in {where}. Name a '
-            'column of factors, or drop these rows (missing = "drop rows").'
-        )
-    counts = ((raw.x >= 0) & (raw.x == np.floor(raw.x))).all(0)
-    if wrong := [raw.name(j) for j, fine in enumerate(counts) if not fine or raw.name(j) in raw.categories]:
-        raise ValueError(
-            'Expected counts (whole numbers from 0 up) in every column for size_factor = "total"; got others in '
-            f"{', '.join(wrong)}. Leave these columns out, or name a column of factors."
-        )
-    each = raw.x.sum(1, dtype=np.float64)
-    if not each.all():
-        empty = rows_text(raw.lines, np.flatnonzero(each == 0))
-        raise ValueError(f'Expected a total above 0 in every row for size_factor = "total"; got 0 in {empty}.')
-    mean = float(each[train].mean())
-    return each / mean, mean
+def unknown_name(key: str, name: str, known: list[str], what: str) -> str:
+    """Message for a name that is not known, with some that are, and the nearest."""
+    close = difflib.get_close_matches(name, known, 1)
+    some = (", ".join(map(repr, known[:20])) + ", ..." * (len(known) > 20)) or "there is none"
+    return f"Expected `{key}` to name a {what} ({some}); got {name!r}." + (
+        f" Did you mean {close[0]!r}?" if close else ""
+    )
 
 
 def _complete(table: Table, name: str, role: str) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Training steps: their state, one step on the loss, one epoch of steps."""
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_vae._seeds import fork_rng
+from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
+from ppl_vae.infer.optimizers import take_step
 from ppl_vae.infer.saved import check_saved
 from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
@@ -34,6 +35,8 @@ class History:
         steps: how many steps the optimiser took in all.
         best_epoch: the epoch whose state was kept, counted from 0.
         settings: those of `fit`, as a spec's `[svi]` has them, once it has ended.
+        capture: how the last steps were taken: `off`, `graph`, `fast` or `compile` (see `Gradients`).
+        capture_reason: why they were not captured, if that was tried.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -45,6 +48,8 @@ class History:
     steps: int = 0
     best_epoch: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    capture: str | None = None
+    capture_reason: str | None = None
 
     def best(self, start: int = 0, otherwise: int | None = None) -> Any:
         """The first epoch, from `start` on, with the highest finite objective of the validation data."""
@@ -57,8 +62,8 @@ class History:
 class State:
     """State of a training run: what it learns and counts, the optimiser, the schedule and the history.
 
-    Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
-    keyed by seed and epoch.
+    This is everything needed to resume the run exactly: between epochs, since the order of the data and all draws are
+    keyed by seed and epoch, and within one by its `place`.
 
     Args:
         learned: the tensors that are learned.
@@ -67,6 +72,9 @@ class State:
         history: of the run.
         best: `values()` that were kept, if any.
         module: the program; its buffers, such as the running means of batch normalisation, belong to the state.
+        losses: within an epoch, of its steps so far.
+        place: where to go on within an epoch: the losses of its steps before, and the states of the generators.
+        good: what `save` returned after the last epoch, or at the start.
     """
 
     learned: list[Tensor]
@@ -75,16 +83,23 @@ class State:
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     module: Any = None
+    losses: list[Tensor] = field(default_factory=list)
+    place: dict[str, Any] | None = None
+    good: dict[str, Any] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
         return {
             "learned": self.values(),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "schedule": copy.deepcopy(self.scheduler.state_dict()),
-            "history": copy.deepcopy(vars(self.history)),
+            "optimizer": _copied(self.optimizer.state_dict()),
+            "schedule": _copied(self.scheduler.state_dict()),
+            "history": _copied(vars(self.history)),
             "best": self.best,
+            "place": self._place() if self.losses else self.place,
         }
+
+    def _place(self) -> dict[str, Any]:
+        return {"losses": torch.stack(self.losses), "generators": random_state(self.losses[0].device)}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go back to a saved state.
@@ -94,12 +109,12 @@ class State:
         """
         check_saved(saved, self.save(), self.learned, self.optimizer)
         self.set_values(saved["learned"])
-        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self.optimizer.load_state_dict(_copied(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])
         known = saved["history"]  # of an older run, whose objective was the ELBO
         older = {"objective": known["elbo"], "validation_objective": known["validation"]}
-        vars(self.history).update(copy.deepcopy({**older, **known}))
-        self.best = saved["best"]
+        vars(self.history).update(_copied({**older, **known}))
+        self.best, self.place, self.losses = saved["best"], saved.get("place"), []
 
     def _tensors(self) -> list[Tensor]:
         return [*self.learned, *(self.module.buffers() if isinstance(self.module, nn.Module) else ())]
@@ -125,8 +140,7 @@ class Trainer:
     """Epochs of steps on a program, and the bound of held-out data.
 
     Args:
-        program: any program.
-        objective: called with program and batch, it returns `Terms`; its `beta` follows the steps.
+        gradients: of the objective, whose `beta` follows the steps.
         state: the state of the run; the steps change it.
         batch_size: data per step.
         clip: maximum of the global gradient norm, per datum; 0 is off.
@@ -134,23 +148,18 @@ class Trainer:
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
-        capture: whether the steps are replayed from a graph where that can be.
+        on_step: called with the state between two steps of an epoch.
     """
 
-    program: Any
-    objective: Any
+    gradients: Gradients
     state: State
     batch_size: int
     clip: float
     seed: int
     shuffle: bool = True
     parts: int = 0
-    capture: bool = True
-
-    def __post_init__(self) -> None:
-        options: Any = {"whole": self.parts > 0, "capture": self.capture}
-        self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
-        self.former: Any = None  # gradients of the step before
+    on_step: Callable[[State], None] | None = None
+    former: Any = None  # gradients of the step before
 
     def epoch(self, data: Target, number: int, *, check: bool) -> tuple[float, float]:
         """Pass once over the data.
@@ -166,17 +175,22 @@ class Trainer:
         Raises:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
         """
-        good = self.state.save()
+        good = self.state.good = self.state.good or self.state.save()
         self.gradients.look()
-        losses: list[Tensor] = []
         try:
-            with fork_rng(self.seed, "svi", number, device=data.device):
-                for batch in self._batches(data, number):
-                    with pyro.validation_enabled(check and not losses):
+            with self._drawing(data, number) as losses:
+                first = len(losses)
+                for step, batch in enumerate(self._batches(data, number)):
+                    if step < first:
+                        continue
+                    if step > first and self.on_step is not None:
+                        self.on_step(self.state)
+                    with pyro.validation_enabled(check and step == first):
                         losses.append(self._step(batch) * (1 / self.parts if self.parts else _size(batch)))
         except KeyboardInterrupt:
             self.state.load(good)
             raise
+        self.state.history.capture, self.state.history.capture_reason = self.gradients.mode, self.gradients.reason
         values = torch.stack(losses)
         if bool(values[:, 0].isfinite().all()) and self.state.is_finite():
             objective, elbo = (-values.double().sum(0)).tolist()
@@ -188,14 +202,25 @@ class Trainer:
             "clip = 1.0, or data nearer to unit scale."
         )
 
+    @contextmanager
+    def _drawing(self, data: Target, number: int) -> Iterator[list[Tensor]]:
+        """Draw as an epoch does, from its start or from the place of the state, and keep the losses of its steps."""
+        state, place = self.state, self.state.place
+        state.losses, state.place = [] if place is None else [*place["losses"].to(data.device)], None
+        with fork_rng(self.seed, "svi", number, device=data.device):
+            if place is not None:
+                set_random_state(place["generators"], data.device)
+            yield state.losses
+        state.losses = []
+
     @torch.no_grad()
     def bound(self, held_out: Target) -> tuple[float, float]:
         """Objective and ELBO of held-out data in nats per datum, by the same draws each time, at the final beta."""
         objective = elbo = 0.0
         draws = fork_rng(self.seed, "validation", device=held_out.device)
-        if self.objective.beta is not None:
-            self.objective.beta.set()
-        with mode(self.program), draws, pyro.validation_enabled(False):
+        if self.gradients.objective.beta is not None:
+            self.gradients.objective.beta.set()
+        with mode(self.gradients.program), draws, pyro.validation_enabled(False):
             for block in held_out.blocks(self.batch_size):
                 loss, bound = self.gradients.loss(block.batch)
                 objective, elbo = objective - float(loss) * block.n, elbo - float(bound) * block.n
@@ -212,32 +237,40 @@ class Trainer:
     def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
         """Replay an epoch from its start up to the step that fails, and name the site at fault."""
         self.state.load(good)
-        with fork_rng(self.seed, "svi", number, device=data.device), pyro.validation_enabled(False):
+        with self._drawing(data, number) as losses, pyro.validation_enabled(False):
             for step, batch in enumerate(self._batches(data, number)):
+                if step < len(losses):
+                    continue
                 if step == until:
-                    return _culprit(self.program, batch)
+                    return _culprit(self.gradients.program, batch)
                 if not (bool(self._step(batch)[0].isfinite()) and self.state.is_finite()):
                     break
         return self._replay(data, number, good, step)
 
     def _step(self, batch: Batch) -> Tensor:
         """Take one step on the loss; returns minus objective and ELBO per datum."""
-        state = self.state
-        if self.objective.beta is not None:
-            self.objective.beta.set(state.history.steps)
-        losses, gradients = self.gradients(batch)
+        state, step = self.state, self.state.history.steps
+        if self.gradients.objective.beta is not None:
+            self.gradients.objective.beta.set(step)
+        losses, gradients = self.gradients(batch, step)
         self.former = gradients  # till the next are there: memory that is all given back must be fetched anew
         if self.clip:
             norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
             gradients = [None if one is None else one * scale for one in gradients]  # two may share their memory
-        for tensor, gradient in zip(state.learned, gradients, strict=True):
-            tensor.grad = gradient
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
+        take_step(state.optimizer, state.learned, gradients)
         state.scheduler.step()
         state.history.steps += 1
         return losses
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested containers of tensors and plain values."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 def _size(batch: Batch) -> int:

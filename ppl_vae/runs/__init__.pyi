@@ -4,7 +4,7 @@ from .check import Check as Check
 from .check import check_program as check_program
 from .compare import compare_runs as compare_runs
 from .explore import write_explorer as write_explorer
-from .run import Run as Run
+from .loaded import Run as Run
 from .run import evaluate_run as evaluate_run
 from .run import fit_spec as fit_spec
 from .run import load_run as load_run

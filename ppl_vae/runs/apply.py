@@ -24,7 +24,7 @@ from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.impute import impute
 from ppl_vae.evaluation.latents import guide_moments
 from ppl_vae.programs.param_store import device_and_dtype, mode
-from ppl_vae.programs.rows import indexed
+from ppl_vae.programs.rows import indexed, keywords
 from ppl_vae.programs.simulation import simulate
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.runs import storage
@@ -65,7 +65,7 @@ class Applied:
     def of(cls, run: Any) -> "Applied":
         """What a finished run takes to be applied."""
         known, kept = run.report["data"], storage.read_tensors(run.path / "evidence.safetensors")
-        protocol, data = known["protocol"], run.spec.data
+        protocol, data, taken = known["protocol"], run.spec.data, keywords(run.program.model)
         loc, scale = (kept.get(f"transform.{name}", protocol[name]) for name in ("loc", "scale"))
         if isinstance(loc, str) or isinstance(scale, str):  # an older run, which has only their digests
             transform = run.spec.load_data().transform
@@ -84,6 +84,7 @@ class Applied:
             array=getattr(data, "array", None),
             seed=run.spec.svi.seed,
             missing=getattr(data, "missing", "refuse") == "model",
+            covariates=tuple(getattr(data, "covariates", None) or ()) if "covariates" in taken else (),
             classes=tuple(known["classes"]) if "y" in getattr(run.program, "given_keys", ()) else None,
         )
         held_out = kept["log_evidence"].double() if known["part"] == "test" else None
@@ -342,7 +343,8 @@ def carry_out(
         for result in results:
             if outlier is not None and result.labels is None:
                 raise ValueError("Expected a column of labels for --outlier: the one that data.label names; got none.")
-            kept.append((result.arrays["log_evidence"], result.labels) if what == "score" else None)
+            if outlier is not None:
+                kept.append((result.arrays["log_evidence"], result.labels))
             yield result
 
     rows = write(seen(), out) if out is not None else write_text(seen(), screen or sys.stdout)

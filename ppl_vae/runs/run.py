@@ -2,122 +2,46 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_int
-from ppl_vae.data.columns import Columns
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
-from ppl_vae.programs.param_store import device_and_dtype, learned_params
+from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
-from ppl_vae.reports.page import markdown
+from ppl_vae.reports.measures import (
+    classify,
+    evaluate,
+    evaluation_split,
+    finite,
+    measure,
+    predict,
+    strangest,
+    trained,
+)
+from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
-from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.built import Built
-from ppl_vae.runs.console import as_html
+from ppl_vae.runs.loaded import Run, read_run
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
+from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Args:
-        path: its directory.
-        spec: the complete spec.
-        program: the trained program, in evaluation mode.
-        report: what `report.json` says.
-
-    `spec` is a `Built` if the program was built in Python, which no spec can do again.
-    """
-
-    path: Path
-    spec: Spec | Built
-    program: Any
-    report: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.program, nn.Module):
-            self.program.eval()
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """What the program learned through `pyro.param`, by name, within its constraints."""
-        return learned_params(self.program)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.path, self.report)
-
-    def encode(self, data: Any = None) -> "DataFrame":
-        """Mean and standard deviation of the latent variables of each row, by the guide.
-
-        Args:
-            data: rows in the data's own units: the path of a table or an array, a pandas table, or an array (n, x); or
-                a batch dict as the program takes it. By default the run's held-out rows.
-
-        Raises:
-            ValueError: If columns are missing or of another type, or hold words that the training data lack.
-        """
-        return self._table("encode", self._source(data))
-
-    def reconstruct(self, data: Any = None) -> "DataFrame":
-        """Mean of p(x'|z) over draws of z from the guide, in the data's own units; arguments as of `encode`."""
-        return self._table("reconstruct", self._source(data))
-
-    def score(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """Log p(x) of each row in nats, with error, kind and tail probability; arguments as of `encode`.
-
-        Args:
-            data: as of `encode`.
-            samples: importance samples per row, by default as in the spec.
-        """
-        return self._table("score", self._source(data), samples)
-
-    def impute(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """The rows with their missing cells filled, and how far to trust them; arguments as of `score`."""
-        return self._table("impute", self._source(data), samples)
-
-    def predict(self, data: Any = None, samples: int | None = None) -> "DataFrame":
-        """The class of each row by p(y|x), with the error of its probability; arguments as of `score`."""
-        return self._table("predict", self._source(data), samples)
-
-    def sample(self, n: int) -> "DataFrame":
-        """New rows from the model, in the data's own units."""
-        return self._table("sample", n)
-
-    def weights(self, data: Any = None, *, smoothing: float = 0.01, bins: int = 10) -> "DataFrame":
-        """Weights by which rows whose codes are rare count more; see `Applied.weights`."""
-        return self._table("weights", self._source(data), smoothing=smoothing, bins=bins)
-
-    def _source(self, data: Any) -> Any:
-        return self.spec.load_data() if data is None else data
-
-    def _table(self, what: str, *given: Any, **options: Any) -> "DataFrame":
-        tables = [one.table for one in getattr(Applied.of(self), what)(*given, **options)]
-        return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
 
 
 def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
@@ -135,31 +59,7 @@ def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False)
     """
     path = Path(path)
     places.mend(path)
-    return storage.steadily(path, lambda: _load_run(path, trust_code, program=program))
-
-
-def _load_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None) -> Run:
-    storage.check_folder(path, finished=True)
-    report = storage.read_report(path)
-    spec = read_spec(path, trust_code, say)
-    if isinstance(spec, Built) != (program is not None):
-        if program is not None:
-            raise ValueError(f"Expected no `program` for {path}, which its spec builds; got one. Leave it out.")
-        raise ValueError(
-            f"Expected the program of {path}, which was built in Python. Build it again: load_run({str(path)!r}, "
-            "program=...)."
-        )
-    if program is not None:
-        storage.load_learned_state(program, path / "model.safetensors")
-        return Run(path, spec, program, report)
-    with storage.reading(path / "report.json", "a report"):
-        known = report["data"]
-        columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))
-        rows = check_int("n_train", known["n_train"])
-    with blamed(spec.programs):
-        program = spec.assemble(columns=columns, rows=rows)
-    storage.load_learned_state(program, path / "model.safetensors")
-    return Run(path, spec, program, report)
+    return storage.steadily(path, lambda: read_run(path, trust_code, program=program))
 
 
 def fit_spec(
@@ -195,7 +95,9 @@ def fit_spec(
             place = stack.enter_context(pick_place(source, out, force=force, say=say))
             return _train(source, place, pick_device(device), False, say)
         if overrides or out is not None:
-            raise ValueError("Expected neither --set nor --out with an interrupted run, which goes on as it began.")
+            raise ValueError(
+                "Expected neither --set, --from nor --out with an interrupted run, which goes on as it began."
+            )
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
@@ -210,72 +112,109 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
     data = spec.load_data()
     program: Any = spec.build(data)
     say(str(spec.check(data, program)))
+    record = None
+    if not resumed:
+        spec, words, record = begin(spec, program)
+        for text in words:
+            say(text)
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     machines = [machine(device)]
-    start, latest = None, None  # the state of the last whole epoch, and what was learned by then
+    start: dict[str, Any] | None = None
+    now: State | None = None
+    latest: Any = None  # the state of the last checkpoint, and what was learned by then
     go_on = f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{' --trust-code' * bool(spec.programs)}"
     if resumed:
         start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
             check_same_data(place.path, start.pop("protocol"), data)
-            say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
+            record = start.pop("start", None)
+            say(f"goes on after {reached(start, spec.svi.epochs)}")
         storage.load_learned_state(program, place.path / "model.safetensors")
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
 
-    def keep(reached: tuple[dict[str, Any], Any]) -> str:
-        """Write the state of the last whole epoch, and say where it is and how to go on."""
-        state, learned = reached
+    def keep(latest: tuple[dict[str, Any], Any]) -> str:
+        """Write the latest state, and say where it is and how to go on."""
+        state, learned = latest
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
-            storage.write_state({**state, "protocol": data.protocol}, partial / storage.STATE)
+            storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
         return go_on
 
-    def note(epoch: int, now: State) -> None:
-        nonlocal latest
-        latest = now.save(), storage.learned_state(program)
+    def look(state: State, is_due: Callable[[], bool]) -> None:
+        nonlocal now, latest
+        now = state
         stops.look()
-        if pace.is_due():
+        if is_due():
+            latest = (state.save() if state.losses else state.good), storage.learned_state(program)
+            where = reached(latest[0], spec.svi.epochs)
             try:
                 how = keep(latest)
             except OSError as error:
-                say(f"the state after epoch {epoch + 1} cannot be kept, and training goes on: {error}")
+                say(f"the state after {where} cannot be kept, and training goes on: {error}")
             else:
                 if pace.kept == 1:
-                    say(f"after epoch {epoch + 1} and every {spec.svi.checkpoint} {how}")
+                    say(f"after {where} and every {spec.svi.checkpoint} {how}")
+
+    def last() -> tuple[dict[str, Any], Any] | None:
+        """The state of the last epoch, or of a checkpoint after that, and what was learned by then."""
+        if now is None or now.good is None or not now.good["history"]["elbo"]:
+            return latest
+        good, steps = now.good, -1 if latest is None else latest[0]["history"]["steps"]
+        if steps >= good["history"]["steps"]:
+            return latest  # type: ignore[no-any-return]
+        now.load(good)
+        return good, storage.learned_state(program)
 
     history = None
     try:
         settings = {**spec.training, "device": str(device)}
-        settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
+        settings |= {"validation": data.validation, "resume": start}
+        settings["on_step"] = lambda state: look(state, pace.is_due_within)
+        settings["on_epoch"] = lambda epoch, state: look(state, pace.is_due)
+        if spec.svi.freeze is not None:
+            settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
             n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
             say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
-            return write_run(place, spec, program, data, vars(history), machines)
+            return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        if latest is None:
+        if (held := last()) is None:
             what = (
                 f"interrupted before another epoch ended; {go_on}"
                 if resumed
                 else "interrupted in the first epoch; nothing was kept"
             )
             raise stops.Stopped(what, number) from None
-        when = f"interrupted after epoch {len(latest[0]['history']['elbo'])} of {spec.svi.epochs}"
-        raise stops.Stopped(f"{when}; {keep(latest)}", number) from None
+        when = f"interrupted after {reached(held[0], spec.svi.epochs)}"
+        raise stops.Stopped(f"{when}; {keep(held)}", number) from None
     except Exception:
-        if latest is not None:
+        if (held := last()) is not None:
             when = "the evaluation failed" if history is not None else "the training failed"
             with contextlib.suppress(OSError, ValueError):
-                say(f"{when} after epoch {len(latest[0]['history']['elbo'])}; {keep(latest)}")
+                say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
 
 
+def reached(state: Mapping[str, Any], epochs: int) -> str:
+    """How far a training state is, in words."""
+    place = state.get("place")
+    steps = "" if place is None else f" and {len(place['losses'])} steps"
+    return f"epoch {len(state['history']['elbo'])} of {epochs}{steps}"
+
+
 def write_run(
-    place: places.Place, spec: Spec | Built, program: Any, data: Data, history: Mapping[str, Any], machines: Any = None
+    place: places.Place,
+    spec: Spec | Built,
+    program: Any,
+    data: Data,
+    history: Mapping[str, Any],
+    machines: Any = None,
+    start: Mapping[str, Any] | None = None,
 ) -> Run:
     """Evaluate a trained program and write a finished run directory as a whole.
 
@@ -286,12 +225,16 @@ def write_run(
         data: its data.
         history: the entries of `History` by name.
         machines: that trained it, as `machine` describes them; by default this one.
+        start: what was taken of an earlier run, as `take_weights` describes it.
     """
     machines = machines or [machine(device_and_dtype(program)[0])]
     with place.replacing(trained=machines, evaluated=machines[-1]) as partial:
         home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
+        train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
+        train |= {"start": start} if start else {}
+        train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
@@ -323,7 +266,7 @@ def evaluate_run(
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
     with stops.listening(), places.claimed(Path(path), say=say) as place:
-        run = _load_run(place.path, trust_code, say)
+        run = read_run(place.path, trust_code, say)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
             protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])
@@ -361,7 +304,8 @@ def _write_report(
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
     known = reference if target.structure.whole else None
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
+    how: Any = {"samples": samples, "seed": seed, "precision": spec.evaluation.precision}
+    blocks, evidence = evaluate(target, data, **how, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -384,8 +328,11 @@ def _write_report(
         **blocks,
     }
     classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
-    report |= {} if classes is None else {"classes": classes}
-    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
+    predictive, strange = predict(target, data, seed=seed), strangest(target, data, evidence.log_evidence)
+    more = {"classes": classes, "predictive": predictive and predictive.summary(), "strangest": strange}
+    report |= finite({key: block for key, block in more.items() if block is not None})
+    drawn: Any = {"report": report, "log_evidence": evidence.log_evidence, "predictive": predictive, "seed": seed}
+    captions, notes = draw_run(target, data, history, partial / "figures", **drawn), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report
@@ -395,6 +342,8 @@ def _write_report(
     text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
+    page = run_page(text, report, captions, partial / "figures")
+    (partial / "report.html").write_text(page, encoding="utf-8")
     table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
     scaling = {f"transform.{name}": torch.as_tensor(getattr(data.transform, name)) for name in ("loc", "scale")}
     storage.write_tensors(table | scaling, partial / "evidence.safetensors")

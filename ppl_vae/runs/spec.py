@@ -6,7 +6,6 @@ a program's class) or of `data.load` and `svi.fit`; these also judge the values.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,10 +27,12 @@ from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.blame import blamed
-from ppl_vae.runs.check import Check, check_program, column_hints
+from ppl_vae.runs.check import Check, check_program
 from ppl_vae.runs.mistakes import explain
-from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, classes, described, example, filled, needs, plays, sections
+from ppl_vae.runs.remedies import guides, remedy, support_of
+from ppl_vae.runs.schema import CPU, ROLES, SECTIONS, described, filled, needs, sections
 from ppl_vae.runs.spec_file import Say, is_program, listed, merge, near, programs, quiet, read, show
+from ppl_vae.runs.start import begin
 
 Source = str | os.PathLike[str]
 _OWN = {"latent", "program", "given", "given_to"}  # keys of `model` that are no program's
@@ -52,8 +53,9 @@ class Spec:
         model: `latent`, and `program` with its keys if a program file takes the place of the three roles.
         prior, likelihood, posterior: `family`, its keys, and its `network`, one of the library's by `family` or one of
             your own by `program`, with its keys; None beside a program.
-        svi: the keys of `fit`, and `checkpoint`.
-        evaluation: `samples`, the draws per datum.
+        svi: the keys of `fit`; `checkpoint`; `start`, a run whose weights are taken where they fit; and `freeze`, what
+            is not learned: `taken`, or names of tensors or of what they begin with, such as `likelihood`.
+        evaluation: `samples`, the draws per datum, and `precision` of their products.
     """
 
     path: Path = field(compare=False)
@@ -121,7 +123,7 @@ class Spec:
     @property
     def training(self) -> dict[str, Any]:
         """The keys of `[svi]` that `fit` takes: `fit(program, data, **spec.training)`."""
-        return self.svi.model_dump(exclude={"checkpoint"})  # type: ignore[no-any-return]
+        return self.svi.model_dump(exclude={"checkpoint", "start", "freeze"})  # type: ignore[no-any-return]
 
     def to_toml(self) -> str:
         """The spec as TOML, which loads as an equal spec."""
@@ -202,9 +204,12 @@ class Spec:
         Raises:
             ValueError: If data, program and objective do not fit; the message has the `--set` that mends it.
         """
-        program = self.build(data) if program is None else program
+        new = program is None
+        program = self.build(data) if new else program
         with _blamed(self, data):
             found = check_program(program, data, **self.training)
+            if new:
+                found.hints.extend(begin(self, program)[1])
         words = ", ".join(data.columns.categories or {})
         if self.likelihood is not None and words and self.likelihood.family not in _OF_CODES:
             hint = f"{words}: words, whose codes a {self.likelihood.family} takes for numbers"
@@ -239,8 +244,9 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
     if isinstance(root, str):
         data["root"] = str((folder / Path(root).expanduser()).resolve())
     if isinstance(name, str) and is_path(name):
-        places = [place / Path(name).expanduser() for place in (folder, root_folder(None)[0], Path.cwd())]
-        data["name"] = str(next((place for place in places if place.exists()), places[0]).resolve())
+        data["name"] = _found(name, folder, root_folder(None)[0], Path.cwd())
+    if isinstance(start := _table(raw, "svi").get("start"), str):
+        raw["svi"]["start"] = _found(start, folder, Path.cwd())
     for place, table in programs(raw):
         file, colon, name = table["program"].partition(":")
         table["program"] = f"{(folder / Path(file).expanduser()).resolve()}{colon}{name}"
@@ -257,6 +263,12 @@ def _resolve(folder: Path, raw: dict[str, Any], errors: list[str], trust_code: b
         except ValueError as error:
             errors.append(f"{place}.program: {error}")
     return own
+
+
+def _found(name: str, *folders: Path) -> str:
+    """The absolute path of what lies in one of some folders, or would lie in the first."""
+    places = [folder / Path(name).expanduser() for folder in folders]
+    return str(next((place for place in places if place.exists()), places[0]).resolve())
 
 
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
@@ -301,7 +313,7 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             f"training data alone; got {data.validation_fraction}. Leave it out, or use Linear or MLP."
         )
     if data is not None and likelihood is not None and data.binarization != "none":
-        real = families.same_support(_support(likelihood), constraints.real)
+        real = families.same_support(support_of(likelihood), constraints.real)
         if real and not isinstance(getattr(likelihood, "scale", None), float):
             yield (
                 f"data.binarization: Expected none for a {likelihood.family} likelihood that learns its scale, whose "
@@ -313,7 +325,7 @@ def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterato
             with fork_rng(0, device=CPU):
                 assemble(spec, _TRIAL, latent=latent, rows=1, own=False)
         except ValueError as error:
-            remedy = _guides(spec) if "reparameterised posterior" in str(error) else ""
+            remedy = guides(spec) if "reparameterised posterior" in str(error) else ""
             free = "where nothing is given" in str(error)
             place = "prior.network.family" if free else "prior" if tied_to(spec.prior) else "posterior"
             yield f"{place}: {error}{remedy}"
@@ -325,12 +337,6 @@ def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _support(part: Any) -> Any:
-    """Support of the family that a part names."""
-    kind = getattr(families, part.family)
-    return (kind if tied_to(part) else example(kind)).support
-
-
 @contextmanager
 def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
     """Name the spec in an error, with the line of a program's file, or with the `--set` that mends it."""
@@ -338,43 +344,8 @@ def _blamed(spec: Spec, data: Data | None = None) -> Iterator[None]:
         with blamed(spec.programs):
             yield
     except ValueError as error:
-        remedy = "" if data is None or spec.likelihood is None else _remedy(spec, data, str(error))
-        raise ValueError(f"{spec.path}: {error}{remedy}") from error
-
-
-def _remedy(spec: Spec, data: Data, error: str) -> str:
-    """The `--set` that fits the data to the likelihood, or the families that take such data."""
-    if "constant" in data.suspects.values() and "constant" in error:
-        hint = next(hint for hint in column_hints(data) if "constant" in hint)
-        return f" Try {hint[hint.index('--set') :]}."
-    if "for model.given" in error:
-        label = next((name for name, like in data.suspects.items() if like == "label"), "NAME")
-        return f" Try --set data.label={label}." if "labels" in error else " Try --set 'data.covariates=[\"NAME\"]'."
-    x = data.train["x"]
-    if "reparameterised posterior" in error:
-        return _guides(spec)
-    if place := re.search(r"in the support of .* got (\S+) at row (\d+)(?:, column (\d+))?", error):
-        names, where = data.columns.names, _source_row(data, place[1], int(place[2]), int(place[3] or 0))
-        where += f" Column {place[3]} is {names[int(place[3])]!r}." if names and place[3] else ""
-        if spec.likelihood.family == "Mixed":
-            return f"{where} Give it another family in `kinds`."
-        if spec.likelihood.family == "Bernoulli" and data.protocol["maximum"] is not None:
-            unscaled = " --set data.scaling=none" if spec.data.scaling == "standardize" else ""
-            return f" Try --set data.binarization=dynamic{unscaled}."
-        fitting = [kind.__name__ for kind in classes(families) if plays(kind, "likelihood") and _holds(kind, data)]
-        return f"{where} Families that take such data: {', '.join(fitting)}."
-    if getattr(spec.likelihood, "scale", None) in ("network", "feature") and bool((x == x[0]).all(0).any()):
-        return " Try --set likelihood.scale=shared."
-    return ""
-
-
-def _source_row(data: Data, value: str, row: int, column: int) -> str:
-    """The row of the source that holds a value which a part of the data has at this place."""
-    for part, rows in data.row_numbers.items():
-        x = getattr(data, part)["x"]
-        if row < len(x) and f"{x[row, column].item():g}" == value:
-            return f" Row {row} of the {part} part is row {rows[row]} of {data.name} (counted from 0)."
-    return ""
+        mends = "" if data is None or spec.likelihood is None else remedy(spec, data, str(error))
+        raise ValueError(f"{spec.path}: {error}{mends}") from error
 
 
 def _check_labels(data: Data) -> None:
@@ -386,21 +357,3 @@ def _check_labels(data: Data) -> None:
             f"Expected each label in the training part, for a model that is given labels; got {words} in other parts "
             f"alone. Try another split: --set data.seed={data.protocol['seed'] + 1}; or leave such rows out."
         )
-
-
-def _guides(spec: Spec) -> str:
-    """Other posteriors on the support of the prior."""
-    able = [kind for kind in classes(families) if plays(kind, "posterior") and not needs(kind) & set(ROLES)]
-    same = [kind.__name__ for kind in able if families.same_support(example(kind).support, _support(spec.prior))]
-    return f" Use {', '.join(name for name in same if name != spec.posterior.family)}."
-
-
-def _holds(kind: Any, data: Data) -> bool:
-    """Whether the support of a family, with its default keys, holds the data."""
-    try:
-        with fork_rng(0, device=CPU):
-            family = kind(**filled(kind, event=data.features, **described(data.columns)))
-    except (TypeError, ValueError):  # a key that must be given, or what the data lack
-        return False
-    inside = family.support.check(data.train["x"].cpu())
-    return bool((inside if inside.dim() == 1 else inside | data.train["x"].cpu().isnan()).all())

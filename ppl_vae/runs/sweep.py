@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,17 @@ import torch
 
 from ppl_vae._checks import check_int
 from ppl_vae.reports.diagnostic_plots import sweep_results
+from ppl_vae.reports.more_pages import sweep_page
 from ppl_vae.runs import storage
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override, show
+from ppl_vae.runs.stops import Stopped
 
 SEED = "svi.seed"
 GRID = "sweep.json"
+_FORKS = "forkserver" if sys.platform == "linux" else "spawn"
+_LOADED = [__name__, "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg"]  # once, for all runs
 Grid = Mapping[str, Sequence[Any]]
 
 
@@ -103,7 +108,7 @@ def run_sweep(
         say: takes messages for the user.
 
     Returns:
-        What `summarise` returns; it is also in `sweep.json`, `sweep.md` and `sweep.png` of the folder.
+        What `summarise` returns; it is also in `sweep.json`, `sweep.md`, `sweep.html` and `sweep.png` of the folder.
 
     Raises:
         ValueError: If a setting will not do, or the folder holds something else. Nothing is trained then.
@@ -122,21 +127,23 @@ def run_sweep(
     _claim(out, spec, grid)
     left = [member for member in members if not member.done]
     say(f"{len(members)} runs, {len(members) - len(left)} of them finished; {workers} side by side")
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // workers))}
-    processes: list[subprocess.Popen[bytes]] = []
+    context: Any = multiprocessing.get_context(_FORKS)
+    processes: list[Any] = []
+    if _FORKS == "forkserver":
+        context.set_forkserver_preload(_LOADED)
 
     def train(member: Member) -> str | None:
         """Train one; returns what went wrong."""
-        log = member.folder.with_suffix(".log")
-        with log.open("wb") as file:
-            process = subprocess.Popen(_command(spec, member, trust_code), stdout=file, stderr=file, env=environment)
-            processes.append(process)
-            status = process.wait()
-        if status == 0:
+        log = member.folder.with_name(f"{member.folder.name}.log")
+        given = spec, member, trust_code, log, max(1, cores // workers)
+        processes.append(process := context.Process(target=_train, args=given))
+        process.start()
+        process.join()
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        if process.exitcode == 0:
             log.unlink()
             return None
-        lines = log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit status {status}"
+        return lines[-1] if lines else f"exit status {process.exitcode}"
 
     failed: dict[str, str] = {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -150,13 +157,14 @@ def run_sweep(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
-                if process.poll() is None:
+                if process.is_alive():
                     process.terminate()  # a run keeps what it has trained
             raise
     found = summarise(members) | {"failed": failed}
     _record(out, spec, grid, found)
     (out / "sweep.md").write_text(told(found), encoding="utf-8")
     if found["settings"]:
+        (out / "sweep.html").write_text(sweep_page(found, told(found)), encoding="utf-8")
         sweep_results(found).savefig(out / "sweep.png", dpi=120, bbox_inches="tight")
     return found
 
@@ -167,13 +175,22 @@ def _member(out: Path, settings: dict[str, Any]) -> Member:
     return Member(settings, out / plain[:150])
 
 
-def _command(spec: Path, member: Member, trust_code: bool) -> list[str]:
-    start = [sys.executable, "-m", "ppl_vae", "fit"]
-    trust = ["--trust-code"] if trust_code else []
-    if (member.folder / storage.STATE).is_file():
-        return [*start, str(member.folder), *trust]
-    changes = [part for key, value in member.settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    return [*start, str(spec), *changes, "--out", str(member.folder), *trust]
+def _train(spec: Path, member: Member, trust_code: bool, log: Path, threads: int) -> None:
+    """Train a run in a process of its own, from the start or from where it was stopped; what it prints goes to a file.
+
+    Raises:
+        SystemExit: With what went wrong.
+    """
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(threads)
+    options: dict[str, Any] = {"overrides": member.settings, "out": member.folder}
+    stopped = (member.folder / storage.STATE).is_file()
+    try:
+        fit_spec(member.folder if stopped else spec, **({} if stopped else options), trust_code=trust_code)
+    except (ValueError, OSError, Stopped) as error:
+        sys.exit(str(error))
 
 
 def _claim(out: Path, spec: Path, grid: Grid) -> None:

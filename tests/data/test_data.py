@@ -616,7 +616,7 @@ def test_bad_paths_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "none.csv")
     for name in ("x.mat", "x"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(ValueError, match=rf"ends in \.npy, \.npz, \.csv, .*; got .*{re.escape(name)}\.$"):
+        with pytest.raises(ValueError, match=rf"ends in \.npy, \.npz, \.h5ad, \.csv, .*; got .*{re.escape(name)}\.$"):
             load(tmp_path / name)
     with pytest.raises(ValueError, match=r"data file at .*folder.x; got no such file or folder"):
         load(tmp_path / "folder" / "x")

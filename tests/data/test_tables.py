@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ppl_vae.data import Columns, Data, load
 from ppl_vae.data.columns import infer_kind
+from ppl_vae.data.tables import read_table, stream_text
 
 PENGUINS = Path(os.environ.get("PPL_VAE_DATA", "")) / "penguins.csv"
 
@@ -344,7 +345,7 @@ def test_a_constant_column_is_suspect(tmp_path: Path) -> None:
         ({"label": "sex", "columns": ["sex"]}, "one role for column 'sex' of .*; got label and feature"),
         ({"columns": []}, r"at least one feature in .*; got row \(left out\)"),
         ({"size_factor": "species"}, "numbers above 0 as size factors in column 'species'"),
-        ({"array": "x"}, r"no `array` for a file that is no \.npz; got 'x'"),
+        ({"array": "x"}, r"no `array` for a file that is neither \.npz nor \.h5ad; got 'x'"),
     ],
 )
 def test_bad_roles_are_refused(frame: pd.DataFrame, tmp_path: Path, options: dict[str, Any], match: str) -> None:
@@ -465,3 +466,25 @@ def test_rows_with_missing_cells_are_dropped_where_asked_to(tmp_path):
         assert made["b"].astype(str).tolist() == wanted["b"].tolist()
     with pytest.raises(ValueError, match="`missing` to be one of 'refuse', 'model', 'drop rows'; got 'keep'"):
         load(tmp_path / "t.csv", missing="keep")
+
+
+def test_numbers_with_words_further_down_are_one_table(tmp_path: Path) -> None:
+    """Rows of numbers alone are read at once, the rest by cells; both give the same values, lines and text."""
+    rows = [f"{i},{i / 3!r},0{i}" for i in range(8)]
+    rows[5] = '5,"1.5",05'
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,name\r\n" + "\r\n".join(rows[:6]) + "\r\n\r\n" + "\n".join(rows[6:]) + "\n")
+    pieces = list(stream_text(path, None, 2, ["name"]))
+    assert [len(piece.lines) for piece in pieces] == [2, 2, 2, 2]  # type: ignore[arg-type]
+    assert [line for piece in pieces for line in piece.lines] == [2, 3, 4, 5, 6, 7, 9, 10]  # type: ignore[union-attr]
+    values = np.concatenate([piece.column("b")[0] for piece in pieces])
+    assert values.tolist() == [1.5 if i == 5 else i / 3 for i in range(8)]
+    assert [name for piece in pieces for name in piece.text("name")] == [f"0{i}" for i in range(8)]
+    whole = read_table(path, None, ["name"])
+    assert whole.column("b")[0].tolist() == values.tolist()
+    path.write_text("a,b\n1,2\n3,inf\n")
+    with pytest.raises(ValueError, match=r"finite number in .*t.csv, line 3, column 'b'; got 'inf'"):
+        load(path)
+    path.write_text("id,b\n01,2\n02,NaN\n03, 4\n")
+    data = load(path, id="id", missing="drop rows", test_fraction=0.0)
+    assert sorted(data.ids["train"]) == ["01", "03"]  # type: ignore[arg-type]

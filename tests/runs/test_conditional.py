@@ -175,3 +175,47 @@ def test_refuses_a_label_that_the_training_part_lacks(table: Path) -> None:
     with pytest.raises(ValueError, match="got rockhopper in other parts alone. Try another split: --set data.seed=1"):
         spec(table).build()
     spec(table, {"seed": 1}).build()
+
+
+def test_covariates_of_an_npz_file_are_other_arrays_in_it(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    rng = np.random.default_rng(1)
+    x, age = rng.normal(size=(60, 3)), rng.normal(size=(60, 2))
+    sex = np.array(["female", "male"])[rng.integers(0, 2, 60)]
+    np.savez(tmp_path / "a.npz", x=x, age=age, sex=sex)
+    own = {"name": str(tmp_path / "a.npz"), "covariates": ["age", "sex"]}
+    data = load(**own)
+    rows = data.row_numbers["train"]
+    expected = np.column_stack([age[rows], sex[rows] == "male"])
+    assert np.allclose(data.train["covariates"].numpy(), expected)
+    assert data.columns.covariates == {"age1": (), "age2": (), "sex": ("female", "male")}
+    tables = {**TABLES, "data": own, "model": {"latent": 2, "given": "covariates"}}
+    run = fit_spec(Spec.from_dict(tables), out=tmp_path / "run")
+    np.savez(
+        tmp_path / "b.npz",
+        x=x[data.row_numbers["test"]],
+        sex=sex[data.row_numbers["test"]],
+        age=age[data.row_numbers["test"]],
+    )
+    again, known = run.encode(tmp_path / "b.npz"), run.encode()
+    assert np.allclose(again.to_numpy(), known.to_numpy(), atol=1e-5)
+    np.savez(tmp_path / "c.npz", x=x, age=age)
+    with pytest.raises(ValueError, match=r"Expected a key of .*c.npz \('x', 'age'\); got 'sex'"):
+        run.encode(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", x=x, age=age[1:], sex=sex)
+    with pytest.raises(ValueError, match="covariate for each of the 60 data of .*; got 59 in 'age1'"):
+        load(tmp_path / "d.npz", covariates=["age", "sex"])
+
+
+def test_covariates_of_new_rows_are_read_by_name(table: Path, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    own = {"name": str(table), "covariates": ["sex", "age"], "leave_out": ["species"]}
+    run = fit_spec(
+        Spec.from_dict({**TABLES, "data": own, "model": {"latent": 2, "given": "covariates"}}), out=tmp_path / "run"
+    )
+    frame = pd.read_csv(table).iloc[run.spec.load_data().row_numbers["test"]][["age", "mass", "sex", "bill"]]
+    assert np.allclose(run.encode(frame).to_numpy(), run.encode().to_numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="it lacks 'sex'"):
+        run.encode(frame.drop(columns="sex"))
+    with pytest.raises(ValueError, match=r"words of column 'sex' .* got 'mal'"):
+        run.encode(frame.replace("male", "mal"))

@@ -154,7 +154,7 @@ def test_one_table_swaps_run_or_are_refused_by_name(base, table, value):
         ({"data.test_fraction": 0.1}, "data.test_fraction: Expected no `test_fraction` for digits"),
         ({"data.name": "mnist", "data.test_fraction": 0.1}, "Expected no `test_fraction` for mnist"),
         ({"data.name": "a.csv", "data.root": "b"}, "Expected no `root` for the path of a file"),
-        ({"data.name": "a.npy", "data.array": "b"}, "Expected no `array` for a file that is no .npz"),
+        ({"data.name": "a.npy", "data.array": "b"}, "Expected no `array` for a file that is neither .npz"),
         ({"model.latent": 0}, "model.latent: Expected at least 1; got 0."),
         ({"model.latent": None}, "Try --set model.latent=2"),
         (

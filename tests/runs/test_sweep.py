@@ -5,44 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from small import small_spec
 
-from ppl_vae.runs import storage, sweep
+from ppl_vae.runs import storage
+from ppl_vae.runs.run import fit_spec, load_run
 from ppl_vae.runs.sweep import Member, parse_grid, run_sweep, summarise, told
-
-SPEC = """
-[data]
-name = "iris"
-scaling = "standardize"
-validation_fraction = 0.2
-
-[model]
-latent = 1
-
-[prior]
-family = "StandardNormal"
-
-[likelihood]
-family = "Normal"
-scale = "shared"
-network = { family = "Linear" }
-
-[posterior]
-family = "Normal"
-network = { family = "Linear" }
-
-[svi]
-epochs = 2
-
-[evaluation]
-samples = 20
-"""
 
 
 @pytest.fixture
 def spec(tmp_path):
-    path = tmp_path / "iris.toml"
-    path.write_text(SPEC)
-    return path
+    return small_spec(tmp_path / "project", {"data.validation_fraction": 0.2})
 
 
 def test_grids_are_read_from_text_and_files(tmp_path):
@@ -117,27 +89,26 @@ def test_the_best_by_test_data_is_not_chosen(tmp_path):
     assert "unknown" in told(found)
 
 
-def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on(spec, tmp_path, monkeypatch):
-    plain, grid, out = sweep._command, {"model.latent": [1, 2], "svi.seed": [0]}, tmp_path / "out"
-
-    def broken(spec, member, trust):
-        if member.settings["model.latent"] == 2:
-            return ["python3", "-c", "import sys; sys.exit('no luck')"]
-        return plain(spec, member, trust)
-
-    monkeypatch.setattr(sweep, "_command", broken)
+def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on(spec, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.npy"
+    grid = {"data.name": ["table.npy", str(other)]}
     found = run_sweep(spec, grid, out, workers=1)
-    assert found["failed"] == {"model.latent=2,svi.seed=0": "no luck"}
-    assert [row["values"] for row in found["settings"]] == [{"model.latent": 1}]
-    first = out / "model.latent=1,svi.seed=0"
+    (name,) = found["failed"]
+    assert name != "data.name=table.npy"
+    assert "no such file" in found["failed"][name]
+    assert [row["values"] for row in found["settings"]] == [{"data.name": "table.npy"}]
+    first = out / "data.name=table.npy"
     before = (first / "report.json").stat().st_mtime_ns
-    monkeypatch.setattr(sweep, "_command", plain)
+    np.save(other, np.random.default_rng(0).normal(size=(40, 3)))
     again = run_sweep(spec, grid, out)
-    assert [row["values"] for row in again["settings"]] == [{"model.latent": 1}, {"model.latent": 2}]
+    assert [row["values"]["data.name"] for row in again["settings"]] == ["table.npy", str(other)]
     assert not again["failed"]
     assert (first / "report.json").stat().st_mtime_ns == before
     names = {path.name for path in out.iterdir()}
-    assert names == {"sweep.json", "sweep.md", "sweep.png", first.name, "model.latent=2,svi.seed=0"}
+    assert names == {"sweep.json", "sweep.md", "sweep.html", "sweep.png", first.name, name}
+    torch.set_default_dtype(torch.float32)
+    alone = fit_spec(spec, out=tmp_path / "alone")
+    assert load_run(first).report["test"] == alone.report["test"]  # to the bit, in whatever process
 
 
 def test_wrong_settings_and_folders_are_refused_before_anything_is_trained(spec, tmp_path):
