@@ -110,6 +110,7 @@ def test_what_cannot_be_checked_is_refused():
 
     with pytest.raises(ValueError, match="observes what it could draw"):
         predictive_check(Program(model, noisy().guide), {"x": torch.randn(5)})
+
     def shared(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
