@@ -277,9 +277,8 @@ def _check_there(name: str, home: Path) -> None:
     if is_path(name) and not Path(name).exists() and Path(name).is_relative_to(home):
         inner = Path(name).relative_to(home)
         others = [str(folder / inner) for folder in (root_folder(None)[0], Path.cwd()) if folder.resolve() != home]
-        raise ValueError(
-            f"Expected a data file at {' or '.join([name, *others])}; got no such file or folder. Correct `name`."
-        )
+        nor = "".join(f", nor at {other}" for other in others)
+        raise ValueError(f"Expected a data file at {name}; got no such file or folder{nor}. Correct `name`.")
 
 
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:
