@@ -22,7 +22,7 @@ from ppl_vae.infer.importance_weighted import Gradient
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_settings, make_objective
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.param_store import claim, scope
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
@@ -174,6 +174,7 @@ def fit(
     held_out = None if validation is None else other(validation, check=True)
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*parameters_of(target)] if parameters is None else [*parameters]
+        claim(program, learned)
     with scope(program, training=True):
         steps = parts or math.ceil(target.n / batch_size)
         weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
