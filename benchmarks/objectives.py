@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def step_of(x: Tensor, sizes: Any, particles: int, capture: bool, options: dict[str, Any]) -> Callable[[], None]:
+def step_of(x: Tensor, sizes: Any, particles: int, capture: Any, options: dict[str, Any]) -> Callable[[], None]:
     """Give a function that takes one step of an objective on a batch."""
     program = pair(*sizes)
     target, learned = Target(program, x), list(program.parameters())
@@ -39,7 +39,7 @@ def step_of(x: Tensor, sizes: Any, particles: int, capture: bool, options: dict[
 
     def step() -> None:
         with scope(program, training=True), pyro.validation_enabled(False):
-            found = gradients(target.batch)[1]
+            found = gradients(target.batch, EAGER)[1]
         for tensor, gradient in zip(learned, found, strict=True):
             tensor.grad = gradient
         optimizer.step()
@@ -47,11 +47,11 @@ def step_of(x: Tensor, sizes: Any, particles: int, capture: bool, options: dict[
     return step
 
 
-def ratios(x: Tensor, sizes: Any, particles: int, capture: bool, rounds: int, steps: int) -> dict[str, Any]:
+def ratios(x: Tensor, sizes: Any, particles: int, capture: Any, rounds: int, steps: int) -> dict[str, Any]:
     """Take some steps of each objective in turn, and relate their times to those of Trace_ELBO, round by round."""
     work = {name: step_of(x, sizes, particles, capture, options) for name, options in OBJECTIVES.items()}
     for step in work.values():
-        for _ in range(EAGER + 3 if capture else 3):
+        for _ in range(3):
             step()
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
@@ -83,8 +83,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for sizes in ((64, [200], 10), (784, [400], 20)):
         x = (torch.rand(100, sizes[0]) < 0.2).float()
-        for capture in (True, False):
-            how = "captured" if capture else "by Pyro, step by step"
+        for capture in ("auto", "off"):
+            how = "captured" if capture == "auto" else "by Pyro, step by step"
             title = f"{sizes[0]}-{sizes[1][0]}-{sizes[2]}, batch 100, K = {given.particles}, {how}"
             found[title] = ratios(x, sizes, given.particles, capture, given.rounds, 10)
             print(title)

@@ -64,7 +64,7 @@ def fit(
         from ppl_vae.runs.run import fit_spec
 
         run = fit_spec(spec, overrides, out=out, device=device, force=force, trust_code=trust_code, say=say)
-        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.md'}")
+        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
 
 
 @app.command()
@@ -92,7 +92,7 @@ def evaluate(
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
-        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.md'}")
+        show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
             raise typer.Exit(1)
@@ -124,13 +124,36 @@ def apply(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")], as_json: Json = False) -> None:
+def explore(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="A new HTML file; by default RUN.html beside the run.")] = None,
+    trust_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page to move through the latent space of a run: one HTML file that works offline."""
+    with plainly() as screen:
+        from ppl_vae.runs.explore import write_explorer
+
+        file = write_explorer(run, out, trust_code=trust_code)
+        show(screen, {"out": str(file)}, as_json, lambda: str(file))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")],
+    html: Annotated[Path | None, typer.Option(help="A page to write, such as compare.html.")] = None,
+    as_json: Json = False,
+) -> None:
     """Put finished runs in one table, with paired differences over the same held-out data."""
     with plainly() as screen:
         from ppl_vae.runs.compare import compare_runs
         from ppl_vae.runs.console import comparison
 
         compared = compare_runs(runs)
+        if html is not None:
+            from ppl_vae.reports.more_pages import comparison_page
+
+            html.write_text(comparison_page(compared), encoding="utf-8")
         show(screen, compared, as_json, lambda: comparison(compared))
 
 

@@ -113,10 +113,20 @@ def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypat
     assert "a loud program" in said["program"][1]
 
 
+def test_the_explorer_of_a_run_is_one_new_file(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    made = invoke("explore", "run", "--json")
+    assert json.loads(made.stdout) == {"out": str(tmp_path / "run.html")}
+    assert "run: latent space" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "Expected --out to be new" in refused("explore", "run")
+    assert invoke("explore", "run", "--out", "deep/a.html").stdout == "deep/a.html\n"
+    assert "is missing" in refused("explore", "none")
+
+
 def test_text_for_people(finished, tmp_path):
     made = invoke("fit", PPCA, *SHORT, "--out", tmp_path / "a", "--set", "svi.seed=1")
     assert "nats per held-out datum" in made.stdout
-    assert str(tmp_path / "a" / "report.md") in made.stdout
+    assert str(tmp_path / "a" / "report.html") in made.stdout
     assert "z (n, 10) latent, KL analytic; x (n, 64) observed" in made.stderr
     table = invoke("compare", finished, tmp_path / "a").stdout.splitlines()
     assert table[0].split() == ["run", "ELBO", "log", "evidence", "exact", "PPCA"]
@@ -445,17 +455,20 @@ def test_a_signal_keeps_the_last_epoch_and_fit_goes_on_to_the_same_numbers(numbe
         "    def told(epoch, state):\n"
         "        on_epoch(epoch, state)\n"
         "        print('epoch', epoch, file=sys.stderr, flush=True)\n"
+        "        if epoch == 3:\n"
+        "            sys.stdin.readline()\n"
         "    return fit(*given, on_epoch=told, **more)\n"
         "run.fit = telling\nmain()\n"
     )
     settings = ["--set", "svi.epochs=40", "--set", "evaluation.samples=30"]
     command = [sys.executable, "tell.py", "fit", PPCA, *settings, "--out", "part"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path) as process:
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, cwd=tmp_path) as process:
         for line in process.stderr:
             if line.startswith("epoch 3"):
                 process.send_signal(number)
                 break
-        rest = process.stderr.read()
+        rest = process.communicate("go on\n")[1]
     assert process.returncode == status
     assert "Go on with: ppl-vae fit part" in rest
     assert "Traceback" not in rest

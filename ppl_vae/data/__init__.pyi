@@ -6,3 +6,4 @@ from .batches import permutation as permutation
 from .columns import Columns as Columns
 from .loading import Data as Data
 from .loading import load as load
+from .memory import as_data as as_data

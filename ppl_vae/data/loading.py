@@ -15,7 +15,7 @@ from ppl_vae._checks import check_choice
 from ppl_vae._seeds import fold_in
 from ppl_vae.data.checks import check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.columns import Columns, suspect
-from ppl_vae.data.datasets import read_dataset
+from ppl_vae.data.datasets import is_path, read_dataset
 from ppl_vae.data.files import present
 from ppl_vae.data.protocol import describe, digest, infer_kinds, split, summary, withhold
 from ppl_vae.data.tables import Roles
@@ -50,6 +50,7 @@ class Data:
         roles: The role of each column that is no feature: `label`, `id`, `size factor`, `covariate` or `left out`.
         suspects: Features that look like something else, by name: `label`, `id` or `constant`.
         stored: The `x` of the training part before the transform if each epoch draws it anew, else None.
+        source: What `load` was given to read them, ready for JSON; None if it cannot be read again so.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Data:
     roles: dict[str, str] = field(default_factory=dict)
     suspects: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Tensor] | None = field(default=None, repr=False)
+    source: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def features(self) -> int:
@@ -134,6 +136,7 @@ class Data:
             columns=self.columns.only(kept),
             roles={**self.roles, **dict.fromkeys(taken, "entry of its own")},
             suspects={name: look for name, look in self.suspects.items() if name not in taken},
+            source=self.source and {**self.source, "entries": [*self.source.get("entries", []), *taken]},
         )
 
     def to(self, device: torch.device | str) -> "Data":
@@ -237,6 +240,8 @@ def load(
         ValueError: If an option is unknown or does not suit the data, or the data cannot be found or read.
     """
     name = os.fspath(name)
+    given = {key: value for key, value in locals().items() if value is not None and key not in ("dtype", "download")}
+    given |= {key: str(Path(given[key]).absolute()) for key in ("name", "root") if key in given and is_path(given[key])}
     fold_in(seed)
     check_choice("missing", missing, ("refuse", "model", "drop rows"))
     check_choice("binarization", binarization, ("none", "threshold", "static", "dynamic"))
@@ -325,4 +330,5 @@ def load(
         suspects={column: look for column, look in looks.items() if look is not None},
         transform=transform,
         stored={"x": stored["train"]} if transform.redraws else None,
+        source=given if dtype == torch.float32 else None,
     )

@@ -53,6 +53,30 @@ def codes(program: Any, x: Any = None, draws: int = 100, *, seed: int = 0) -> tu
     return mean, variance
 
 
+def guide_moments(target: Target, *, seed: int = 0, block: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latent variables under the guide, each (n, z) in double precision.
+
+    They are exact where there is one latent site whose distribution knows its moments, else by 1,000 draws.
+
+    Args:
+        target: the program and its data.
+        seed: of the draws.
+        block: the number of the block that the data are, which fixes the draws too.
+    """
+    with torch.no_grad(), target.running(seed, "encode", block):
+        site: Any = target.trace("guide", 1).nodes[target.structure.latents[0]]
+    try:
+        known = [site["fn"].mean, site["fn"].variance.sqrt()]
+    except (NotImplementedError, AttributeError):
+        known = []
+    if len(target.structure.latents) == 1 and known and all(bool(value.isfinite().all()) for value in known):
+        name, shape = target.structure.latents[0], site["value"].shape
+        mean, sd = (target.layout.pack({name: value.expand(shape)})[0].double() for value in known)
+        return mean, sd
+    mean, variance = codes(target, draws=1000, seed=seed)
+    return mean, variance.sqrt()
+
+
 def active_units(program: Any, x: Any = None, *, threshold: float = 0.01, draws: int = 100, seed: int = 0) -> Tensor:
     r"""Whether each latent is active: :math:`\mathrm{Var}_x\, E_{q(z \mid x)}[z_j]` lies above a threshold.
 

@@ -8,11 +8,22 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from ppl_vae._checks import check_int
 from ppl_vae.families.distributions import Entry, thin
 from ppl_vae.families.elementwise import Elementwise, Source
+
+
+class _Binomial(dist.Binomial):
+    """Pyro's binomial, which computes what depends on the number of trials alone once, not for each entry."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        trials = thin(self.total_count)
+        ways = (trials + 1).lgamma() - (value + 1).lgamma() - (trials - value + 1).lgamma()
+        return ways + value * self.logits - trials * softplus(self.logits)
 
 
 class Binomial(Elementwise):
@@ -30,7 +41,7 @@ class Binomial(Elementwise):
     def __init__(self, event: int | tuple[int, ...], *, trials: int) -> None:
         self.trials = check_int("trials", trials)
         support = constraints.integer_interval(0, self.trials)
-        super().__init__(event, dist.Binomial, support, total_count=float(trials), logits="network")
+        super().__init__(event, _Binomial, support, total_count=float(trials), logits="network")
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         return {"logits": (mean / self.trials).clamp(1e-3, 1 - 1e-3).logit()}

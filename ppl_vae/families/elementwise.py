@@ -97,10 +97,13 @@ class Elementwise(Family):
             for name, source in self.sources.items()
         }
 
+    def link(self, name: str) -> Literal["identity", "exp", "softplus"]:
+        """How an unconstrained number becomes a value of this parameter; `exp` and `softplus` have the floor 1e-6."""
+        return "exp" if name in self.logarithmic else "softplus" if name in self._positive else "identity"
+
     def _constrain(self, name: str, raw: Tensor) -> Tensor:
-        if name in self.logarithmic:
-            return raw.exp() + FLOOR
-        return positive(raw) if name in self._positive else raw
+        link = self.link(name)
+        return raw.exp() + FLOOR if link == "exp" else positive(raw) if link == "softplus" else raw
 
     def _unconstrain(self, name: str, value: Tensor) -> Tensor:
         if name in self.logarithmic:

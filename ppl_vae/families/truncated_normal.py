@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
-from torch.special import erf, erfcx, ndtr, ndtri
+from torch.special import erf, ndtr, ndtri
 
 from ppl_vae.families.distributions import Entry, thin
 from ppl_vae.families.elementwise import Elementwise, Source
 
 _ROOT = math.sqrt(0.5)
+_TERMS = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
 
 
 class _TruncatedNormal(Entry):
@@ -26,6 +27,7 @@ class _TruncatedNormal(Entry):
 
     arg_constraints = dict.fromkeys(("loc", "low", "high"), constraints.real) | {"scale": constraints.positive}
     has_rsample = True
+    bounded = True  # on both sides
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
@@ -63,7 +65,7 @@ class _TruncatedNormal(Entry):
         bound, width = torch.where(left, low, high), high - low
         sign = 2 * left.to(bound) - 1
         b = sign * (self.loc - bound) / self.scale
-        w = torch.where(width.isinf(), 0.0, width) / self.scale + width.isinf() * (40 + b.detach().abs())
+        w = width / self.scale if self.bounded else 40 + b.detach().abs()
         return bound, sign, b, w
 
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,42 @@ class _TruncatedNormal(Entry):
         mass = mass / mass.sum(-1, keepdim=True)
         mean = (mass * d).sum(-1)
         return mean, (mass * (d - mean.unsqueeze(-1)) ** 2).sum(-1)
+
+
+class _OneSided(_TruncatedNormal):
+    """One of whose bounds is infinite."""
+
+    bounded = False
+
+
+class _Erfcx(torch.autograd.Function):
+    """The scaled complementary error function of what is not negative, in single precision to 4e-7 of its value.
+
+    Torch's own takes 17 times as long as `erf`. Numerical Recipes in C (Press et al. 1992), section 6.2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            value = torch.special.erfcx(x)
+        else:
+            t = 1 / (1 + x / 2)
+            power = torch.zeros_like(t)
+            for term in _TERMS:
+                power.add_(term).mul_(t)
+            value = power.sub_(1.26551223).exp_().mul_(t)
+        ctx.save_for_backward(x, value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, value = ctx.saved_tensors
+        return gradient * (2 * x * value - 2 / math.sqrt(math.pi))
+
+
+def erfcx(x: Tensor) -> Tensor:
+    """The scaled complementary error function, for x >= 0."""
+    return _Erfcx.apply(x)  # type: ignore[no-any-return]
 
 
 @cache
@@ -139,12 +177,13 @@ class TruncatedNormal(Elementwise):
             )
         low, high = float(low), float(high)
         support = constraints.interval(low, high)
-        super().__init__(event, _TruncatedNormal, support, loc="network", scale=scale, low=low, high=high)
+        kind = _TruncatedNormal if math.isfinite(high - low) else _OneSided
+        super().__init__(event, kind, support, loc="network", scale=scale, low=low, high=high)
 
     def from_moments(self, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
         loc, width, limits = mean, scale, {name: self.sources[name] for name in ("low", "high")}
         for _ in range(60):
-            now = _TruncatedNormal(None, **limits, loc=loc, scale=width)
+            now = self.kind(None, **limits, loc=loc, scale=width)
             loc = loc + (mean - now.mean).clamp(-scale, scale)
             width = torch.minimum(width * (scale / now.stddev).clamp(0.5, 2), 10 * scale)
         return {"loc": loc, "scale": width}

@@ -1,35 +1,43 @@
 """`Gradients`: the losses of a batch and their gradients, by Pyro step by step, and replayed once they are known."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import pyro
 import torch
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
-from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 
+from ppl_vae._checks import check_choice
 from ppl_vae._seeds import random_state, set_random_state
 from ppl_vae.programs.capture import close, record
+from ppl_vae.programs.compiler import Replay, compiled, has_compiler, replay
 from ppl_vae.programs.traces import Batch
 
-EAGER = 50  # steps with batches of one shape before they are captured, which takes about as long
+EAGER = 50  # steps of a run before any is captured, which takes about as long
+LONG = 40_000  # steps of a run that repay half a minute of compilation
 _LOG = logging.getLogger(__name__)
+Capture = Literal["auto", "off", "graph", "compile"]
+MODES = ("off", "graph", "fast", "compile")
 Answer = tuple[Tensor, list[Tensor | None]]
 
 
 class Gradients:
     """Minus the objective of a batch per datum, minus its ELBO, and the gradients of the first by what is learned.
 
-    The objective runs the program's model and guide by Pyro. After `EAGER` batches of one shape the tensor operations
-    of a step, its draws among them, are recorded as a function of the batch, the parameters and the buffers, held
-    against Pyro at two steps, and replayed from then on, with the same draws and the same numbers. Where that cannot
-    be, all goes on by Pyro, and the log (level INFO) says why: the program branches on values, has shapes that
-    depend on them, changes its buffers or other attributes at each step, or draws from elsewhere than from PyTorch.
+    The objective runs the program's model and guide by Pyro. The tensor operations of a step, its draws among them, are
+    recorded as a function of the batch, the parameters and the buffers, held against Pyro at two steps, and replayed
+    from then on, with the same draws. The mode says by which operations:
 
+    - `off`: by Pyro, step by step.
+    - `graph`: the same operations, which give the same numbers to the last bit.
+    - `fast`: some by others that are equal to rounding, with large matrix products by the faster library.
+    - `compile`: these compiled by PyTorch's inductor, or, if the compiler fails, `fast` with a warning.
+
+    What cannot be replayed goes on by Pyro, and the log (level INFO) says why: the program branches on values, has
+    shapes that depend on them, changes its buffers or other attributes, or draws from elsewhere than from PyTorch.
     Numbers and tensors outside of the program's modules and parameters, such as those that a plain function closes
     over, are taken as they are when the step is recorded.
 
@@ -38,27 +46,48 @@ class Gradients:
         objective: called with program and batch, it returns `Terms`.
         learned: the tensors that are learned.
         whole: whether the whole data set counts as one datum.
-        capture: whether steps are recorded at all.
+        capture: a mode, which is refused where it cannot be; or `auto`, which takes `fast` after `EAGER` steps, or
+            `compile` in runs of `LONG` steps on machines with a compiler, and what it can otherwise.
+        steps: of the run.
+        mode: that `auto` has come to before, in a run that is resumed.
     """
 
     def __init__(
-        self, program: Any, objective: Any, learned: list[Tensor], *, whole: bool = False, capture: bool = True
+        self,
+        program: Any,
+        objective: Any,
+        learned: list[Tensor],
+        *,
+        whole: bool = False,
+        capture: Capture = "auto",
+        steps: int = 0,
+        mode: str | None = None,
     ) -> None:
-        self.program, self.objective, self.learned = program, objective, learned
-        self.whole, self.capture = whole, capture and objective.capturable
-        self.seen: Counter[Any] = Counter()
-        self.graphs: dict[Any, Callable[..., list[Any]]] = {}
+        self.program, self.objective, self.learned, self.whole = program, objective, learned, whole
+        self.auto, self.reason = capture == "auto", ""
+        self.start = EAGER if self.auto else 1  # by the first step a program has set itself up
+        self.mode: str = capture
+        if self.auto:
+            self.mode = mode or ("compile" if steps >= LONG and has_compiler() else "fast")
+        check_choice("capture", self.mode, MODES)
+        self.graphs: dict[Any, Replay] = {}
+        self.tried: set[Any] = set()  # batches whose graph has been held against Pyro once
         self.settings: dict[str, Any] = {}
         self.held: list[Tensor] = []
+        if self.mode != "off" and not objective.capturable:
+            self._stop("this objective reads values")
 
     def look(self) -> None:
         """Forget what was recorded if an attribute of the program has changed since."""
-        if self.capture and _changed(self.settings, settings := _settings(self.program)):
-            beta = [] if self.objective.beta is None else [self.objective.beta.value]
-            held = [*self.learned, *beta, *(value for value in settings.values() if isinstance(value, Tensor))]
-            self.settings, self.held = settings, list({id(one): one for one in held}.values())
-            self.seen.clear()
-            self.graphs.clear()
+        if self.mode == "off" or not (names := _changed(self.settings, settings := _settings(self.program))):
+            return
+        if self.graphs and self.auto:
+            self._stop(f"the program's '{names[0]}' changed between epochs")
+        beta = [] if self.objective.beta is None else [self.objective.beta.value]
+        held = [*self.learned, *beta, *(value for value in settings.values() if isinstance(value, Tensor))]
+        self.settings, self.held = settings, list({id(one): one for one in held}.values())
+        self.tried.clear()
+        self.graphs.clear()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """Minus the objective, differentiable, and minus the ELBO, both per datum."""
@@ -69,15 +98,18 @@ class Gradients:
         """How many data a batch counts for."""
         return 1 if self.whole else len(next(iter(batch.values())))
 
-    def __call__(self, batch: Batch) -> Answer:
-        """Minus objective and ELBO, (2,), without gradients, and the gradients: None for what has no effect."""
-        kind = tuple((key, *_layout(value)) for key, value in batch.items())
-        self.seen[kind] += self.capture
-        replay, seen = self.graphs.get(kind), self.seen[kind]
-        if replay is not None and seen > EAGER + 2:
-            return _replayed(replay, self._given(batch))
-        if not self.capture or seen <= EAGER:
+    def __call__(self, batch: Batch, step: int = 0) -> Answer:
+        """Minus objective and ELBO, (2,), without gradients, and the gradients: None for what has no effect.
+
+        Args:
+            batch: the data.
+            step: number of the step in its run. It alone decides what is replayed, so that a resumed run repeats.
+        """
+        if self.mode == "off" or step < self.start:
             return self._by_pyro(batch)
+        kind = tuple((key, *_layout(value)) for key, value in batch.items())
+        if kind in self.graphs and kind not in self.tried:
+            return _replayed(self.graphs[kind], self._given(batch))
         return self._checked(kind, batch)
 
     def _by_pyro(self, batch: Batch) -> Answer:
@@ -90,44 +122,55 @@ class Gradients:
         return [*self.held, *(value for value in batch.values() if isinstance(value, Tensor))]
 
     def _checked(self, kind: Any, batch: Batch) -> Answer:
-        """Take a step by Pyro, and record it or hold what was recorded against it."""
+        """Take a step by Pyro and one by the graph, and go on with what agrees with Pyro."""
         self.look()
         given, device = self._given(batch), next(iter(batch.values())).device
         start, versions = random_state(device), [one._version for one in given]
-        loss, gradients = self._by_pyro(batch)
+        answer = self._by_pyro(batch)
         end = random_state(device)
         try:
             if changed := _changed(self.settings, _settings(self.program)):
                 raise ValueError(f"the program changes its '{changed[0]}' at each step")
             if versions != [one._version for one in given]:
                 raise ValueError("the program changes a buffer at each step")
-            if kind not in self.graphs:
+            while self.mode != "off":
                 set_random_state(start, device)
-                self.graphs[kind] = self._recorded(batch, given, loss.dtype)
-            set_random_state(start, device)
-            again, others = _replayed(self.graphs[kind], given)
-            if not all(torch.equal(one, two) for one, two in zip(end, random_state(device), strict=True)):
-                raise ValueError("the draws are not those of a step by Pyro")
-            pairs = [(loss, again), *zip(gradients, others, strict=True)]
-            if not all(one is two if one is None or two is None else close(one, two) for one, two in pairs):
-                raise ValueError("the loss or a gradient is not that of a step by Pyro")
+                first = kind not in self.graphs
+                if first:
+                    self.graphs[kind] = self._recorded(batch, given, answer[0].dtype)
+                    set_random_state(start, device)
+                replayed = _replayed(self.graphs[kind], given)
+                wrong = _difference(answer, replayed, end, random_state(device))
+                if not wrong:
+                    (self.tried.add if first else self.tried.discard)(kind)
+                    return replayed
+                if self.mode == "graph":
+                    raise ValueError(wrong)
+                self.mode = "graph"
+                self.graphs.clear()
         except Exception as error:  # of the program, which may do anything
-            self.graphs.pop(kind, None)
-            self.capture = False
-            _LOG.info(
-                "Training step by step, which is slower; no graph could be captured: %s: %s",
-                type(error).__name__,
-                error,
-            )
+            self._stop(f"{type(error).__name__}: {error}")
         finally:
             set_random_state(end, device)
-        return loss, gradients
+        return answer
 
-    def _recorded(self, batch: Batch, given: list[Tensor], dtype: torch.dtype) -> Callable[..., list[Any]]:
-        graph = record(lambda *_: self._by_operations(batch, dtype), given, exact=True)
-        graph.graph.set_codegen(CodeGen())
-        graph.recompile()
-        return graph.forward  # type: ignore[no-any-return]
+    def _stop(self, reason: str) -> None:
+        if not self.auto:
+            raise ValueError(f"Expected steps that can be captured; {reason}. Use capture = 'auto' or 'off'.")
+        self.graphs.clear()
+        self.mode, self.reason = "off", reason
+        _LOG.info("Training step by step, which is slower; no graph could be captured: %s", reason)
+
+    def _recorded(self, batch: Batch, given: list[Tensor], dtype: torch.dtype) -> Replay:
+        graph = record(lambda *_: self._by_operations(batch, dtype), given, exact=self.mode == "graph")
+        if self.mode == "compile":
+            try:
+                return compiled(graph, given, len(self.held))
+            except Exception as error:  # of the compiler
+                message = str(error).strip().split("\n")[0]
+                warnings.warn(f"Cannot compile; training goes on without, which is slower: {message}", stacklevel=2)
+                self.mode = "fast"
+        return replay(graph, given, len(self.held))
 
     def _by_operations(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What `_by_pyro` gives, without looking at a value: Pyro sums the loss over sites in Python's floats."""
@@ -136,6 +179,16 @@ class Gradients:
             value = (loss + (surrogate - torch_item(surrogate))).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)
         return torch.stack([value.detach(), (bound / self._data(batch)).to(dtype)]), *gradients
+
+
+def _difference(one: Answer, other: Answer, end: list[Tensor], other_end: list[Tensor]) -> str:
+    """How the answer of a step and its random state differ from those of another, if they do."""
+    if not all(map(torch.equal, end, other_end)):
+        return "the draws are not those of a step by Pyro"
+    pairs = [(one[0], other[0]), *zip(one[1], other[1], strict=True)]
+    if not all(a is b if a is None or b is None else close(b, a) for a, b in pairs):
+        return "the loss or a gradient is not that of a step by Pyro"
+    return ""
 
 
 class _ItemsAreTensors(TorchFunctionMode):
@@ -151,7 +204,7 @@ def _layout(value: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _replayed(graph: Callable[..., list[Any]], given: list[Tensor]) -> Answer:
+def _replayed(graph: Replay, given: list[Tensor]) -> Answer:
     loss, *gradients = graph(*given)
     return loss, gradients
 

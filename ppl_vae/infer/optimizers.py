@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
+from torch.optim.adam import adam
 
 Name = Literal["Adam", "AdamW", "Adamax", "SGD", "NAdam"]
 Schedule = Literal["constant", "one-cycle", "cosine", "cosine-restarts"]
@@ -29,6 +30,28 @@ def make_optimizer(
     keys = {key: value for key, value in keys.items() if value is not None}
     keys |= {"fused": True} if kind in ("Adam", "AdamW", "SGD") else {}
     return getattr(torch.optim, kind)(tensors, lr=rate, weight_decay=weight_decay, **keys)  # type: ignore[no-any-return]
+
+
+def take_step(optimizer: Optimizer, tensors: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Take a step of an optimiser by gradients that are given, and leave none behind.
+
+    PyTorch's own fused Adam is called without the bookkeeping around it, once its state is there.
+    """
+    group = optimizer.param_groups[0]
+    states: Any = [optimizer.state.get(one) for one in tensors]
+    plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and group["fused"] and not group["amsgrad"]
+    if plain and all(states) and all(one is not None for one in gradients) and len(group["params"]) == len(tensors):
+        keys: Any = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize", "decoupled_weight_decay")}
+        keys |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "fused": True}
+        parts = {key: [one[key] for one in states] for key in ("exp_avg", "exp_avg_sq", "step")}
+        given: Any = (tensors, gradients, parts["exp_avg"], parts["exp_avg_sq"], [], parts["step"])
+        with torch.no_grad():
+            adam(*given, **keys)
+        return
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
 
 
 def make_schedule(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
+from ppl_vae.infer.optimizers import take_step
 from ppl_vae.infer.saved import check_saved
 from ppl_vae.programs.param_store import mode
 from ppl_vae.programs.target import Target
@@ -33,6 +34,9 @@ class History:
         seconds: time since the start.
         steps: how many steps the optimiser took in all.
         best_epoch: the epoch whose state was kept, counted from 0.
+        settings: those of `fit`, as a spec's `[svi]` has them, once it has ended.
+        capture: how the last steps were taken: `off`, `graph`, `fast` or `compile` (see `Gradients`).
+        capture_reason: why they were not captured, if that was tried.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -43,6 +47,9 @@ class History:
     seconds: list[float] = field(default_factory=list)
     steps: int = 0
     best_epoch: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    capture: str | None = None
+    capture_reason: str | None = None
 
     def best(self, start: int = 0, otherwise: int | None = None) -> Any:
         """The first epoch, from `start` on, with the highest finite objective of the validation data."""
@@ -133,8 +140,7 @@ class Trainer:
     """Epochs of steps on a program, and the bound of held-out data.
 
     Args:
-        program: any program.
-        objective: called with program and batch, it returns `Terms`; its `beta` follows the steps.
+        gradients: of the objective, whose `beta` follows the steps.
         state: the state of the run; the steps change it.
         batch_size: data per step.
         clip: maximum of the global gradient norm, per datum; 0 is off.
@@ -142,25 +148,18 @@ class Trainer:
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
-        capture: whether the steps are replayed from a graph where that can be.
         on_step: called with the state between two steps of an epoch.
     """
 
-    program: Any
-    objective: Any
+    gradients: Gradients
     state: State
     batch_size: int
     clip: float
     seed: int
     shuffle: bool = True
     parts: int = 0
-    capture: bool = True
     on_step: Callable[[State], None] | None = None
-
-    def __post_init__(self) -> None:
-        options: Any = {"whole": self.parts > 0, "capture": self.capture}
-        self.gradients = Gradients(self.program, self.objective, self.state.learned, **options)
-        self.former: Any = None  # gradients of the step before
+    former: Any = None  # gradients of the step before
 
     def epoch(self, data: Target, number: int, *, check: bool) -> tuple[float, float]:
         """Pass once over the data.
@@ -191,6 +190,7 @@ class Trainer:
         except KeyboardInterrupt:
             self.state.load(good)
             raise
+        self.state.history.capture, self.state.history.capture_reason = self.gradients.mode, self.gradients.reason
         values = torch.stack(losses)
         if bool(values[:, 0].isfinite().all()) and self.state.is_finite():
             objective, elbo = (-values.double().sum(0)).tolist()
@@ -218,9 +218,9 @@ class Trainer:
         """Objective and ELBO of held-out data in nats per datum, by the same draws each time, at the final beta."""
         objective = elbo = 0.0
         draws = fork_rng(self.seed, "validation", device=held_out.device)
-        if self.objective.beta is not None:
-            self.objective.beta.set()
-        with mode(self.program), draws, pyro.validation_enabled(False):
+        if self.gradients.objective.beta is not None:
+            self.gradients.objective.beta.set()
+        with mode(self.gradients.program), draws, pyro.validation_enabled(False):
             for block in held_out.blocks(self.batch_size):
                 loss, bound = self.gradients.loss(block.batch)
                 objective, elbo = objective - float(loss) * block.n, elbo - float(bound) * block.n
@@ -242,26 +242,23 @@ class Trainer:
                 if step < len(losses):
                     continue
                 if step == until:
-                    return _culprit(self.program, batch)
+                    return _culprit(self.gradients.program, batch)
                 if not (bool(self._step(batch)[0].isfinite()) and self.state.is_finite()):
                     break
         return self._replay(data, number, good, step)
 
     def _step(self, batch: Batch) -> Tensor:
         """Take one step on the loss; returns minus objective and ELBO per datum."""
-        state = self.state
-        if self.objective.beta is not None:
-            self.objective.beta.set(state.history.steps)
-        losses, gradients = self.gradients(batch)
+        state, step = self.state, self.state.history.steps
+        if self.gradients.objective.beta is not None:
+            self.gradients.objective.beta.set(step)
+        losses, gradients = self.gradients(batch, step)
         self.former = gradients  # till the next are there: memory that is all given back must be fetched anew
         if self.clip:
             norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
             gradients = [None if one is None else one * scale for one in gradients]  # two may share their memory
-        for tensor, gradient in zip(state.learned, gradients, strict=True):
-            tensor.grad = gradient
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
+        take_step(state.optimizer, state.learned, gradients)
         state.scheduler.step()
         state.history.steps += 1
         return losses

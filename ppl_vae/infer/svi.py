@@ -16,6 +16,7 @@ from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.elbo import Beta, Per
+from ppl_vae.infer.gradients import Capture, Gradients
 from ppl_vae.infer.importance_weighted import Gradient
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_settings, make_objective
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
@@ -30,7 +31,7 @@ Keep = Literal["last", "best"]
 OBJECTIVE = ("elbo", "alpha", "gradient", "particles", "free_bits", "free_bits_per")
 RATE = ("weight_decay", "momentum", "betas", "epsilon")
 SETTINGS: tuple[str, ...] = (*OBJECTIVE, "beta", "warm_up", "cycles", "epochs", "batch_size", "optimizer", *RATE)
-SETTINGS += ("learning_rate", "schedule", "restarts", "clip", "keep", "patience")
+SETTINGS += ("learning_rate", "schedule", "restarts", "clip", "keep", "patience", "capture")
 
 
 def fit(
@@ -59,6 +60,7 @@ def fit(
     clip: float = 0.0,
     keep: Keep = "last",
     patience: int = 0,
+    capture: Capture = "auto",
     seed: int = 0,
     device: str = "auto",
     validation: Any = None,
@@ -67,7 +69,6 @@ def fit(
     on_epoch: Callable[[int, "State"], None] | None = None,
     on_step: Callable[["State"], None] | None = None,
     resume: dict[str, Any] | None = None,
-    capture: bool = True,
 ) -> History:
     r"""Train a program by stochastic variational inference.
 
@@ -118,6 +119,10 @@ def fit(
         clip: maximum of the global gradient norm, per datum; 0 is off.
         keep: `last`, or `best` by the objective of the validation data at its final beta, after the warm-up.
         patience: epochs without a better such value after which training stops; 0 is off.
+        capture: whether steps are replayed as the tensor operations of an earlier one, without the Python around them:
+            `off`; `graph`, the same numbers to the last bit; `compile`, equal to rounding, by a C++ compiler, which
+            takes half a minute; `auto`, equal to rounding, compiled in long runs, and `off` where a program cannot be
+            captured, which the log and the history say.
         seed: of the order of the data and of all draws; the global random state is left alone.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`; the program is moved there.
         validation: data as `x`, whose bound is recorded after each epoch.
@@ -126,8 +131,6 @@ def fit(
         on_epoch: called after each epoch with its number and the `State`, whose `save()` returns what `resume` takes.
         on_step: called likewise between two steps of an epoch, with the `State`.
         resume: a saved state to start from; the result is that of a run without interruption.
-        capture: whether steps are replayed as the tensor operations of an earlier one, without the Python around
-            them, where this gives the same numbers (see `Gradients`); the log says where it does not.
 
     Returns:
         The history.
@@ -183,7 +186,9 @@ def fit(
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
-        trainer = Trainer(program, objective, state, batch_size, clip, seed, shuffle, parts, capture, on_step)
+        how: Any = {"whole": sites.whole, "capture": capture, "steps": epochs * steps, "mode": state.history.capture}
+        gradients = Gradients(program, objective, learned, **how)
+        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts, on_step)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
@@ -210,6 +215,8 @@ def fit(
     if sites.whole and ignores_data(program, target.batch, seed):
         remember(program, target.batch)
     target.refresh()
+    known = {key: value for key, value in settings.items() if value is not None and key != "validation"}
+    history.settings = {**known, "optimizer": getattr(optimizer, "__name__", optimizer), "seed": seed}
     return history
 
 
@@ -238,6 +245,7 @@ def check_settings(**given: Any) -> None:
     """
     choices: dict[str, Any] = {"elbo": tuple(OBJECTIVES), "schedule": get_args(Schedule), "keep": get_args(Keep)}
     choices |= {"gradient": get_args(Gradient), "free_bits_per": get_args(Per), "optimizer": get_args(Name)}
+    choices |= {"capture": get_args(Capture)}
     least = {"epochs": 1, "batch_size": 1, "particles": 1, "cycles": 1, "restarts": 1, "warm_up": 0, "patience": 0}
     for key, value in given.items():
         if key in choices and value is not None and not callable(value):

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,6 +18,35 @@ def own_params(program: Any) -> dict[str, dict[str, Any]]:
     """What a program learned through `pyro.param`: its `params`, unconstrained, and their `constraints`, by name."""
     own: dict[str, dict[str, Any]] = vars(program).setdefault("_ppl_vae_params", {"params": {}, "constraints": {}})
     return own
+
+
+def learned_params(program: Any) -> dict[str, Tensor]:
+    """Values of what a program learned through `pyro.param`, by name, within their constraints."""
+    own = own_params(program)
+    return {
+        name: torch.distributions.transform_to(own["constraints"][name])(value).detach()
+        for name, value in own["params"].items()
+    }
+
+
+def adopt(program: Any, traces: Iterable[Any]) -> None:
+    """Keep what traces of a program took from Pyro's parameter store, where a loop of stock Pyro left it.
+
+    Raises:
+        ValueError: If a trace has parameters of a module that the program does not hold.
+    """
+    own, store = own_params(program), pyro.get_param_store().get_state()
+    held = {tensor.data_ptr() for tensor in program.parameters()} if isinstance(program, nn.Module) else set()
+    for name, node in ((name, trace.nodes[name]) for trace in traces for name in trace.param_nodes):
+        if "$$$" not in name:
+            if name in store["params"] and name not in own["params"]:
+                own["params"][name] = store["params"][name].detach().clone().requires_grad_()
+                own["constraints"][name] = store["constraints"][name]
+        elif node["value"].data_ptr() not in held:
+            raise ValueError(
+                f"Expected a program that holds its modules; got one that calls pyro.module({name.split('$$$')[0]!r}) "
+                "on another's. Make it an nn.Module with model and guide for methods, or give Program those methods."
+            )
 
 
 def mode(program: Any, *, training: bool = False) -> AbstractContextManager[None]:

@@ -52,6 +52,11 @@ def simulate(program: Any, x: Any = None) -> tuple[Batch, Tensor]:
     drawn = there.trace("model", 1, poutine.uncondition)
     for name, index in where.items():
         node: Any = drawn.nodes[name]
+        if node["value"].numel() != index.numel():
+            raise ValueError(
+                f"Expected a distribution as large as its data at site '{name}', {tuple(index.shape)}; got draws of "
+                f"shape {tuple(node['value'].shape)}. Expand its parameters."
+            )
         flat[index.flatten()] = node["value"].reshape(index.shape).flatten().to(flat)
     return filled(flat), there.flatten(drawn)[0]
 

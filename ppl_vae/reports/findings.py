@@ -1,62 +1,81 @@
-"""Findings: what the numbers of a report mean in words, and what would help."""
+"""Findings: what the numbers of a report give reason to doubt, the gravest first."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-REMEDIES = (
-    "To tighten the bound: more samples (`ppl-vae evaluate RUN --samples K`), a richer guide (FullNormal, "
-    "MixtureNormal) or a larger network. Annealing does not rely on the guide (`ppl-vae evaluate RUN --reference ais`, "
-    "with more `--temperatures` if it does not settle)."
-)
-
-REMEDIES_WHOLE = (
-    "More samples (`ppl-vae evaluate RUN --samples K`), longer training, a richer guide or another parameterisation "
-    "of the model tighten it. A reference does not rely on the guide (`ppl-vae evaluate RUN --reference nuts`)."
-)
-
 
 def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
-    """List what the numbers give reason to doubt, and what would help.
+    """List what the numbers give reason to doubt, the gravest first; `list_remedies` says what would help.
 
     Args:
         report: the content of `report.json`.
         history: the bound of each epoch.
     """
-    test, train, exact = report["test"], report["train"], report["exact"]
-    findings = [*_doubt_data(report["data"]), *_doubt_diagnostics(report), *_doubt_guide(report)]
+    test, train = report["test"], report["train"]
+    basis = [*_doubt_data(report["data"]), *_doubt_guide(report)]
     if None in (test["log_evidence"]["mean"], test["elbo"]["mean"], train["elbo"]):
         reason = "the model gives some datum no density. Nothing here can be trusted."
-        return [*findings, f"**Some figures are not finite**: {reason}"]
-    if _has_diverged(report, history):
-        remedy = "Nothing here can be trusted. Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
-        return [*findings, f"**Training diverged**: the bound ended at {history[-1]:.1e} nats per datum. {remedy}"]
-    findings += [
-        *_doubt_evidence(test, report["data"].get("whole", False)),
+        return [f"**Some figures are not finite**: {reason}", *basis]
+    if has_diverged(report, history):
+        ended = f"the bound ended at {history[-1]:.1e} nats per datum"
+        return [f"**Training diverged**: {ended}. Nothing here can be trusted.", *basis]
+    return [
+        *_doubt_model(report, history),
+        *basis,
+        *_doubt_evidence(test),
+        *_doubt_predictions(report.get("predictive")),
+        *_doubt_diagnostics(report),
+        *_doubt_distance(report),
+        *_doubt_encoder(report),
         *_doubt_latents(test),
-        *_doubt_training(train, test["elbo"], history),
+        *_doubt_convergence(report, history),
     ]
-    if exact and exact["gap"] > 0.1:
-        findings.append(
-            f"**The guide misses the exact posterior** by {exact['gap']:.2f} nats on average. A richer family, such as "
-            "FullNormal, or longer training would come closer."
-        )
-    return findings
 
 
-def describe_diagnostics(report: Mapping[str, Any]) -> list[str]:
-    """Describe what the diagnostics of a run measured, if any were asked for."""
-    blocks = {
-        "reference": lambda block: _reference(block, with_gap="gap" not in report),
-        "bound": _bound,
-        "gap": _gap,
-        "classes": _classes,
-        "calibration": lambda block: (
-            f"**Calibration**: {block['verdict']} (p = {block['p_value']:.2g} over {block['simulations']} simulations)."
-        ),
-    }
-    return [describe(report[name]) for name, describe in blocks.items() if name in report]
+def has_diverged(report: Mapping[str, Any], history: Sequence[float]) -> bool:
+    """Whether the bound fell by ten times its size, or ended where no model of the data belongs."""
+    baseline = (report.get("baseline") or {}).get("ppca", {}).get("log_evidence") or 0.0
+    least = min(baseline, 0.0) * 100 - 1e4 * max(report["data"].get("features", 1), 1)
+    return history[-1] < min(history[0] - 10 * abs(history[0]) - 1e3, least) or history[-1] < 1e6 * least
+
+
+def rise(history: Sequence[float]) -> tuple[float, int] | None:
+    """By how many nats the bound rose over the last epochs, and over how many; None if it has settled."""
+    tenth = max(len(history) // 10, 1)
+    if len(history) < 2:
+        return None
+    last, before = float(np.mean(history[-tenth:])), float(np.mean(history[-2 * tenth : -tenth]))
+    return (last - before, tenth) if last - before > max(0.1, 5e-4 * abs(last)) else None
+
+
+def behind_ppca(report: Mapping[str, Any]) -> bool:
+    """Whether the data are certainly less probable than under PPCA with as many latents."""
+    ppca = (report.get("baseline") or {}).get("ppca", {})
+    apart, error = ppca.get("difference"), ppca.get("se")
+    return apart is not None and apart < -max(3 * (error or 0.0), 0.05)
+
+
+def overfitted(report: Mapping[str, Any]) -> str | None:
+    """What fits the training data better, the `model` by its log p(x), else the `encoder` by the bound alone."""
+    lead = report["train"].get("lead") or {}
+    if lead.get("elbo") is None or lead.get("log_evidence") is None:
+        return None
+    ahead, least = lead["log_evidence"], 0.01 * abs(report["test"]["elbo"]["mean"])
+    if ahead > max(3 * lead["log_evidence_se"], least):
+        return "model"
+    return "encoder" if lead["elbo"] - ahead > max(3 * lead["elbo_se"], least) else None
+
+
+def distance(report: Mapping[str, Any]) -> tuple[float, str, bool] | None:
+    """KL of the guide to the posterior in nats, over which data, and if it is at least that; None if not known."""
+    for name, key in (("exact", "gap"), ("gap", "total"), ("reference", "gap")):
+        block = report.get(name) or {}
+        if block.get(key) is not None:
+            n = block.get("n_settled") or block.get("n")
+            return block[key], f" over {counted(n)}" if n else "", block.get("kind") == "lower bound"
+    return None
 
 
 def counted(n: int) -> str:
@@ -77,6 +96,38 @@ def figure(value: float | None, error: float | None = None, *, digits: int = 3) 
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {margin(error, digits)}")
 
 
+def _doubt_model(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
+    """Whether the model is worse than a linear one, or learned the training data by heart."""
+    test, ppca = report["test"], (report.get("baseline") or {}).get("ppca", {})
+    if behind_ppca(report):
+        lost, latents = len(test["collapsed"]), test["latents"]
+        cause = "training has not settled" if rise(history) or len(history) < 2 else "training settled in a poor place"
+        if 2 * lost >= latents:
+            cause = f"{lost} of {latents} latents collapsed, and what is left is no more than a linear model"
+        bound = " or less: the log evidence is a bound" if test["log_evidence"]["kind"] == "lower bound" else ""
+        yield (
+            f"**The model is worse than PPCA**, by {figure(-ppca['difference'], ppca['se'])} nats per datum{bound}. A "
+            f"linear model with as many latents fits these data better, so no figure here tells what this kind of "
+            f"model can do: {cause}."
+        )
+    if overfitted(report) == "model":
+        yield f"**The model memorises**: its training data fit better, by {_ahead(report)}."
+
+
+def _ahead(report: Mapping[str, Any]) -> str:
+    lead = report["train"]["lead"]
+    told = f"{figure(lead['log_evidence'], lead['log_evidence_se'], digits=1)} nats of log p(x)"
+    return f"{told} over {lead['n']} data or more of each part"
+
+
+def _doubt_encoder(report: Mapping[str, Any]) -> Iterator[str]:
+    if overfitted(report) == "encoder":
+        yield (
+            f"**The encoder overfits, the model does not**: the bound is {report['train']['lead']['elbo']:.1f} nats "
+            f"higher on the training data, log p(x) only {_ahead(report)}."
+        )
+
+
 def _doubt_data(data: Mapping[str, Any]) -> Iterator[str]:
     if data.get("whole"):
         yield (
@@ -87,7 +138,7 @@ def _doubt_data(data: Mapping[str, Any]) -> Iterator[str]:
     elif data["part"] == "train":
         yield (
             "**All figures are of the training data.** The guide keeps a row for each of them and knows no others, so "
-            "nothing here tells how the model does on new data. A network such as `Linear` or `MLP` would."
+            "nothing here tells how the model does on new data."
         )
 
 
@@ -100,9 +151,21 @@ def _doubt_diagnostics(report: Mapping[str, Any]) -> Iterator[str]:
             "it there. The diagnostics below tell what failed."
         )
     if calibration and calibration["verdict"] == "miscalibrated":
+        part, apart = ("held-out" if report["data"]["part"] == "test" else "training"), distance(report)
+        where = f"Simulated data can lie off the {part} data, where it may be nearly exact; `--reference auto` tells."
+        if apart is not None:
+            kl = (
+                "its KL, log p(x) - ELBO, is "
+                + ("at least " if apart[2] else "")
+                + f"{figure(apart[0])} nats{apart[1]}"
+            )
+            if apart[0] > 0.1:
+                where = f"It is off on the {part} data too: {kl}."
+            elif not apart[2]:
+                where = f"On the {part} data it is nearly exact: {kl}. The fault shows only off them."
         yield (
             "**The guide is miscalibrated**: on data simulated from the model, its draws differ from the true latents "
-            f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {_off_data_too(report)}"
+            f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {where}"
         )
 
 
@@ -113,29 +176,14 @@ def _doubt_guide(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"**{check['words'][-1]}** Furthest off in mean or spread, in standard deviations: {off}."
 
 
-def _off_data_too(report: Mapping[str, Any]) -> str:
-    """Whether a guide that is off on simulated data is off on those of the report too, and what would help."""
-    exact, gap, reference = (report.get(name) or {} for name in ("exact", "gap", "reference"))
-    remedy = "a richer family, such as FullNormal, a larger network or longer training would come closer."
-    if gap and (gap["amortization"] or 0.0) > (gap["approximation"] or 0.0):
-        remedy = "a larger network or longer training would come closer, a richer family little."
-    part = "held-out" if report["data"]["part"] == "test" else "training"
-    for block, name in ((exact, "gap"), (gap, "total"), (reference, "gap")):
-        value, bounded = block.get(name), block.get("kind") == "lower bound"
-        divergence = "its KL, log p(x) - ELBO, is " + ("at least " if bounded else "") + f"{figure(value)} nats"
-        if "n" in block:
-            divergence += f" over {counted(block.get('n_settled') or block['n'])}"
-        if value is not None and value > 0.1:
-            return f"It is off on the {part} data too: {divergence}; {remedy}"
-        if value is not None and not bounded:
-            return f"On the {part} data it is nearly exact: {divergence}. The fault shows only off them."
-    return (
-        f"Simulated data can lie off the {part} data, where it may be nearly exact; `--reference auto` tells. If it is "
-        f"off there too, {remedy}"
-    )
+def _doubt_distance(report: Mapping[str, Any]) -> Iterator[str]:
+    """The distance of the guide to the exact posterior, unless the calibration has told it."""
+    told = (report.get("calibration") or {}).get("verdict") == "miscalibrated"
+    if report["exact"] and report["exact"]["gap"] > 0.1 and not told:
+        yield f"**The guide misses the exact posterior** by {report['exact']['gap']:.2f} nats on average."
 
 
-def _doubt_evidence(test: Mapping[str, Any], whole: bool) -> Iterator[str]:
+def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
     value, shape, worst = test["log_evidence"], test["pareto_k"], test["worst"]
     named = ""
     if worst["n"]:
@@ -154,12 +202,22 @@ def _doubt_evidence(test: Mapping[str, Any], whole: bool) -> Iterator[str]:
                 "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
                 "variance is finite."
             )
-        remedies = REMEDIES_WHOLE if whole else REMEDIES
-        yield f"**The log evidence is a lower bound, not an estimate.** {reason} {remedies}"
+        yield f"**The log evidence is a lower bound, not an estimate.** {reason}"
     elif named:
         yield f"**Some weights are bad**, though they cannot move the mean beyond its interval. {named.strip()}"
     elif abs(value["bias"]) > max(value["mc_se"], 0.01):
-        yield f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats. More samples reduce this."
+        yield f"**The estimate is biased downwards**, by about {-value['bias']:.2f} nats."
+
+
+def _doubt_predictions(block: Mapping[str, Any] | None) -> Iterator[str]:
+    """The statistics of the data that no set of draws comes near."""
+    if off := [one for one in (block or {}).get("statistics", ()) if one["off"]]:
+        worst = ", ".join(
+            f"the {one['name']} is {one['observed']:.4g}, in the draws {one['low']:.4g} to {one['high']:.4g}"
+            for one in off[:3]
+        )
+        more = f", and {len(off) - 3} more" if len(off) > 3 else ""
+        yield f"**The model draws data unlike these**: {worst}{more}."
 
 
 def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
@@ -170,127 +228,13 @@ def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
         )
         yield (
             f"**{count} of {test['latents']} latents {are} collapsed**: the posterior {means} over the data (variance "
-            "below 0.01). Fewer latents would do as well."
+            "below 0.01)."
         )
 
 
-def _has_diverged(report: Mapping[str, Any], history: Sequence[float]) -> bool:
-    """Whether the bound fell by ten times its size, or ended where no model of the data belongs."""
-    baseline = (report.get("baseline") or {}).get("ppca", {}).get("log_evidence") or 0.0
-    least = min(baseline, 0.0) * 100 - 1e4 * report["data"].get("features", 1)
-    return history[-1] < min(history[0] - 10 * abs(history[0]) - 1e3, least) or history[-1] < 1e6 * least
-
-
-def _doubt_training(train: Mapping[str, Any], bound: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
+def _doubt_convergence(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
     if len(history) < 2:
-        yield "**Only one epoch was trained**, too few to tell whether the bound has converged. Raise `svi.epochs`."
-    else:
-        tenth = max(len(history) // 10, 1)
-        last, before = float(np.mean(history[-tenth:])), float(np.mean(history[-2 * tenth : -tenth]))
-        if last - before > max(0.1, 5e-4 * abs(last)):
-            rise = f"by {last - before:.2f} nats over the last {f'{tenth} epochs' if tenth > 1 else 'epoch'}"
-            yield f"**The bound was still rising**, {rise}. Train longer (`svi.epochs`)."
-    lead = train.get("lead") or {"elbo": None}
-    if lead["elbo"] is None or lead["log_evidence"] is None:
-        return
-    ahead, least = lead["log_evidence"], 0.01 * abs(bound["mean"])
-    told = f"{figure(ahead, lead['log_evidence_se'], digits=1)} nats of log p(x)"
-    of = f"over {lead['n']} data or more of each part"
-    if ahead > max(3 * lead["log_evidence_se"], least):
-        yield (
-            f"**The training data fit better, by {told}** {of}: the model memorises. Fewer parameters, fewer epochs "
-            '(`svi.keep = "best"` with a `data.validation_fraction`) or more data help.'
-        )
-    elif lead["elbo"] - ahead > max(3 * lead["elbo_se"], least):
-        yield (
-            f"**The encoder overfits**: its bound is {lead['elbo']:.1f} nats higher on the training data, log p(x) "
-            f"only {told}, {of}. The model is not to blame; a smaller encoder or more data for it would help."
-        )
-
-
-def _reference(block: Mapping[str, Any], *, with_gap: bool) -> str:
-    n, settled, method, checks = block["n"], block["n_settled"], block["method"], block["diagnostics"]
-    if method == "nuts":
-        r_hat, ess = figure(checks["r_hat"]["max"], digits=4), figure(checks["ess"]["min"], digits=0)
-        verdict = (
-            f"**Its own checks failed** on {n - settled} of {n} data. Longer chains (`python inference/nuts.py RUN "
-            "--warmup 1000 --draws 4000`) may pass, unless they are caught in separate modes."
-        )
-        return (
-            f"**Reference posterior** by NUTS for {counted(n)}: R-hat is at most {r_hat} (required: below 1.01), "
-            f"{block['draws']:,} draws are as good as {ess} independent ones or more (above 400), "
-            f"{checks['divergences']} diverged (none). {'It passed its checks.' if block['converged'] else verdict}"
-        )
-    why, remedy = "their posteriors are too rough or too wide", "Annealing (`--reference ais`)"
-    if method == "ais":
-        why, remedy = (
-            "their chains differ too much, or importance sampling finds more",
-            "Slower annealing (`ppl-vae evaluate RUN --reference ais ",
-        )
-        remedy += "--temperatures N`, 500 by default) or more `--chains` (16)"
-    left_out = "They are left out here and below. " if settled or method != "ais" else ""
-    missing = (
-        f" **{n - settled} of {n} data did not settle**: {why}. {left_out}{remedy} may help." if settled < n else ""
-    )
-    if block["log_evidence"] is None:
-        return f"**Reference** by {method}: log p(x) is known for none of {counted(n)}.{missing}"
-    error = f"± {margin(block['error']) if method == 'ais' else format(block['error'], '.1g')} nats"
-    sure, of = block["kind"] == "estimate", counted(n) if settled in (0, n) else f"the {counted(settled)} that settled"
-    told = (
-        f"**Reference** by {method}: log p(x) {'=' if sure else '>='} {figure(block['log_evidence'])} "
-        f"{'nats exactly' if method == 'closed-form' else error} on average over {of}, where importance sampling gives "
-        f"{figure(block['importance_weighted'])}"
-    )
-    if with_gap:
-        told += f"; the ELBO lies {'' if sure else 'at least '}{figure(block['gap'], block['gap_error'])} below"
-    told += "." if sure else ". This is a lower bound on average, not an estimate."
-    if method == "ais":
-        median, least = (figure(checks["ess"][name], digits=1) for name in ("median", "min"))
-        told += f" Of its {block['draws']} chains, a median of {median} and at least {least} are effective; "
-        told += f"{checks['acceptance']['median']:.0%} of the moves were accepted."
-    return told + missing
-
-
-def _bound(block: Mapping[str, Any]) -> str:
-    counts = block["samples"]
-    shown = sorted({0, len(counts) // 2, len(counts) - 1})
-    bounds = ", ".join(f"{figure(block['mean'][at], block['mc_se'][at])} at K = {counts[at]:,}" for at in shown)
-    return f"**The bound over the number of samples** K, mean over {counted(block['n'])}: {bounds}."
-
-
-def _classes(block: Mapping[str, Any]) -> str:
-    apart = block["margin"]
-    told = (
-        f"**Classes** by p(y given x), {block['samples']} samples for each of {block['classes']}: right for "
-        f"{figure(block['accuracy'], block['se'])} of {counted(block['n'])}; log p(y given x) is "
-        f"{figure(block['log_score'])} nats at the label, the calibration error {figure(block['calibration_error'])}. "
-        f"Uncertain, since the interval of the difference of two classes holds 0: {block['uncertain']}. Refused as "
-        f"outliers under every class, since 99 % of the {block['known']['part']} data of each have a higher "
-        f"log p(x given y): {block['outliers']}."
-    )
-    if apart is not None:
-        told += (
-            f" For {counted(block['open'])} the evidence of another class is only a lower bound; it would have to be "
-            f"too low by {figure(apart['min'], digits=1)} nats at the least, by {figure(apart['median'], digits=1)} in "
-            "the median, for that class to be the most probable."
-        )
-    return told
-
-
-def _gap(block: Mapping[str, Any]) -> str:
-    names = ("total", "error"), *((name, f"{name}_error") for name in ("approximation", "amortization"))
-    total, family, network = (figure(block[name], block[error]) for name, error in names)
-    least = "" if block["kind"] == "estimate" else "at least "
-    gap = f"**The gap**, log p(x) - ELBO, is {least}{total} nats on average over {counted(block['n'])}"
-    if block.get("family", "") is None:
-        return f"{gap}. The family of this guide is not known, so it is not split."
-    second, more = "because training did not find its best member", "Longer"
-    if block.get("amortized", True):
-        second, more = "because one network serves all data", "A larger encoder or longer"
-    advice = f"{more} training would gain more than a richer family."
-    if (block["approximation"] or 0.0) > (block["amortization"] or 0.0):
-        advice = "A richer family (FullNormal, MixtureNormal) would gain more than a larger network."
-    if (block["total"] or 0.0) < 0.1:
-        advice = "There is little to gain."
-    parts = f"{least}{family} because of the guide's family, {network} {second}"
-    return f"{gap}: {parts}. ± is the Monte Carlo error. {advice}"
+        yield "**Only one epoch was trained**, too few to tell whether the bound has converged."
+    elif (risen := rise(history)) is not None and report["train"].get("kept_epoch", len(history)) == len(history):
+        over = f"{risen[1]} epochs" if risen[1] > 1 else "epoch"
+        yield f"**The bound was still rising**, by {risen[0]:.2f} nats over the last {over}."

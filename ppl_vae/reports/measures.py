@@ -13,6 +13,8 @@ from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
+from ppl_vae.evaluation.predictive import PredictiveCheck, predictive_check
+from ppl_vae.evaluation.weights import Precision
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
@@ -55,6 +57,7 @@ def evaluate(
     seed: int = 0,
     latent: int | None = None,
     reference: Reference | None = None,
+    precision: Precision = "full",
 ) -> tuple[dict[str, Any], Evidence]:
     """Measure a trained program on its evaluation split.
 
@@ -65,6 +68,7 @@ def evaluate(
         seed: of all draws.
         latent: number of latent variables of the PPCA to compare with, None for no PPCA.
         reference: of a program whose whole data set counts as one datum, to check its guide by.
+        precision: as `log_evidence` takes it, of other programs.
 
     Returns:
         The blocks `test`, `exact` and `baseline` of a report, `missing` if entries are, and the evidence of each datum.
@@ -72,7 +76,8 @@ def evaluate(
     """
     whole = target.structure.whole
     checked = check_guide(target, samples=samples, seed=seed, reference=reference) if whole else None
-    evidence = log_evidence(target, samples=samples, seed=seed) if checked is None else checked.evidence
+    lower: Any = {"seed": seed, "precision": precision}
+    evidence = log_evidence(target, samples=samples, **lower) if checked is None else checked.evidence
     test = evidence.summary()
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None
@@ -80,7 +85,7 @@ def evaluate(
         test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
         test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
         blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
-        return finite({**blocks, "check": _check_block(checked)}), evidence
+        return finite({**blocks, "check": check_block(checked)}), evidence
     volume, features = float(data.protocol.get("log_volume") or 0.0), float(data.features)
     if (mask := target.batch.get("mask")) is not None:  # of the entries observed, on average
         shares = mask.flatten(1).double().mean(0)
@@ -89,6 +94,7 @@ def evaluate(
     if "probability mass" in measure(target):
         volume = 0.0
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, features)
+    test["bits_per_dim_se"] = None if value["se"] is None else -bits_per_dim(value["se"], features)
     few = target.rows(slice(MOST_DATA))
     active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
@@ -98,14 +104,14 @@ def evaluate(
     except ValueError:  # a site whose marginals have no density
         test["rates"] = None
     exact = _compare_exact(target, test["elbo"])
-    baseline = None if latent is None else _fit_baseline(target, data, latent)
+    baseline = None if latent is None else _fit_baseline(target, data, latent, evidence.log_evidence)
     blocks = {"test": test, "exact": exact, "baseline": baseline}
     if mask is not None:
         blocks["missing"] = _missing(mask, data, evidence)
     return finite(blocks), evidence
 
 
-def _check_block(checked: GuideCheck) -> dict[str, Any]:
+def check_block(checked: GuideCheck) -> dict[str, Any]:
     """What `check_guide` says: in words, and the moments of each latent site."""
     sites, keys = {}, ("mean", "error", "sd")
     for name, site in checked.sites.items():
@@ -148,6 +154,57 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
             lead[f"{name}_se"] = math.hypot(seen[name]["se"] or 0.0, unseen[name]["se"] or 0.0)
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
     return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
+
+
+def predict(target: Target, data: Data, *, seed: int = 0) -> PredictiveCheck | None:
+    """Compare statistics of at most 200 data, by column in their own units, with those of draws; None if none can be.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        seed: of all draws.
+    """
+    names = None if data.shape is not None else data.columns.names
+    few = target if target.structure.whole else target.rows(slice(200))
+
+    def units(rows: Tensor) -> Tensor:
+        return torch.from_numpy(data.transform.inverse(rows)).double()
+
+    try:
+        return predictive_check(few, draws=100, names=names, units=units if names else None, seed=seed)
+    except (ValueError, NotImplementedError):
+        return None
+
+
+def strangest(target: Target, data: Data, log_evidence: Tensor, most: int = 5) -> list[dict[str, Any]] | None:
+    """The rows of a table that the model finds least probable, with their rarest values; None of other data.
+
+    A value is as rare as the share of training data that lie as far out or further, or that have the same code.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        log_evidence: of the evaluation split, (n,).
+        most: the number of rows.
+    """
+    columns = data.columns
+    if columns.names is None or data.shape is not None or "x" not in target.batch or len(log_evidence) < 2:
+        return None
+    known, own = (data.transform.inverse(x.flatten(1)) for x in (data.train["x"], target.batch["x"]))
+    mask, rows = target.batch.get("mask"), []
+    for row in log_evidence.argsort()[:most].tolist():
+        found = []
+        for j, name in enumerate(columns.names):
+            if mask is not None and not bool(mask[row, j]):
+                continue
+            value, words = own[row, j], (columns.categories or {}).get(name)
+            share = min((known[:, j] <= value).mean(), (known[:, j] >= value).mean())
+            if words:
+                share = (known[:, j].round() == round(value)).mean()
+            found.append((share, name, words[min(round(value), len(words) - 1)] if words else f"{value:.4g}"))
+        rare = {name: word for _, name, word in sorted(found, key=lambda each: each[0])[:4]}
+        rows.append({"row": row, "log_evidence": float(log_evidence[row]), "values": rare})
+    return rows
 
 
 def measure(target: Target) -> str:
@@ -228,10 +285,11 @@ def _compare_exact(target: Target, elbo: Mapping[str, float]) -> dict[str, Any] 
     return {**exact, "gap_method": kind, "gap_mc_se": error}
 
 
-def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | None:
+def _fit_baseline(target: Target, data: Data, latent: int, evidence: Tensor) -> dict[str, Any] | None:
     """Fit PPCA of the same latent size to the same data, by EM if entries are missing, if its density is comparable.
 
-    Beside a conditional VAE it is fitted to what a linear regression of x on what is given leaves.
+    The program's evidence (n,) less PPCA's is their `difference`, with the standard error `se` over the data. Beside a
+    conditional VAE PPCA is fitted to what a linear regression of x on what is given leaves.
     """
     given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
     x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
@@ -246,7 +304,10 @@ def _fit_baseline(target: Target, data: Data, latent: int) -> dict[str, Any] | N
         ppca = PPCA.fit(x, latent, mask, tolerance=1e-6)
     except (ValueError, RuntimeError):
         return None
-    return {"ppca": {"log_evidence": float(ppca.log_evidence(other, rows.get("mask")).mean())}}
+    baseline = ppca.log_evidence(other, rows.get("mask"))
+    apart = evidence.to(baseline) - baseline
+    se = float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else None
+    return {"ppca": {"log_evidence": float(baseline.mean()), "difference": float(apart.mean()), "se": se}}
 
 
 def classify(

@@ -1,4 +1,4 @@
-"""Pages: a report in Markdown."""
+"""Pages: the report of a run in Markdown, and as a page."""
 
 import inspect
 import re
@@ -9,11 +9,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 
+from ppl_vae.evaluation.pareto import shape_error
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.findings import describe_diagnostics, figure, list_findings
+from ppl_vae.reports.diagnostic_words import describe_diagnostics
+from ppl_vae.reports.findings import counted, figure, list_findings, margin
+from ppl_vae.reports.html_page import Number, Picture, page, plain
 from ppl_vae.reports.measures import MOST_DATA
+from ppl_vae.reports.remedies import list_remedies
 
 _ROWS = 40  # of the table of moments, at the most
 
@@ -40,22 +45,113 @@ def markdown(
         options: of `ppl-vae evaluate`, that ask for the diagnostics.
     """
     source, rates = files("ppl_vae.reports").joinpath("report.md.jinja"), report["test"]["rates"] or []
-    template = jinja2.Template(source.read_text("utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return template.render(
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    return environment.from_string(source.read_text("utf-8")).render(
         report=report,
         title=title,
-        **_moments(report.get("check")),
+        **moment_rows(report.get("check")),
         model=_model(target.program, report["spec"]),
         objective=_objective(report["spec"]["svi"], report["train"]),
         sites=_sites(target),
         falling=sorted(range(len(rates)), key=lambda latent: -rates[latent]),
         findings=list_findings(report, history),
+        remedies=list_remedies(report, history),
         diagnostics=[*describe_diagnostics(report), *notes],
         captions=captions,
         options=options,
         figure=figure,
         most=MOST_DATA,
     )
+
+
+def run_page(text: str, report: Mapping[str, Any], captions: Mapping[str, str], folder: Path) -> str:
+    """Write a report as an HTML page.
+
+    Args:
+        text: the report in Markdown.
+        report: the content of `report.json`.
+        captions: of the figures, by file name.
+        folder: where the figures lie.
+    """
+    names = [name for name in _FIRST if name in captions] or [*captions]
+    pictures = [Picture(caption, (folder / name).read_bytes()) for name, caption in captions.items()]
+    first = [*captions].index(names[0]) if names else 0
+    return page(text, about=_about(report), numbers=first_numbers(report), pictures=pictures, first=first)
+
+
+_FIRST = (
+    "reconstructions.png",
+    "samples.png",
+    "moments.png",
+    "predictive.png",
+)  # what stands on the first screen, if it is there
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    """What was fitted, to what, in a sentence."""
+    data, spec = report["data"], report["spec"]
+    what = f"The program {plain(Path(spec['model'].get('program') or '').name)}"
+    if "prior" in spec:
+        families = [plain(Path(spec[r].get("family") or spec[r]["program"]).name) for r in ("likelihood", "posterior")]
+        what = f"A variational autoencoder with {report['test']['latents']} latents, likelihood {families[0]} and "
+        what += f"approximate posterior {families[1]},"
+    kept = report["train"].get("kept_epoch")
+    ended = f"{report['train']['epochs']} epochs" + (f", of which the best, epoch {kept}, was kept" if kept else "")
+    of = f", {data['features']} features" + " each" * (not data.get("whole")) if data["features"] else ""
+    held = f", {data['n_test']:,} held out" if data["n_test"] else ""
+    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}{of}; {ended}."
+
+
+def first_numbers(report: Mapping[str, Any]) -> list[Number]:
+    """The three numbers of a report that matter most, each with its error, unit and kind."""
+    test, exact, baseline = report["test"], report["exact"], report["baseline"]
+    numbers = evidence_numbers(test, report["data"])
+    (_, _, unknown, unit, kind), whole = numbers[0], report["data"].get("whole")
+    bound = kind == "lower bound"
+    if exact:
+        how = "estimate" if exact["gap_method"] == "sampled" else "closed form"
+        name, doubt = "KL divergence of guide to exact posterior", _errors(None, exact["gap_mc_se"])
+        numbers.append(Number(name, figure(exact["posterior_kl"]), doubt, unit, how))
+    elif baseline and "difference" in baseline["ppca"]:
+        ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
+        value = ">= " * bound + "+" * (ahead > 0) + figure(ahead)
+        numbers.append(Number("log evidence less that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
+    elif classes := report.get("classes"):
+        share = f"share of {counted(classes['n'])}"
+        numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
+    elif not whole:
+        doubt, how = (unknown, "upper bound") if bound else (_errors(test["bits_per_dim_se"]), kind)
+        value = "<= " * bound + figure(test["bits_per_dim"])
+        numbers.append(Number("bits per dimension", value, doubt, "bits per feature", how))
+    elif (shape := test["pareto_k"]["max"]) is not None:
+        doubt, unit = (
+            _errors(float(shape_error(torch.tensor(shape), test["samples"])), None, ""),
+            "no unit; unreliable above 0.7",
+        )
+        numbers.append(Number("tail shape k of the weights", figure(shape), doubt, unit, "estimate"))
+    return numbers
+
+
+def evidence_numbers(test: Mapping[str, Any], data: Mapping[str, Any]) -> list[Number]:
+    """Log evidence and ELBO, with their errors over the data, unless these count as one, and by Monte Carlo."""
+    value, elbo, whole = test["log_evidence"], test["elbo"], data.get("whole")
+    bound = value["kind"] == "lower bound"
+    own, other = (_errors(None if whole else one["se"], one["mc_se"]) for one in (value, elbo))
+    part = "held-out" if data["part"] == "test" else "training"
+    unit = "nats of the whole data set" if whole else f"nats per {part} datum"
+    doubt = "error not known, as of any lower bound" if bound else own
+    return [
+        Number("log evidence, log p(x)", ">= " * bound + figure(value["mean"]), doubt, unit, value["kind"]),
+        Number("ELBO", figure(elbo["mean"]), other, unit, "estimate"),
+    ]
+
+
+def _errors(over: float | None, own: float | None = None, of: str = " over the data") -> str:
+    """A standard error and a Monte Carlo error in words, as far as they are known."""
+    parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
+    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
+    return "; ".join(parts) or "error not known: of a single datum or draw"
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +174,7 @@ def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"latents": z, "features": x, "formulas": formulas, "given": words, "after": after}
 
 
-def _moments(check: Mapping[str, Any] | None) -> dict[str, Any]:
+def moment_rows(check: Mapping[str, Any] | None) -> dict[str, Any]:
     """The methods that give moments, and a row for each entry of the latent sites, at most `_ROWS`."""
     if check is None:
         return {}

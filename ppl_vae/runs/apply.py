@@ -22,7 +22,7 @@ from ppl_vae.data.transforms import Transform
 from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.evidence import Evidence, estimate_evidence
 from ppl_vae.evaluation.impute import impute
-from ppl_vae.evaluation.latents import codes
+from ppl_vae.evaluation.latents import guide_moments
 from ppl_vae.programs.param_store import device_and_dtype, mode
 from ppl_vae.programs.rows import indexed, keywords
 from ppl_vae.programs.simulation import simulate
@@ -123,25 +123,11 @@ class Applied:
         They are exact where there is one latent site whose distribution knows its moments, else by 1,000 draws.
         """
         for number, piece, target in self._targets(source):
-            moments = [self._moments(block, number + place) for place, block in enumerate(target.blocks())]
+            blocks = enumerate(target.blocks(), number)
+            moments = [guide_moments(block, seed=self.seed, block=place) for place, block in blocks]
             mean, sd = (torch.cat(part) for part in zip(*moments, strict=True))
             names = latent_names(target)
             yield as_result(piece.index, {"mean": (names, mean), "sd": ([f"{name} sd" for name in names], sd)})
-
-    def _moments(self, target: Target, number: int) -> tuple[Tensor, Tensor]:
-        with target.running(self.seed, "encode", number):
-            site: Any = target.trace("guide", 1).nodes[target.structure.latents[0]]
-        try:
-            known = [site["fn"].mean, site["fn"].variance.sqrt()]
-        except (NotImplementedError, AttributeError):
-            known = []
-        if len(target.structure.latents) == 1 and known and all(bool(value.isfinite().all()) for value in known):
-            name = target.structure.latents[0]
-            shape = site["value"].shape
-            mean, sd = (target.layout.pack({name: value.expand(shape)})[0].double() for value in known)
-            return mean, sd
-        mean, variance = codes(target, draws=1000, seed=self.seed)
-        return mean, variance.sqrt()
 
     @torch.no_grad()
     def reconstruct(self, source: Any) -> Iterator[Result]:

@@ -1,10 +1,11 @@
 """The check of a spec before training: its sites, its parameters, and the work to come."""
 
+import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from ppl_vae.data.batches import check_observed
 from ppl_vae.data.loading import Data
+from ppl_vae.data.memory import as_data
+from ppl_vae.evaluation.evidence import log_weights
 from ppl_vae.infer.objectives import make_objective
-from ppl_vae.infer.svi import OBJECTIVE, parts_of
-from ppl_vae.programs.target import Target
+from ppl_vae.infer.svi import OBJECTIVE, SETTINGS, check_settings, fit, parts_of
+from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.vae import VAE
+from ppl_vae.reports.measures import evaluation_split
 
 _LOOKS = {
     "id": ("id", "counts the rows; if so,"),
@@ -94,18 +98,32 @@ class Check:
         )
 
 
-def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], svi: Any) -> Check:
-    """Try all that a first step needs, under Pyro's validation; nothing is trained.
+def check_program(program: Any, x: Any, **settings: Any) -> Check:
+    """Try all that a first step and the evaluation need, under Pyro's validation; nothing is trained.
 
     Args:
         program: any program.
-        data: its data.
-        parts: the parts of the data that it must take, the training part last.
-        svi: the settings of `fit`.
+        x: its `Data`; or training data alone, a tensor (n, *x) or a batch dict.
+        settings: those of `fit`.
 
     Raises:
-        ValueError: If data, program and objective do not fit.
+        TypeError: If `fit` has no such setting.
+        ValueError: If data, program and objective do not fit, or the program cannot score the sizes of batches that
+            the evaluation takes.
+
+    Example:
+        >>> from ppl_vae import PPCA, check_program
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> check_program(PPCA.fit(x, 1).to_vae(), x, epochs=10).steps
+        10
     """
+    data, known = x if isinstance(x, Data) else as_data(x), inspect.signature(fit)
+    known.bind(program, data, **settings)
+    svi = SimpleNamespace(**{name: p.default for name, p in known.parameters.items()} | settings)
+    check_settings(**{key: getattr(svi, key) for key in SETTINGS})
+    name, part = ("train", None) if x is not data else evaluation_split(program, data)
+    parts = [part, data.validation, data.train] if name == "test" else [data.validation, data.train]
+    parts = [part for part in parts if part is not None]
     check_observed(data.train, data.row_numbers["train"])
     target = Target(program, parts[-1])
     sites, rows = target.structure, len(next(iter(data.train.values())))
@@ -114,8 +132,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
             "Expected no validation data, since the whole data set counts as one datum of this program; got some. Try "
             "--set data.validation_fraction=0."
         )
-    for part in parts[:-1]:
-        Target(program, part)
+    others = [Target(program, part) for part in parts[:-1] if part is not None]
     learned: list[Tensor] = [*program.parameters()] if isinstance(program, nn.Module) else []
     make_objective(target, learned, **{key: getattr(svi, key) for key in OBJECTIVE})
     if sites.rows is not None:
@@ -136,6 +153,7 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         model, guide = target.rows(slice(TRIED)).traces(svi.particles, svi.seed)
         model.compute_log_prob()
         guide.compute_log_prob()
+    _check_blocks(others[0] if name == "test" else target, svi.seed)
     for value in held:
         kept.pop(value.untyped_storage().data_ptr(), None)
     counts: Counter[str] = Counter()
@@ -163,6 +181,21 @@ def check_program(program: Any, data: Data, parts: Sequence[dict[str, Tensor]], 
         steps=svi.epochs * (parts_of(target, svi.batch_size) if sites.whole else math.ceil(rows / svi.batch_size)),
         memory=sum(value.nbytes for value in held) + 3 * sum(value.nbytes for value in parameters.values()) + gradients,
     )
+
+
+def _check_blocks(target: Target, seed: int) -> None:
+    """Check that a program scores blocks of the sizes that evidence takes, the last of which may be a single datum."""
+    sizes = {min(target.n, BLOCK), target.n % BLOCK or BLOCK} if target.structure.rows is None else {target.n}
+    for size in sorted(sizes):
+        try:
+            with torch.no_grad():
+                log_weights(target.rows(slice(size)), samples=2, seed=seed)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"Expected a program that scores {size} data at once, as its evaluation asks; it failed: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}. Take the number of data from the batch, and "
+                "keep their dimension where there is one."
+            ) from error
 
 
 def _columns(data: Data) -> dict[str, str]:

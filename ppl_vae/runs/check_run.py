@@ -88,7 +88,7 @@ def _state(file: Path, sha: str | None) -> str:
         return "missing"
     if sha is None or storage.digest(file) == sha:
         return "as written"
-    if file.name in ("report.md", "spec.toml"):
+    if file.name in (*storage.REPORTS, "spec.toml"):
         return "edited"
     with contextlib.suppress(ValueError, OSError):
         storage.read_file(file)  # metrics may have grown

@@ -1,6 +1,9 @@
 """Text for the terminal: headlines, comparisons, lists and tables."""
 
+import base64
+import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ppl_vae.reports.findings import counted, figure
@@ -54,6 +57,16 @@ def diagnostic_lines(report: Mapping[str, Any]) -> list[str]:
         over = f"p = {calibration['p_value']:.2g}, {calibration['simulations']:,} simulations"
         lines.append(_line("calibration", f"{calibration['verdict']} ({over})"))
     return lines
+
+
+def as_html(folder: Path, report: Mapping[str, Any]) -> str:
+    """A run as a notebook shows it: its headline and one picture."""
+    told = html.escape(f"{folder}\n{headline(report)}")
+    pictures = (folder / "figures" / name for name in ("latents.png", "samples.png", "columns.png", "training.png"))
+    shown = next((path for path in pictures if path.is_file()), None)
+    code = "" if shown is None else base64.b64encode(shown.read_bytes()).decode()
+    picture = f'<img alt="{shown.stem}" style="max-width: 480px" src="data:image/png;base64,{code}">' if shown else ""
+    return f"<pre>{told}</pre>{picture}"
 
 
 def comparison(compared: Mapping[str, Any]) -> str:

@@ -15,13 +15,15 @@ from ppl_vae._checks import check_int
 from ppl_vae.data.columns import Columns
 from ppl_vae.evaluation.arviz import to_datatree
 from ppl_vae.infer.reference import Reference
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.param_store import learned_params, scope
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of
 from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs import storage
 from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
+from ppl_vae.runs.built import Built
+from ppl_vae.runs.console import as_html
 from ppl_vae.runs.spec import Spec
 from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.trained import read_spec
@@ -39,16 +41,26 @@ class Run:
         spec: the complete spec.
         program: the trained program, in evaluation mode.
         report: what `report.json` says.
+
+    `spec` is a `Built` if the program was built in Python, which no spec can do again.
     """
 
     path: Path
-    spec: Spec
+    spec: Spec | Built
     program: Any
     report: dict[str, Any]
 
     def __post_init__(self) -> None:
         if isinstance(self.program, nn.Module):
             self.program.eval()
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """What the program learned through `pyro.param`, by name, within its constraints."""
+        return learned_params(self.program)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.path, self.report)
 
     def encode(self, data: Any = None) -> "DataFrame":
         """Mean and standard deviation of the latent variables of each row, by the guide.
@@ -144,11 +156,21 @@ class Run:
         return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
 
 
-def read_run(path: Path, trust_code: bool, say: Say = quiet) -> Run:
-    """Read a finished run, which nobody replaces meanwhile."""
+def read_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None) -> Run:
+    """Read a finished run, which nobody replaces meanwhile; `program` where it was built in Python."""
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
     spec = read_spec(path, trust_code, say)
+    if isinstance(spec, Built) != (program is not None):
+        if program is not None:
+            raise ValueError(f"Expected no `program` for {path}, which its spec builds; got one. Leave it out.")
+        raise ValueError(
+            f"Expected the program of {path}, which was built in Python. Build it again: load_run({str(path)!r}, "
+            "program=...)."
+        )
+    if program is not None:
+        storage.load_learned_state(program, path / "model.safetensors")
+        return Run(path, spec, program, report)
     with storage.reading(path / "report.json", "a report"):
         known = report["data"]
         columns = Columns.from_dict(known.get("columns", {"count": known["features"]}))

@@ -21,10 +21,20 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
-from ppl_vae.reports.page import markdown
+from ppl_vae.reports.measures import (
+    classify,
+    evaluate,
+    evaluation_split,
+    finite,
+    measure,
+    predict,
+    strangest,
+    trained,
+)
+from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.blame import blamed
+from ppl_vae.runs.built import Built
 from ppl_vae.runs.loaded import Run, read_run
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.pace import Pace
@@ -34,20 +44,22 @@ from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
 
-def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
+def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
     """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
 
     Args:
         path: the run directory.
+        program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
+            weights, which become those of the run.
         trust_code: whether the run's copy of a program file may run.
 
     Raises:
-        ValueError: If the folder is no run, or an unfinished, damaged or newer one, or if it has a program file and
-            `trust_code` is not given.
+        ValueError: If the folder is no run, or an unfinished, damaged or newer one, if it has a program file and
+            `trust_code` is not given, or if `program` is missing, not asked for, or has other weights.
     """
     path = Path(path)
     places.mend(path)
-    return storage.steadily(path, lambda: read_run(path, trust_code))
+    return storage.steadily(path, lambda: read_run(path, trust_code, program=program))
 
 
 def fit_spec(
@@ -197,7 +209,7 @@ def reached(state: Mapping[str, Any], epochs: int) -> str:
 
 def write_run(
     place: places.Place,
-    spec: Spec,
+    spec: Spec | Built,
     program: Any,
     data: Data,
     history: Mapping[str, Any],
@@ -220,7 +232,9 @@ def write_run(
         home = write_trained(partial, place.path, spec, storage.learned_state(program), history)
         train = {"epochs": len(history["elbo"]), "steps": history["steps"], "seconds": history["seconds"][-1]}
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
+        train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
         train |= {"start": start} if start else {}
+        train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
 
@@ -290,7 +304,8 @@ def _write_report(
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
     known = reference if target.structure.whole else None
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
+    how: Any = {"samples": samples, "seed": seed, "precision": spec.evaluation.precision}
+    blocks, evidence = evaluate(target, data, **how, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),
@@ -313,8 +328,11 @@ def _write_report(
         **blocks,
     }
     classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
-    report |= {} if classes is None else {"classes": classes}
-    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
+    predictive, strange = predict(target, data, seed=seed), strangest(target, data, evidence.log_evidence)
+    more = {"classes": classes, "predictive": predictive and predictive.summary(), "strangest": strange}
+    report |= finite({key: block for key, block in more.items() if block is not None})
+    drawn: Any = {"report": report, "log_evidence": evidence.log_evidence, "predictive": predictive, "seed": seed}
+    captions, notes = draw_run(target, data, history, partial / "figures", **drawn), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report
@@ -324,6 +342,8 @@ def _write_report(
     text = markdown(report, history["elbo"], target, captions=captions, notes=notes, **about)
     (partial / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "report.md").write_text(text, encoding="utf-8")
+    page = run_page(text, report, captions, partial / "figures")
+    (partial / "report.html").write_text(page, encoding="utf-8")
     table = {name: value for name, value in vars(evidence).items() if isinstance(value, Tensor)}
     scaling = {f"transform.{name}": torch.as_tensor(getattr(data.transform, name)) for name in ("loc", "scale")}
     storage.write_tensors(table | scaling, partial / "evidence.safetensors")

@@ -25,7 +25,6 @@ from ppl_vae.programs.given import KEYS
 from ppl_vae.programs.program import PyroPair, load_network, load_program
 from ppl_vae.programs.rows import keywords
 from ppl_vae.programs.vae import VAE
-from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs.assembly import as_list, assemble, on_columns, on_table, tied_to
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.check import Check, check_program
@@ -56,7 +55,7 @@ class Spec:
             your own by `program`, with its keys; None beside a program.
         svi: the keys of `fit`; `checkpoint`; `start`, a run whose weights are taken where they fit; and `freeze`, what
             is not learned: `taken`, or names of tensors or of what they begin with, such as `likelihood`.
-        evaluation: `samples`, the draws per datum.
+        evaluation: `samples`, the draws per datum, and `precision` of their products.
     """
 
     path: Path = field(compare=False)
@@ -208,9 +207,7 @@ class Spec:
         new = program is None
         program = self.build(data) if new else program
         with _blamed(self, data):
-            name, part = evaluation_split(program, data)
-            parts = [data.validation, data.train] if name == "train" else [part, data.validation, data.train]
-            found = check_program(program, data, [part for part in parts if part is not None], self.svi)
+            found = check_program(program, data, **self.training)
             if new:
                 found.hints.extend(begin(self, program)[1])
         words = ", ".join(data.columns.categories or {})

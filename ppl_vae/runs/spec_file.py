@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def merge(path: Path, tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the tables, with each override in its place and paths and tuples as TOML has them."""
-    merged: dict[str, Any] = _plain(tables)
+    merged: dict[str, Any] = plain(tables)
     for dotted, value in overrides.items():
         *parents, last = dotted.split(".")
         if not all((*parents, last)):
@@ -107,7 +107,7 @@ def merge(path: Path, tables: Mapping[str, Any], overrides: Mapping[str, Any]) -
             if not isinstance(table, dict):
                 where = ".".join(parents[: i + 1])
                 raise ValueError(f"{path}: {dotted}: Expected {where} to be a table; got {show(table)}.")
-        table[last] = _plain(value)
+        table[last] = plain(value)
     return merged
 
 
@@ -121,12 +121,12 @@ def programs(tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, table
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn what Python has and TOML has not into what TOML has."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

@@ -27,9 +27,10 @@ FINISHED = ("report.json", "evidence.safetensors")
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 METRICS = ("elbo", "validation", "objective", "validation_objective", "learning_rate", "seconds")
 PARAM = "pyro.param:"  # marks the names of tensors that a program keeps by pyro.param
-_FIXED = (*ALWAYS, *FINISHED, STATE, MANIFEST, "report.md")
+REPORTS = ("report.md", "report.html")  # for people
+_FIXED = (*ALWAYS, *FINISHED, STATE, MANIFEST, *REPORTS)
 _OWN = re.compile(rf"{'|'.join(map(re.escape, _FIXED))}|figures/[\w.-]+\.png|[^/]+\.py")
-_EDITED = re.compile(r"report\.md|metrics\.jsonl|[^/]+\.py")  # what people change by hand
+_EDITED = re.compile(r"report\.(?:md|html)|metrics\.jsonl|[^/]+\.py")  # what people change by hand
 _DESKTOP = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ppl_vae._checks import check_int
 from ppl_vae.reports.diagnostic_plots import sweep_results
+from ppl_vae.reports.more_pages import sweep_page
 from ppl_vae.runs import storage
 from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import load_spec
@@ -107,7 +108,7 @@ def run_sweep(
         say: takes messages for the user.
 
     Returns:
-        What `summarise` returns; it is also in `sweep.json`, `sweep.md` and `sweep.png` of the folder.
+        What `summarise` returns; it is also in `sweep.json`, `sweep.md`, `sweep.html` and `sweep.png` of the folder.
 
     Raises:
         ValueError: If a setting will not do, or the folder holds something else. Nothing is trained then.
@@ -163,6 +164,7 @@ def run_sweep(
     _record(out, spec, grid, found)
     (out / "sweep.md").write_text(told(found), encoding="utf-8")
     if found["settings"]:
+        (out / "sweep.html").write_text(sweep_page(found, told(found)), encoding="utf-8")
         sweep_results(found).savefig(out / "sweep.png", dpi=120, bbox_inches="tight")
     return found
 

@@ -11,13 +11,14 @@ from ppl_vae.data.datasets import is_path
 from ppl_vae.data.loading import Data
 from ppl_vae.programs.program import source_of
 from ppl_vae.runs import places, storage
-from ppl_vae.runs.spec import Spec, load_spec
+from ppl_vae.runs.built import Built
+from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import Say, programs, quiet, read
 
 
 @contextlib.contextmanager
 def pick_place(
-    spec: Spec, out: str | Path | None, *, force: bool | None = None, say: Say = quiet
+    spec: Any, out: str | Path | None, *, force: bool | None = None, say: Say = quiet
 ) -> Iterator[places.Place]:
     """Claim the place of a run: `out`, or a new folder under `runs/` named after the spec.
 
@@ -46,15 +47,15 @@ def pick_place(
         yield place
 
 
-def read_spec(path: Path, trust_code: bool, say: Say) -> Spec:
-    """Spec of a run, with the run's own copy of its program file.
+def read_spec(path: Path, trust_code: bool, say: Say) -> Any:
+    """Spec of a run, with the run's own copy of its program file; a `Built` if its program was built in Python.
 
     Raises:
         ValueError: If the spec or the program file is not what was fitted.
     """
     known = storage.read_metadata(path / "model.safetensors")
     own, digests, names = {}, known.get("program", "").split(), []
-    for place, table in programs(read(path / "spec.toml")):
+    for place, table in () if "built" in known else programs(read(path / "spec.toml")):
         file, colon, name = table["program"].partition(":")
         copy = path / Path(file).name
         own[f"{place}.program"] = f"{copy.name}{colon}{name}"
@@ -65,7 +66,11 @@ def read_spec(path: Path, trust_code: bool, say: Say) -> Spec:
                 f"Expected {copy}, the run's own copy of its program, as it was fitted; it is "
                 f"{'changed' if storage.is_plain(copy) else 'missing'}. Fit again."
             )
-    spec = load_spec(path / "spec.toml", own, trust_code=trust_code, say=say)
+    spec: Any = None
+    if "built" in known:
+        spec = Built(path / "spec.toml", read(path / "spec.toml"))
+    else:
+        spec = load_spec(path / "spec.toml", own, trust_code=trust_code, say=say)
     with storage.reading(path / "model.safetensors", "a program's weights"):
         fitted = json.loads(known["spec"])
     if _pinned(read(path / "spec.toml"), "name" in fitted["data"]) != known["spec"]:
@@ -100,8 +105,8 @@ def check_same_data(path: Path, known: Mapping[str, Any], data: Data) -> None:
 
 
 def write_trained(
-    partial: Path, folder: Path, spec: Spec, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
-) -> Spec:
+    partial: Path, folder: Path, spec: Any, learned: tuple[dict[str, Any], dict[str, str]], history: Mapping[str, Any]
+) -> Any:
     """Write what training leaves: weights, metrics, the files of programs if there are any, and the spec.
 
     Returns:
@@ -122,6 +127,7 @@ def write_trained(
     (partial / "spec.toml").write_text(home.to_toml(), encoding="utf-8")
     tensors, constraints = learned
     known = {"spec": _pinned(spec.to_dict()), **program, **constraints}
+    known |= {"built": "in Python"} if isinstance(spec, Built) else {}
     storage.write_tensors(tensors, partial / "model.safetensors", **known)
     storage.write_metrics(history, partial)
     return home

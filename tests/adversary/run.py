@@ -19,6 +19,9 @@ COUNTS = {  # cases of each kind
     "nuts": 300,
     "calibration": 1000,
     "comparison": 1000,
+    "class_evidence": 1000,
+    "impute": 1000,
+    "enumeration": 1000,
     "training": 200,
     "swaps": 7380,
 }

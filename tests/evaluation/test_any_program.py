@@ -196,7 +196,7 @@ def test_loo_by_arviz_is_the_exact_one() -> None:
     assert np.std(found) < 0.3
 
 
-REFIT = {"epochs": 60, "learning_rate": 0.2, "particles": 10, "schedule": "one-cycle", "capture": False}
+REFIT = {"epochs": 60, "learning_rate": 0.2, "particles": 10, "schedule": "one-cycle", "capture": "off"}
 
 
 @pytest.mark.parametrize("entries", ["apart", "summed"])

@@ -132,7 +132,7 @@ def gradients(program, batch, seed=0, learned=None, objective=ImportanceWeighted
     learned = [*program.parameters()] if learned is None else learned
     made = objective(STRUCTURE, learned, **options)
     with scope(program, training=True), fork_rng(seed, device=torch.device("cpu")):
-        loss, found = Gradients(program, made, learned, capture=False)(batch)
+        loss, found = Gradients(program, made, learned, capture="off")(batch)
     return loss, [-one * len(batch["x"]) for one in found]
 
 
@@ -345,7 +345,7 @@ def mean_gradients(program, x, learned=None, rounds=60, **options):
     with scope(program), fork_rng(0, device=target.device):
         objective = ImportanceWeighted(target.structure, own(program) if learned is None else learned, **options)
     with scope(program, training=True), fork_rng(1, device=target.device):
-        calls = Gradients(program, objective, objective.learned, whole=target.structure.whole, capture=False)
+        calls = Gradients(program, objective, objective.learned, whole=target.structure.whole, capture="off")
         found = [calls(target.batch)[1] for _ in range(rounds)]
     return torch.stack([torch.cat([one.flatten() for one in each if one is not None]) for each in found])
 

@@ -81,7 +81,7 @@ def gradients_of(program, x, rounds, *, beta=1.0, elbo="Trace_ELBO", particles=1
     target, learned = Target(program, x), [*program.parameters()]
     objective = make_objective(target, learned, elbo=elbo, particles=particles, beta=Beta(beta))
     with scope(program, training=True), fork_rng(seed, device=target.device):
-        calls = gradients.Gradients(program, objective, learned, capture=False)
+        calls = gradients.Gradients(program, objective, learned, capture="off")
         found = [calls(target.batch) for _ in range(rounds)]
     steps = [torch.stack(each) for each in zip(*(each for _, each in found), strict=True)]
     return dict(zip([name for name, _ in program.named_parameters()], steps, strict=True)), found[-1][0]
@@ -235,7 +235,7 @@ def test_free_bits_are_those_of_the_formula_and_gradient_by_hand():
 
 def test_with_free_bits_no_latent_stays_collapsed():
     x, active = data(), []
-    options = {"elbo": "TraceMeanField_ELBO", "epochs": 100, "batch_size": 60, "learning_rate": 0.1, "capture": False}
+    options = {"elbo": "TraceMeanField_ELBO", "epochs": 100, "batch_size": 60, "learning_rate": 0.1, "capture": "off"}
     for free in (0.0, 0.2):
         vae = linear_vae(latent=3, scale=1.2, posterior=Normal)
         fit(vae, x, free_bits=free, **options)
@@ -351,22 +351,21 @@ def test_each_is_captured_and_resumed_to_the_last_bit(options, monkeypatch, capl
         Conditional(StandardNormal(2)), Conditional(Normal(5), MLP(hidden=[4])), Conditional(Normal(2), MLP(hidden=[4]))
     )
     options = {"epochs": 4, "batch_size": 6, "learning_rate": 0.05, "validation": x, **options}
-    whole, part = copy.deepcopy(start), copy.deepcopy(start)
-    steps = []
-    a = fit(
-        whole,
-        x,
-        **options,
-        on_epoch=lambda epoch, state: saved.append(copy.deepcopy(state.save())),
-        on_step=lambda state: steps.append(copy.deepcopy(state.save())),
-    )
-    assert [len(one["place"]["losses"]) for one in steps] == [1, 2] * 4  # between the three steps of each epoch
-    b = fit(part, x, **options, resume=saved[0], capture=False)  # by Pyro, where the other was captured
-    assert not caplog.records  # which would say why there was no graph
-    for resumed, c in ((part, b), *within(start, x, options, steps)):
-        for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
-            assert getattr(a, key) == getattr(c, key)
-        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+    for capture, later in (("auto", "auto"), ("graph", "off")):
+        saved.clear()
+        whole, part, steps = copy.deepcopy(start), copy.deepcopy(start), []
+        keep = {"on_epoch": lambda epoch, state: saved.append(copy.deepcopy(state.save()))}
+        keep["on_step"] = lambda state, steps=steps: steps.append(copy.deepcopy(state.save()))
+        a = fit(whole, x, **options, capture=capture, **keep)
+        assert [len(one["place"]["losses"]) for one in steps] == [1, 2] * 4  # between the three steps of each epoch
+        b = fit(part, x, **options, resume=saved[0], capture=later)
+        assert (a.capture, b.capture) == ({"auto": "fast"}.get(capture, capture), {"auto": "fast"}.get(later, later))
+        assert not caplog.records  # which would say why there was no graph
+        for resumed, c in ((part, b), *within(start, x, {**options, "capture": capture}, steps)):
+            for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
+                assert getattr(a, key) == getattr(c, key)
+            pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
 
 
 # What is refused

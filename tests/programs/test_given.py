@@ -51,7 +51,7 @@ def test_every_part_is_given_the_label_or_not() -> None:
         prior = Conditional(Normal(2), MLP(hidden=[8])) if "prior" in to else None
         program = vae(Given(y=3, to=to), prior).initialise(DATA)
         sizes[len(to)] = sum(p.numel() for p in program.parameters())
-        history = fit(program, DATA, epochs=1, batch_size=15, progress=False, capture=False)
+        history = fit(program, DATA, epochs=1, batch_size=15, progress=False, capture="off")
         other = log_evidence(program, {**DATA, "y": (DATA["y"] + 1) % 3}, 5).log_evidence
         assert np.isfinite(history.elbo).all()
         assert not torch.allclose(log_evidence(program, DATA, 5).log_evidence, other)

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -100,9 +99,7 @@ def test_a_run_is_checked_measured_and_drawn_in_evaluation_mode(tmp_path: Path) 
     data = load("digits", binarization="threshold", dtype=torch.float64)
     few = {part: {key: value[:30] for key, value in getattr(data, part).items()} for part in ("train", "test")}
     data, vae = replace(data, **few), alert(64)
-    stock = {"alpha": None, "gradient": "plain", "free_bits": 0.0, "free_bits_per": None}
-    svi = SimpleNamespace(elbo="Trace_ELBO", particles=2, seed=0, epochs=1, batch_size=9, **stock)
-    check_program(vae, data, [data.train], svi)
+    check_program(vae, data, particles=2, epochs=1, batch_size=9)
     target = Target(vae, data.test)
     blocks, _ = evaluate(target, data, samples=30, latent=2)
     trained(target, data, blocks["test"])

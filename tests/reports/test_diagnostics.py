@@ -19,9 +19,9 @@ from ppl_vae.infer.density_grid import DensityGrid
 from ppl_vae.infer.reference import Reference, reference_posterior
 from ppl_vae.networks import MLP, Linear
 from ppl_vae.reports import diagnostic_plots, diagnostics
+from ppl_vae.reports.diagnostic_words import describe_diagnostics
 from ppl_vae.reports.diagnostics import MAX_DATA, Diagnostics, diagnose, find_reference, rank_counts
 from ppl_vae.reports.figures import draw_diagnostics
-from ppl_vae.reports.findings import describe_diagnostics
 
 
 def _digits() -> torch.Tensor:

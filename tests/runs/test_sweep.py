@@ -105,7 +105,7 @@ def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on
     assert not again["failed"]
     assert (first / "report.json").stat().st_mtime_ns == before
     names = {path.name for path in out.iterdir()}
-    assert names == {"sweep.json", "sweep.md", "sweep.png", first.name, name}
+    assert names == {"sweep.json", "sweep.md", "sweep.html", "sweep.png", first.name, name}
     torch.set_default_dtype(torch.float32)
     alone = fit_spec(spec, out=tmp_path / "alone")
     assert load_run(first).report["test"] == alone.report["test"]  # to the bit, in whatever process
