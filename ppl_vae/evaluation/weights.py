@@ -1,19 +1,30 @@
 """Weights: draws from a program's guide in blocks, with their log importance weights."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ppl_vae._seeds import fork_rng
 from ppl_vae.evaluation.nested import Nested
+from ppl_vae.programs.capture import close, record
 from ppl_vae.programs.enumeration import Weights
 from ppl_vae.programs.target import BLOCK, Target
+from ppl_vae.programs.traces import trace_pair
 
+Precision = Literal["full", "bfloat16"]
+_LOG = logging.getLogger(__name__)
+_MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
-_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -24,18 +35,52 @@ class Draws(NamedTuple):
         likelihood: log likelihoods, (k, n).
         bounds: what averages to the ELBO, (k, n).
         moments: returns the latents and their squares, (k, n, z) each, by the guide and then by local weights.
+        lowered: what products of a lower precision add to the log weights, (k, n), for draws of which that is known.
     """
 
     weights: Tensor
     likelihood: Tensor
     bounds: Tensor
     moments: Callable[[], tuple[Tensor, ...]]
+    lowered: Tensor | None = None
 
 
-def weight_blocks(target: Target, samples: int, seed: int, inner: int = 1, first: int = 0) -> Iterator[Iterator[Draws]]:
-    """Draws in blocks of data, numbered from `first`, and, within these, of draws."""
+def weight_blocks(
+    target: Target, samples: int, seed: int, inner: int = 1, first: int = 0, precision: Precision = "full"
+) -> Iterator[Iterator[Draws]]:
+    """Draws in blocks of data, numbered from `first`, and, within these, of draws.
+
+    On a CPU many blocks of one size are replayed from the tensor operations of one, with the same draws (see `record`).
+    Where memory does not hold a block of draws it is halved, and so are all that follow.
+    """
+    size = block_size(target, inner)
+    count = math.ceil(samples / size) * math.ceil(target.n / BLOCK)
+    plain = inner == 1 and not target.structure.enumerated and not target.structure.sequential
+    suits = plain and target.device.type == "cpu" and (count >= _MANY or precision != "full")
+    weigh = _Weigher(target, min(size, samples), precision if suits else None)
+    room = [samples]
     for number, block in enumerate(target.blocks(), first):
-        yield _weigh(block, samples, block_size(target, inner), (seed, number), inner)
+        yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh, room))
+
+
+def _numbers(draws: Draws) -> Draws:
+    """Draws whose weights are all numbers.
+
+    Raises:
+        ValueError: If a weight is not.
+    """
+    if bool(draws.weights.isnan().any()):
+        row = int(draws.weights.isnan().any(0).nonzero()[0])
+        raise ValueError(
+            f"Expected log weights that are numbers; got NaN of datum {row} of a block: for some draw a parameter or a "
+            "log density is not a number. Look at the model's outputs far from the data, or train at a lower rate."
+        )
+    return draws
+
+
+def _checked(number: int) -> AbstractContextManager[None]:
+    """Pyro's validation as it is set for the first draws, without it for further ones, which makes them faster."""
+    return pyro.validation_enabled(False) if number else nullcontext()
 
 
 def block_size(target: Target, inner: int = 1) -> int:
@@ -43,37 +88,119 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
+    most, entries = _WHOLE if whole else (BLOCK, _ENTRIES)
+    return max(1, min(most, entries // numbers))
 
 
-def _weigh(target: Target, samples: int, size: int, key: tuple[int, int], inner: int) -> Iterator[Draws]:
-    if inner > 1:
-        for number, start in enumerate(range(0, samples, size)):
-            nested = Nested(target, min(size, samples - start), inner, *key, number)
-            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
-        return
-    if target.structure.enumerated and not target.structure.sequential:
-        yield from _weigh_sums(target, samples, size, key)
-        return
-    for k, model, guide in trace_blocks(target, samples, size, *key):
-        likelihood = target.log_density(model, k, model.observation_nodes)
-        prior = target.log_density(model, k, model.stochastic_nodes)
-        weights = prior + likelihood - target.log_density(guide, k)
-        yield Draws(weights, likelihood, weights, partial(_moments, target, model))
+class _Weigher:
+    """Weights of blocks of a program's data and draws, by Pyro or replayed.
+
+    Args:
+        target: the program and all data.
+        size: draws in a block that is replayed.
+        precision: of the factors of large products in a replay; None for no replays.
+    """
+
+    def __init__(self, target: Target, size: int, precision: Precision | None) -> None:
+        self.target, self.size, self.precision = target, size, precision
+        self.graph: Any = None
+        self.shapes: Any = None
+
+    def __call__(self, block: Target, k: int, key: tuple[int, ...]) -> Draws:
+        """Draw k times from the guide by a key."""
+        shapes = [value.shape for value in block.batch.values()]
+        if self.graph is not None and (k, shapes) == (self.size, self.shapes):
+            return self._replayed(self.graph, block, key)
+        with _checked(int(key[-1])):
+            model, guide = block.traces(k, *key)
+        draws = self._of(block, k, model, guide)
+        if self.precision is not None and k == self.size and (self.precision != "full" or key[1:] != (0, 0)):
+            return self._captured(block, key, shapes, draws)
+        return draws
+
+    def _of(self, block: Target, k: int, model: Trace, guide: Trace) -> Draws:
+        likelihood = block.log_density(model, k, model.observation_nodes)
+        prior = block.log_density(model, k, model.stochastic_nodes)
+        weights = prior + likelihood - block.log_density(guide, k)
+        return Draws(weights, likelihood, weights, lambda: _moments(block.flatten(model)))
+
+    def _replayed(self, graph: Any, block: Target, key: tuple[int, ...]) -> Draws:
+        with torch.no_grad(), fork_rng(*key, device=block.device):
+            weights, likelihood, z = graph(*block.batch.values())
+        return Draws(weights, likelihood, weights, lambda: _moments(z.double()))
+
+    def _captured(self, block: Target, key: tuple[int, ...], shapes: Any, draws: Draws) -> Draws:
+        """Record the operations of a block and hold them against its draws by Pyro; try that once."""
+        precision, self.precision = self.precision, None
+
+        def weights(*entries: Tensor) -> tuple[Tensor, ...]:
+            own = block.with_batch(dict(zip(block.batch, entries, strict=True)))
+            pair = trace_pair(own.program, own.batch, self.size, own.structure.nesting)
+            made, nodes = self._of(own, self.size, *pair), cast(Any, pair[0].nodes)
+            own.flatten(pair[0])
+            z = own.layout.pack({name: nodes[name]["value"] for name in own.structure.latents})
+            return made.weights, made.likelihood, z
+
+        entries = [*block.batch.values()]
+        try:
+            with torch.no_grad(), block.running(*key), pyro.validation_enabled(False):
+                graph = record(weights, entries)
+            again = self._replayed(graph, block, key)
+            if not (close(again.weights, draws.weights) and close(again.moments()[0], draws.moments()[0])):
+                raise ValueError("the draws or weights of a replay are others")
+            if precision == "bfloat16":
+                with torch.no_grad(), block.running(*key), pyro.validation_enabled(False):
+                    graph = record(weights, entries, precision=torch.bfloat16)
+                low = self._replayed(graph, block, key)
+                draws = low._replace(lowered=low.weights - draws.weights)
+        except Exception as error:  # of the program, which may do anything
+            _LOG.info("Weighing step by step, which is slower; no graph could be captured: %s", error)
+            return draws
+        self.graph, self.shapes = graph, shapes
+        return draws
 
 
-def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[Draws]:
-    """Draws of a program with enumerated sites; where no others are left, all weights are p(x)."""
-    structure = target.structure
+def _weigh(
+    target: Target, samples: int, size: int, key: tuple[int, int], inner: int, weigh: _Weigher, room: list[int]
+) -> Iterator[Draws]:
+    def nested(k: int, key: tuple[int, ...]) -> Draws:
+        with _checked(key[-1]):
+            found = Nested(target, k, inner, *key)
+        return Draws(found.weights, found.likelihood, found.plain, found.moments)
+
+    summed = target.structure.enumerated and not target.structure.sequential
+    draw = nested if inner > 1 else partial(_weigh_sums if summed else weigh, target)
     for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        own = k if structure.latents else 1
-        weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
-        moments = partial(_summed_moments, target, weights, k)
-        log_weights, likelihood, bounds = (
-            each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
-        )
-        yield Draws(log_weights, likelihood, bounds, moments)
+        yield from _fitting(draw, min(size, samples - start), (*key, number), room)
+
+
+def _fitting(draw: Callable[..., Draws], k: int, key: tuple[int, ...], room: list[int]) -> Iterator[Draws]:
+    """Draw k at once, or, where memory ends, in parts with keys of their own."""
+    if k <= room[0]:
+        try:
+            draws = draw(k, key)
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if k == 1 or not (known or any(words in str(error) for words in _NO_MEMORY)):
+                raise
+            room[0] = k // 2
+        else:
+            yield draws
+            return
+    size = room[0]
+    for part, start in enumerate(range(0, k, size)):
+        yield from _fitting(draw, min(size, k - start), (*key, part), room)
+
+
+def _weigh_sums(target: Target, k: int, key: tuple[int, ...]) -> Draws:
+    """Draws of a program with enumerated sites; where no others are left, all weights are p(x)."""
+    own = k if target.structure.latents else 1
+    with _checked(key[-1]):
+        weights = Weights(*target.all_values(own, *key), own, target.n, target.structure.observed)
+    log_weights, likelihood, bounds = (
+        each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
+    )
+    return Draws(log_weights, likelihood, bounds, partial(_summed_moments, target, weights, k))
 
 
 def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:
@@ -83,8 +210,7 @@ def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, .
     return tuple(target.layout.pack(values) for values in means)
 
 
-def _moments(target: Target, model: Trace) -> tuple[Tensor, ...]:
-    z = target.flatten(model)
+def _moments(z: Tensor) -> tuple[Tensor, ...]:
     return z, z.square(), z, z.square()
 
 
@@ -97,4 +223,6 @@ def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> It
     """Traces of model and guide with at most `size` particles each, and how many they have."""
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
+        with _checked(number):
+            traces = target.traces(k, *key, number)
+        yield k, *traces

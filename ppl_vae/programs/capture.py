@@ -3,12 +3,13 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.programs.products import faster
@@ -132,22 +133,33 @@ def _simplify(module: GraphModule, given: Sequence[Tensor], precision: torch.dty
                 stored = graph.create_node("get_attr", f"known_{number}")
             value[stored], known[stored] = value[node], True
             node.replace_all_uses_with(stored)
-    for node in calls:
-        if not known[node] and not any(_memory(value[one]) in changed for one in (node, *node.all_input_nodes)):
-            with graph.inserting_before(node):
-                other = node
-                if precision is not None and value[node].device.type == "cpu":
-                    other = faster(_cheaper(node), value, precision)
-                other = _simpler(node, value, known) if other is node else other
-            if other is not node:
-                value[other], known[other] = value[node], False
-                node.replace_all_uses_with(other)
+    _replace(graph, value, known, changed, lambda node: _simpler(node, value, known))
+    if precision is not None and all(one.device.type == "cpu" for one in value.values() if isinstance(one, Tensor)):
+        _replace(graph, value, known, changed, partial(faster, value=value, precision=precision))
+        _replace(graph, value, known, changed, _cheaper)
     held = {_memory(value[node]) for node in graph.nodes if node.op in ("placeholder", "get_attr")} - {None}
     end = graph.output_node()
     for node in end.all_input_nodes:
         if _memory(value[node]) in held:  # whoever is given it may change it
             with graph.inserting_before(end):
                 end.replace_input_with(node, graph.call_function(aten.clone.default, (node,)))
+    graph.eliminate_dead_code(_acts)
+
+
+def _replace(
+    graph: Graph, value: dict[Node, Any], known: dict[Node, bool], changed: set[Any], other: Callable[[Node], Node]
+) -> None:
+    """Put another node, of the same value, in the place of each that depends on the arguments."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(value.get(node), Tensor) or known[node]:
+            continue
+        if not any(_memory(value.get(one)) in changed for one in (node, *node.all_input_nodes)):
+            with graph.inserting_before(node):
+                new = other(node)
+            if new is not node:
+                value[new], known[new] = value[node], False
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
     graph.eliminate_dead_code(_acts)
 
 
@@ -261,6 +273,11 @@ def _cheaper(node: Node) -> Node:
     if node.target is aten.binary_cross_entropy_with_logits.default and node.args[2:] == (None, None, 0):
         logits, x = node.args[:2]
         return call(aten.addcmul.default, call(aten.softplus.default, logits, 1, 40), x, logits, value=-1)
+    source: Any = node.args[0]
+    tags = getattr(node.target, "tags", ())
+    plain = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not node.kwargs
+    if plain and node.all_input_nodes == [source] and source.target is aten.expand.default:
+        return call(aten.expand.default, call(node.target, *source.args[:1], *node.args[1:]), source.args[1])
     return node
 
 

@@ -14,6 +14,7 @@ from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
 from ppl_vae.evaluation.predictive import PredictiveCheck, predictive_check
+from ppl_vae.evaluation.weights import Precision
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
@@ -56,6 +57,7 @@ def evaluate(
     seed: int = 0,
     latent: int | None = None,
     reference: Reference | None = None,
+    precision: Precision = "full",
 ) -> tuple[dict[str, Any], Evidence]:
     """Measure a trained program on its evaluation split.
 
@@ -66,6 +68,7 @@ def evaluate(
         seed: of all draws.
         latent: number of latent variables of the PPCA to compare with, None for no PPCA.
         reference: of a program whose whole data set counts as one datum, to check its guide by.
+        precision: as `log_evidence` takes it, of other programs.
 
     Returns:
         The blocks `test`, `exact` and `baseline` of a report, `missing` if entries are, and the evidence of each datum.
@@ -73,7 +76,8 @@ def evaluate(
     """
     whole = target.structure.whole
     checked = check_guide(target, samples=samples, seed=seed, reference=reference) if whole else None
-    evidence = log_evidence(target, samples=samples, seed=seed) if checked is None else checked.evidence
+    lower: Any = {"seed": seed, "precision": precision}
+    evidence = log_evidence(target, samples=samples, **lower) if checked is None else checked.evidence
     test = evidence.summary()
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None

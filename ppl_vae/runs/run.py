@@ -128,14 +128,16 @@ def _train(
             say(text)
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     machines = [machine(device)]
-    start, latest = None, None  # the state of the last whole epoch, and what was learned by then
+    start: dict[str, Any] | None = None
+    now: State | None = None
+    latest: Any = None  # the state of the last checkpoint, and what was learned by then
     go_on = f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{' --trust-code' * bool(spec.programs)}"
     if resumed:
         start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
             check_same_data(place.path, start.pop("protocol"), data)
             record = start.pop("start", None)
-            say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
+            say(f"goes on after {reached(start, spec.svi.epochs)}")
         storage.load_learned_state(program, place.path / "model.safetensors")
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
@@ -144,38 +146,54 @@ def _train(
     if live:
         storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
-    def keep(reached: tuple[dict[str, Any], Any]) -> str:
-        """Write the state of the last whole epoch, and say where it is and how to go on."""
+    def keep(latest: tuple[dict[str, Any], Any]) -> str:
+        """Write the latest state, and say where it is and how to go on."""
         nonlocal live
-        state, learned = reached
+        state, learned = latest
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
         live = True
         return go_on
 
-    def note(epoch: int, now: State) -> None:
-        nonlocal latest
-        latest = now.save(), storage.learned_state(program)
-        if live:
-            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
-                storage.append_metrics(vars(now.history), place.folder)
-        if on_epoch is not None:
-            on_epoch(epoch, now)
+    def look(state: State, is_due: Callable[[], bool]) -> None:
+        nonlocal now, latest
+        now = state
         stops.look()
-        if pace.is_due():
+        if is_due():
+            latest = (state.save() if state.losses else state.good), storage.learned_state(program)
+            where = reached(latest[0], spec.svi.epochs)
             try:
                 how = keep(latest)
             except OSError as error:
-                say(f"the state after epoch {epoch + 1} cannot be kept, and training goes on: {error}")
+                say(f"the state after {where} cannot be kept, and training goes on: {error}")
             else:
                 if pace.kept == 1:
-                    say(f"after epoch {epoch + 1} and every {spec.svi.checkpoint} {how}")
+                    say(f"after {where} and every {spec.svi.checkpoint} {how}")
+
+    def note(epoch: int, state: State) -> None:
+        if live:
+            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
+                storage.append_metrics(vars(state.history), place.folder)
+        if on_epoch is not None:
+            on_epoch(epoch, state)
+        look(state, pace.is_due)
+
+    def last() -> tuple[dict[str, Any], Any] | None:
+        """The state of the last epoch, or of a checkpoint after that, and what was learned by then."""
+        if now is None or now.good is None or not now.good["history"]["elbo"]:
+            return latest
+        good, steps = now.good, -1 if latest is None else latest[0]["history"]["steps"]
+        if steps >= good["history"]["steps"]:
+            return latest  # type: ignore[no-any-return]
+        now.load(good)
+        return good, storage.learned_state(program)
 
     history = None
     try:
         settings = {**spec.training, "device": str(device)}
         settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
+        settings["on_step"] = lambda state: look(state, pace.is_due_within)
         if spec.svi.freeze is not None:
             settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
@@ -186,21 +204,28 @@ def _train(
             return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        if latest is None:
+        if (held := last()) is None:
             what = (
                 f"interrupted before another epoch ended; {go_on}"
                 if resumed
                 else "interrupted in the first epoch; nothing was kept"
             )
             raise stops.Stopped(what, number) from None
-        when = f"interrupted after epoch {len(latest[0]['history']['elbo'])} of {spec.svi.epochs}"
-        raise stops.Stopped(f"{when}; {keep(latest)}", number) from None
+        when = f"interrupted after {reached(held[0], spec.svi.epochs)}"
+        raise stops.Stopped(f"{when}; {keep(held)}", number) from None
     except Exception:
-        if latest is not None:
+        if (held := last()) is not None:
             when = "the evaluation failed" if history is not None else "the training failed"
             with contextlib.suppress(OSError, ValueError):
-                say(f"{when} after epoch {len(latest[0]['history']['elbo'])}; {keep(latest)}")
+                say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
+
+
+def reached(state: Mapping[str, Any], epochs: int) -> str:
+    """How far a training state is, in words."""
+    place = state.get("place")
+    steps = "" if place is None else f" and {len(place['losses'])} steps"
+    return f"epoch {len(state['history']['elbo'])} of {epochs}{steps}"
 
 
 def write_run(
@@ -300,7 +325,8 @@ def _write_report(
     target = Target(program, rows)
     reference = find_reference(target, diagnostics, seed=seed)
     known = reference if target.structure.whole else None
-    blocks, evidence = evaluate(target, data, samples=samples, seed=seed, latent=spec.model.latent, reference=known)
+    how: Any = {"samples": samples, "seed": seed, "precision": spec.evaluation.precision}
+    blocks, evidence = evaluate(target, data, **how, latent=spec.model.latent, reference=known)
     libraries = {name: version(name) for name in ("ppl-vae", "pyro-ppl", "torch")}
     report: dict[str, Any] = {
         "spec": spec.to_dict(),

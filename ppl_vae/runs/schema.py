@@ -18,6 +18,7 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.evaluation.class_evidence import PRIORS
+from ppl_vae.evaluation.weights import Precision
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
 from ppl_vae.networks.encoding import WORDS
@@ -177,7 +178,8 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
         "given": _names("given", KEYS),
         "given_to": _names("given_to", ROLES),
     }
-    priors = _names("class_prior", PRIORS, list[float])
+    judged: Any = {"samples": (count, 1000), "class_prior": _names("class_prior", PRIORS, list[float])}
+    judged |= {"precision": (Precision, "full")}
     more_of_svi: Any = {
         "checkpoint": (pace, "60 s"),
         "start": (str | None, None),
@@ -187,7 +189,7 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
         "data": {"": _table("Data", load, _judge_data, read, name=(data_name, ...))},
         "model": {"": _table("Model", *coded("model"), latent=(count | None, None), **given)},
         "svi": {"": _table("Svi", fit, _judge_svi, SVI, **more_of_svi)},
-        "evaluation": {"": _table("Evaluation", _nothing, samples=(count, 1000), class_prior=priors)},
+        "evaluation": {"": _table("Evaluation", _nothing, **judged)},
     }
     inner: dict[str, dict[str, Any]] = {}
     all_networks = {net: named(net, net.__name__) for net in nets}

@@ -903,22 +903,22 @@ def test_memory_does_not_hold_all_samples_of_all_data(monkeypatch: pytest.Monkey
     vae = linear_vae(StandardNormal(2), Normal(3, scale="shared"))
     wrong = perturbed(vae, 1.1, 0.1)
     alive, calls = [], []
-    original = Target.log_density
+    original = weight_draws.fork_rng
 
     def census() -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return sum(o.numel() for o in gc.get_objects() if type(o) is Tensor)
 
-    def spied(self: Target, *arguments: Any) -> Tensor:
+    def spied(*key: Any, device: Any) -> Any:  # once a block that is replayed
         calls.append(1)
-        if len(calls) % 120 == 0:
+        if len(calls) % 50 == 0:
             alive.append(census())
-        return original(self, *arguments)
+        return original(*key, device=device)
 
     gc.collect()
     before = census()
-    monkeypatch.setattr(Target, "log_density", spied)
+    monkeypatch.setattr(weight_draws, "fork_rng", spied)
     x = draws(n, 3)
     log_evidence(wrong, x, samples)
     assert len(alive) >= 3
@@ -926,6 +926,63 @@ def test_memory_does_not_hold_all_samples_of_all_data(monkeypatch: pytest.Monkey
     alive.clear()
     log_weights(wrong, x, samples)  # which does hold them all: the census can tell
     assert max(alive) - before > samples * n / 2
+
+
+# Replayed blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_replayed_blocks_have_the_draws_and_weights_of_those_by_pyro(dtype, monkeypatch, caplog):
+    caplog.set_level("INFO", "ppl_vae")
+    vae, x = nonlinear().to(dtype), binary(230).to(dtype)
+    seen = []
+    original = Target.traces
+    monkeypatch.setattr(Target, "traces", lambda self, *rest: (seen.append(rest), original(self, *rest))[1])
+    by_pyro = log_weights(vae, x, 250, seed=3)
+    assert len(seen) == 9
+    monkeypatch.setattr(weight_draws, "_MANY", 1)
+    seen.clear()
+    replayed = log_weights(vae, x, 250, seed=3)
+    assert len(seen) == 2 + 1 + 1 + 3  # two blocks, those of 50 draws and those of 30 data
+    assert not caplog.records
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(replayed, by_pyro, rtol=rtol, atol=0.0)
+
+
+def test_a_program_that_branches_on_values_is_weighed_by_pyro(monkeypatch, caplog):
+    class Branching(VAE):
+        def model(self, x: Tensor, **others: Any) -> Any:
+            return super().model(x + 0 if bool(x.sum() > 0) else x, **others)
+
+    caplog.set_level("INFO", "ppl_vae")
+    plain, x = nonlinear(), binary(20)
+    vae = Branching(plain.prior, plain.likelihood, plain.posterior)
+    wanted = log_weights(vae, x, 250)
+    monkeypatch.setattr(weight_draws, "_MANY", 1)
+    assert torch.equal(log_weights(vae, x, 250), wanted)
+    assert "Weighing step by step" in caplog.text
+
+
+def test_lower_precision_of_products_is_measured_and_counts_as_rounding(monkeypatch):
+    torch.manual_seed(0)
+    vae = VAE(
+        Conditional(StandardNormal(4)),
+        Conditional(Bernoulli(70), MLP(hidden=[40])),
+        Conditional(Normal(4), MLP(hidden=[40])),
+    ).float()
+    x = (torch.rand(30, 70) < 0.4).float()
+    full, low = log_evidence(vae, x, 300), log_evidence(vae, x, 300, precision="bfloat16")
+    assert (full.lowered, full.summary().get("lowered")) == (None, None)
+    moved = (low.log_evidence - full.log_evidence).abs()
+    assert low.summary()["lowered"] == low.lowered
+    assert (low.lowered["samples"], low.lowered["n"]) == (100, 30)
+    assert 1e-5 < moved.max() < 3 * low.rounding.max() + 1e-4
+    assert moved.max() == pytest.approx(low.lowered["largest"], rel=2.0)
+    assert (low.rounding > 10 * full.rounding).all()
+    small = log_evidence(nonlinear().float(), binary(5).float(), 30, precision="bfloat16")
+    assert small.lowered["largest"] < 1e-5  # its products are too small to gain
+    with pytest.raises(ValueError, match="`precision` to be one of 'full', 'bfloat16'; got 'half'"):
+        log_evidence(vae, x, 30, precision="half")
 
 
 # Refusals
@@ -970,3 +1027,42 @@ def test_the_embedded_digits() -> None:
     assert ((found.log_evidence - found.bias - truth).abs() < 5 * found.mc_se + 1e-3).all()
     assert (found.elbo < truth).all()
     assert found.kind == "estimate"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_where_memory_ends_fewer_draws_go_side_by_side(error: Exception, monkeypatch: Any) -> None:
+    """Exact weights stay exact; others agree within their errors, and are found by draws that do not repeat."""
+    x, asked = draws(150, 5).float().double(), []
+    vae = randomise(linear_vae_of(5))
+    plain, traces = log_evidence(vae, x, 300), Target.traces
+
+    def small(self: Target, samples: int, *key: int | str) -> Any:
+        asked.append(samples)
+        if samples > 40:
+            raise error
+        return traces(self, samples, *key)
+
+    monkeypatch.setattr(Target, "traces", small)
+    few = log_evidence(vae, x, 300)
+    assert max(size for size in asked if size <= 40) > 20
+    assert sum(size > 40 for size in asked) <= 3  # it is not tried again and again
+    spread = plain.mc_se.hypot(few.mc_se)
+    assert bool(((plain.log_evidence - few.log_evidence).abs() < 5 * spread + 1e-9).all())
+    assert not torch.equal(plain.log_evidence, few.log_evidence)
+    exact = PPCA.fit(x, 2).to_vae()
+    assert torch.allclose(log_evidence(exact, x, 300).log_evidence, exact_log_evidence(exact, x), atol=1e-10)
+
+    def never(self: Target, samples: int, *key: int | str) -> Any:
+        raise error
+
+    monkeypatch.setattr(Target, "traces", never)
+    with pytest.raises(type(error)):
+        log_evidence(vae, x, 300)
+
+
+def linear_vae_of(features: int) -> VAE:
+    return VAE(
+        Conditional(StandardNormal(2)),
+        Conditional(Normal(features, scale="shared"), MLP(hidden=[4])),
+        Conditional(Normal(2), MLP(hidden=[4])),
+    )
