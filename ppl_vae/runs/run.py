@@ -219,6 +219,9 @@ def _train(
             with contextlib.suppress(OSError, ValueError):
                 say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
+    finally:
+        if place.known is None:  # no state was kept
+            (place.folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def reached(state: Mapping[str, Any], epochs: int) -> str:
