@@ -37,14 +37,20 @@ def rank() -> int:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Connect the processes of a job, by gloo on CPUs and by nccl on GPUs, of which each takes one of its machine's."""
+    """Connect the processes of a job, by gloo on CPUs and by nccl on GPUs, of which each takes one of its machine's.
+
+    What they tell each other is kept apart for each restart, since the addresses of killed processes would mislead.
+    """
     if started() == 1 or size() > 1:
         yield
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30))
+    store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # type: ignore[attr-defined]
+    own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": timedelta(minutes=30)}
+    dist.init_process_group("nccl" if gpu else "gloo", **options)
     yield
     dist.barrier()  # an orderly end, without which gloo's threads may abort a process
     gc.collect()
