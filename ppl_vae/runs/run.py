@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_vae import _processes as processes
 from ppl_vae._checks import check_int
 from ppl_vae._progress import reporting
 from ppl_vae.data.loading import Data
@@ -94,7 +95,27 @@ def fit_spec(
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    with stops.listening(), reporting(say), contextlib.ExitStack() as stack:
+    with stops.listening(), reporting(say), processes.group(device):
+        if out is not None and processes.restarted() and (Path(out) / storage.STATE).exists():
+            source, overrides, out = out, None, None
+        if processes.rank():
+            return _follow(source, overrides, pick_device(device), trust_code)
+        with processes.telling():
+            return _lead(source, overrides, out, device, force, trust_code, say, on_epoch)
+
+
+def _lead(
+    source: str | Path | Spec,
+    overrides: Mapping[str, Any] | None,
+    out: str | Path | None,
+    device: str,
+    force: bool,
+    trust_code: bool,
+    say: Say,
+    on_epoch: OnEpoch | None,
+) -> Run:
+    """What `fit_spec` does, in the first of several processes."""
+    with contextlib.ExitStack() as stack:
         if isinstance(source, Spec) or not Path(source).is_dir():
             if not isinstance(source, Spec):
                 trusted = trust_code or not storage.is_run(Path(source).parent)
@@ -109,6 +130,36 @@ def fit_spec(
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
         return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say, on_epoch)
+
+
+def _follow(
+    source: str | Path | Spec, overrides: Mapping[str, Any] | None, device: torch.device, trust_code: bool
+) -> Any:
+    """Train along with the first process and take a share of the evaluation; nothing is written or said."""
+    if (start := processes.share()) is None:
+        raise SystemExit(2)  # the first has failed, and says why
+    try:
+        resumed = not isinstance(source, Spec) and Path(source).is_dir()
+        if resumed:
+            spec = read_spec(Path(source), trust_code, quiet)  # type: ignore[arg-type]
+        else:
+            spec = source if isinstance(source, Spec) else load_spec(source, overrides, trust_code=True)
+        data = spec.load_data()
+        program: Any = spec.build(data)
+        spec = spec if resumed else begin(spec, program)[0]
+        fit(program, data.to(device), **_settings(spec, program, data, device), resume=start["state"], progress=False)
+    except ValueError:  # which the first process meets too
+        raise SystemExit(2) from None
+    processes.follow(program)
+    return None
+
+
+def _settings(spec: Spec, program: Any, data: Data, device: torch.device) -> dict[str, Any]:
+    """What `fit` is told in each process."""
+    settings = {**spec.training, "device": str(device), "validation": data.validation}
+    if spec.svi.freeze is not None:
+        settings["parameters"] = learned_by(program, spec.svi.freeze)
+    return settings
 
 
 def _train(
@@ -191,17 +242,16 @@ def _train(
 
     history = None
     try:
-        settings = {**spec.training, "device": str(device)}
-        settings |= {"validation": data.validation, "resume": start, "on_epoch": note}
+        settings = {**_settings(spec, program, data, device), "resume": start, "on_epoch": note}
+        processes.tell({"state": start})
         settings["on_step"] = lambda state: look(state, pace.is_due_within)
-        if spec.svi.freeze is not None:
-            settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
             n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
             say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
-            return write_run(place, spec, program, data, vars(history), machines, record)
+            with processes.leading(program):
+                return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         if (held := last()) is None:
@@ -220,7 +270,7 @@ def _train(
                 say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
     finally:
-        if live and not storage.is_run(place.folder):  # no state could be kept
+        if place.known is None:  # no state was kept
             (place.folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
@@ -258,6 +308,7 @@ def write_run(
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
         train |= {"start": start} if start else {}
+        train |= {"processes": processes.size()} if processes.size() > 1 else {}
         train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())

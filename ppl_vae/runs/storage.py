@@ -380,7 +380,7 @@ def is_as_written(path: Path, sha: str) -> bool:
         return True
     with contextlib.suppress(ValueError, OSError, AttributeError):
         if path.name == "metrics.jsonl":
-            return len(_metrics(plain_bytes(path), alone=True)) >= len(_metrics(read_file(path))) > 0
+            return len(_metrics(plain_bytes(path), alone=True)) >= len(_metrics(read_file(path)))
     return False
 
 
