@@ -105,7 +105,7 @@ class Page:
 def browser():
     """A page of a browser of its own."""
     (theirs, write), (read, back) = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
 
         def wire():
             a, b = os.dup(theirs), os.dup(back)
