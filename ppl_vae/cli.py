@@ -79,7 +79,8 @@ def fit(
         from ppl_vae.runs.run import fit_spec
 
         run = fit_spec(spec, overrides, out=out, device=device, force=force, trust_code=trust_code, say=say)
-        show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
+        if run is not None:  # as in all but the first of several processes
+            show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
 
 
 @app.command(epilog="Example: ppl-vae evaluate runs/digits --reference auto --gap --calibration")
@@ -291,7 +292,14 @@ def demo(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from ppl_vae._processes import leave
+
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
 
 class _Forgiving:

@@ -22,6 +22,7 @@ from ppl_vae.data.tables import BINARY, TEXT, Table, frame_table, stream_text
 from ppl_vae.data.transforms import Transform
 
 PIECE = 10_000  # rows that are read at a time
+_NUMBERS = 2**22  # that are read at a time from wide or narrow tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ class Reader:
     missing: bool = False
     classes: tuple[str, ...] | None = None
     covariates: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows to read at a time, a multiple of 100: the more, the fewer their columns."""
+        return max(10, min(1000, _NUMBERS // max(self.columns.count, 1) // 100)) * 100
 
     def pieces(self, source: Any, size: int = PIECE, *, label: bool = True) -> Iterator[Piece]:
         """Read a source, at most `size` rows at a time.

@@ -23,6 +23,7 @@ Precision = Literal["full", "bfloat16"]
 _LOG = logging.getLogger(__name__)
 _MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 _WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
@@ -50,14 +51,16 @@ def weight_blocks(
     """Draws in blocks of data, numbered from `first`, and, within these, of draws.
 
     On a CPU many blocks of one size are replayed from the tensor operations of one, with the same draws (see `record`).
+    Where memory does not hold a block of draws it is halved, and so are all that follow.
     """
     size = block_size(target, inner)
     count = math.ceil(samples / size) * math.ceil(target.n / BLOCK)
     plain = inner == 1 and not target.structure.enumerated and not target.structure.sequential
     suits = plain and target.device.type == "cpu" and (count >= _MANY or precision != "full")
     weigh = _Weigher(target, min(size, samples), precision if suits else None)
+    room = [samples]
     for number, block in enumerate(target.blocks(), first):
-        yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh))
+        yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh, room))
 
 
 def _numbers(draws: Draws) -> Draws:
@@ -158,34 +161,46 @@ class _Weigher:
 
 
 def _weigh(
-    target: Target, samples: int, size: int, key: tuple[int, int], inner: int, weigh: _Weigher
+    target: Target, samples: int, size: int, key: tuple[int, int], inner: int, weigh: _Weigher, room: list[int]
 ) -> Iterator[Draws]:
-    if inner > 1:
-        for number, start in enumerate(range(0, samples, size)):
-            with _checked(number):
-                nested = Nested(target, min(size, samples - start), inner, *key, number)
-            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
-        return
-    if target.structure.enumerated and not target.structure.sequential:
-        yield from _weigh_sums(target, samples, size, key)
-        return
+    def nested(k: int, key: tuple[int, ...]) -> Draws:
+        with _checked(key[-1]):
+            found = Nested(target, k, inner, *key)
+        return Draws(found.weights, found.likelihood, found.plain, found.moments)
+
+    summed = target.structure.enumerated and not target.structure.sequential
+    draw = nested if inner > 1 else partial(_weigh_sums if summed else weigh, target)
     for number, start in enumerate(range(0, samples, size)):
-        yield weigh(target, min(size, samples - start), (*key, number))
+        yield from _fitting(draw, min(size, samples - start), (*key, number), room)
 
 
-def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[Draws]:
+def _fitting(draw: Callable[..., Draws], k: int, key: tuple[int, ...], room: list[int]) -> Iterator[Draws]:
+    """Draw k at once, or, where memory ends, in parts with keys of their own."""
+    if k <= room[0]:
+        try:
+            draws = draw(k, key)
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if k == 1 or not (known or any(words in str(error) for words in _NO_MEMORY)):
+                raise
+            room[0] = k // 2
+        else:
+            yield draws
+            return
+    size = room[0]
+    for part, start in enumerate(range(0, k, size)):
+        yield from _fitting(draw, min(size, k - start), (*key, part), room)
+
+
+def _weigh_sums(target: Target, k: int, key: tuple[int, ...]) -> Draws:
     """Draws of a program with enumerated sites; where no others are left, all weights are p(x)."""
-    structure = target.structure
-    for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        own = k if structure.latents else 1
-        with _checked(number):
-            weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
-        moments = partial(_summed_moments, target, weights, k)
-        log_weights, likelihood, bounds = (
-            each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
-        )
-        yield Draws(log_weights, likelihood, bounds, moments)
+    own = k if target.structure.latents else 1
+    with _checked(key[-1]):
+        weights = Weights(*target.all_values(own, *key), own, target.n, target.structure.observed)
+    log_weights, likelihood, bounds = (
+        each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
+    )
+    return Draws(log_weights, likelihood, bounds, partial(_summed_moments, target, weights, k))
 
 
 def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:

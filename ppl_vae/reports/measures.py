@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.data.batches import rows_within
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.comparison import compare_posteriors
@@ -292,6 +293,8 @@ def _fit_baseline(target: Target, data: Data, latent: int, evidence: Tensor) -> 
     conditional VAE PPCA is fitted to what a linear regression of x on what is given leaves.
     """
     given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
+    if len(data.train["x"]) > rows_within(data.features):
+        return None
     x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
     large = mask is not None and (given is not None or x.numel() * (latent + 1) ** 2 > _MOST_EM)
     if not measure(target).startswith("density") or large:

@@ -18,6 +18,7 @@ from torch.distributions import constraints
 
 from ppl_vae import families
 from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import rows_within
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
@@ -170,7 +171,9 @@ class Spec:
                 _check_labels(data)
             program: Any = self.assemble(columns=data.columns, rows=len(next(iter(data.train.values()))))
             if hasattr(program, "initialise"):
-                given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask", *KEYS) if key in data.train}
+                few = rows_within(data.features)
+                keys = [key for key in ("x", "size_factor", "mask", *KEYS) if key in data.train]
+                given = {key: data.train[key][:few].cpu() for key in keys}
                 own = [given[key] for key in ("x", "mask") if key in given]
                 if len(own) > 1 and "mask" not in keywords(program.initialise):
                     raise ValueError("Expected `initialise` to take `mask`, True if observed, since cells are missing.")
