@@ -19,7 +19,9 @@ def permutation(n: int, *, seed: int, epoch: int = 0, device: torch.device | str
     return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, "order", epoch))).to(device)
 
 
-def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int) -> Iterator[dict[str, Tensor]]:
+def minibatches(
+    data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Tensor]]:
     """Visit every datum once, in batches of `size` (the last may be smaller), in the order of `permutation`.
 
     Each tensor is indexed on its own device:
@@ -28,12 +30,24 @@ def minibatches(data: Mapping[str, Tensor], size: int, *, seed: int, epoch: int)
             for batch in minibatches(data.epoch(epoch), 100, seed=0, epoch=epoch):
                 svi.step(**batch)
 
+    Args:
+        data: by name, with one leading size.
+        size: of a batch.
+        seed: of the order.
+        epoch: likewise.
+        part: (i, m) for part i of m of each batch, as even as can be; a batch with fewer data than parts comes whole.
+
     Raises:
         ValueError: If `size` is not a positive integer, or the leading sizes differ.
     """
     size, n = check_int("size", size), _leading(data)
     order = permutation(n, seed=seed, epoch=epoch)
     rows = {device: order.to(device).split(size) for device in {value.device for value in data.values()}}
+    if part != (0, 1):
+        rows = {
+            device: [step.tensor_split(part[1])[part[0]] if len(step) >= part[1] else step for step in steps]
+            for device, steps in rows.items()
+        }
     return (
         {key: value.index_select(0, rows[value.device][step]) for key, value in data.items()}
         for step in range(math.ceil(n / size))

@@ -168,7 +168,9 @@ def _read_torchvision(name: str, root: str | os.PathLike[str] | None, download: 
             if download
             else f"Set `root` or PPL_VAE_DATA to the folder that holds {place}, or give download=True"
         )
-        raise ValueError(f"Expected {name!r} under {folder} ({origin}); got: {error} {remedy}.") from error
+        raise ValueError(
+            f"Expected {name!r} under {folder} ({origin}); got: {str(error).strip().rstrip('.')}. {remedy}."
+        ) from error
     own: dict[str, Any] = {"maximum": 255, "in_order": True, "unit": True}
     if name == "omniglot":  # torchvision takes its files in no sure order; the parts are of different characters
         one, other = (vars(images.read_folder(Path(part.target_folder))) for part in parts)

@@ -200,7 +200,7 @@ def load(
             runs); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
             or "svhn" (torchvision's, values in [0, 1]); the path of a `.npy`, `.npz`, `.csv`, `.tsv`, `.txt`,
             `.parquet`, `.feather` or `.h5ad` (AnnData) file, or of a folder of pictures. The first row of text is a
-            header if any of its cells is not a number.
+            header if any of its cells is not a number, or if it numbers the columns (0, 1, 2 or 2019, 2020, 2021).
         root: The folder of named sets; by default the variable PPL_VAE_DATA, else the platform's cache folder.
         array: The key in an `.npz` file; may be left out if there is only one beside the labels. Or the layer of an
             `.h5ad` file, in place of X.

@@ -9,17 +9,20 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ppl_vae import _processes as processes
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae.evaluation.nested import inner_draws
 from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
 from ppl_vae.evaluation.weights import Draws, Precision, weight_blocks
 from ppl_vae.programs.target import BLOCK, Target
+from ppl_vae.programs.traces import Batch
 
 _ROUNDING = 64  # steps of the floating type within which weights count as equal
 _LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
@@ -275,9 +278,17 @@ def estimate_evidence(
     Blocks are numbered from `first`, so that a part of a data set has the draws that it has within the whole.
     """
     samples, inner = check_int("samples", samples), inner_draws(target, inner)
+    if look is None and processes.spread(target.program) and target.structure.rows is None and not first:
+        given = samples, seed, inner, precision
+        made: list[Evidence] = processes.parts(_part, target.batch, BLOCK, *given)
+        names = [one.name for one in fields(Evidence) if isinstance(getattr(made[0], one.name), Tensor)]
+        whole: Any = {name: torch.cat([getattr(part, name) for part in made]) for name in names}
+        return replace(made[0], **whole)
     rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts, lowered = [], None
-    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner, first, precision), first):
+    blocked = enumerate(weight_blocks(target, samples, seed, inner, first, precision), first)
+    what = f"evidence by {samples:,} samples each: {{}} blocks of data"
+    for number, blocks in track(blocked, what, -(-target.n // BLOCK)):
         sums = _Sums(samples, rounding)
         for draws in blocks:
             sums.add(draws.weights, draws.likelihood, draws.bounds)
@@ -297,6 +308,13 @@ def estimate_evidence(
         figures |= {name: torch.zeros_like(figures[name]) for name in ("mc_se", "bias", "elbo_mc_se", "shift")}
     figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
     return Evidence(**figures, samples=samples, inner=inner, lowered=change)
+
+
+def _part(program: Any, batch: Batch, first: int, *given: Any) -> Evidence:
+    """The evidence of some of the data of a set, as within the whole."""
+    samples, seed, inner, precision = given
+    with torch.no_grad():
+        return estimate_evidence(Target(program, batch), samples, seed, inner, first=first, precision=precision)
 
 
 def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:

@@ -22,6 +22,7 @@ from ppl_vae.programs.target import Target
 
 _ENTRIES = 2**22  # numbers that are drawn at a time
 _FAR = 4.0  # standard deviations of the draws
+_SITES = 8  # observed sites up to which each has statistics of its own, as the steps of a sequence have not
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def predictive_check(
 ) -> PredictiveCheck:
     """Compare mean, standard deviation (sd), extremes and share of zeros of data with those of sets of draws.
 
-    Statistics are of all entries that an observed site has, or of each of its columns where these have names; where
-    the data have two values only, the mean is all. Missing entries are left out, and statistics that are the same in
-    all draws and the data.
+    Statistics are of all entries that an observed site has, of all sites together if there are more than eight, or of
+    each column where these have names; where the data have two values only, the mean is all. Missing entries are left
+    out, and statistics that are the same in all draws and the data.
 
     Args:
         program: any program, or a `Target`.
@@ -108,14 +109,16 @@ def predictive_check(
             "Expected a program that observes what it could draw; its observed sites are factors, or their "
             "distributions have fewer entries than the data."
         )
-    mask = target.batch.get("mask")
+    mask, many = target.batch.get("mask"), len(real) > _SITES
 
     def statistics(values: dict[str, Tensor], k: int) -> tuple[dict[str, bool], Tensor]:
         told: dict[str, bool] = {}
+        if many:
+            values = {"": torch.cat([value.reshape(k, -1) for value in values.values()], 1)}
         columns = []
         for name, value in values.items():
-            rows = value.double().reshape(k, *real[name].shape)
-            hidden = None if mask is None or mask.shape != real[name].shape else mask
+            shape = value.shape[1:] if many else real[name].shape
+            rows, hidden = value.double().reshape(k, *shape), None if mask is None or mask.shape != shape else mask
             named = names if name == "x" and rows.dim() == 3 and names is not None else None
             if named is not None and units is not None:
                 rows = units(rows.flatten(0, 1)).reshape(rows.shape)

@@ -39,7 +39,9 @@ def check_saved(saved: Any, current: Mapping[str, Any], learned: Sequence[Tensor
     tables += [("optimizer", one, other) for one, other in zip(groups, known, strict=False)]
     for name, one, other in tables:
         for key, value in one.items():
-            if key not in ("best_epoch", "capture", "capture_reason") and _kind(value) != _kind(other.get(key, ...)):
+            if key not in ("best_epoch", "capture", "capture_reason", "settings") and _kind(value) != _kind(
+                other.get(key, ...)
+            ):
                 raise _differs(f"{name}.{key}", value)
     if [group["params"] for group in groups] != [group["params"] for group in known]:
         raise _differs("optimizer.param_groups", groups)

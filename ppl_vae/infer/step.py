@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from ppl_vae import _processes as processes
 from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
@@ -116,17 +117,18 @@ class State:
         vars(self.history).update(_copied({**older, **known}))
         self.best, self.place, self.losses = saved["best"], saved.get("place"), []
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """The learned tensors, then the buffers."""
         return [*self.learned, *(self.module.buffers() if isinstance(self.module, nn.Module) else ())]
 
     def values(self) -> list[Tensor]:
         """Copies of the learned tensors and the buffers."""
-        return [tensor.detach().clone() for tensor in self._tensors()]
+        return [tensor.detach().clone() for tensor in self.tensors()]
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
         """Copy values into the learned tensors and the buffers, which the states of older runs lack."""
-        tensors = self.learned if len(values) == len(self.learned) else self._tensors()
+        tensors = self.learned if len(values) == len(self.learned) else self.tensors()
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
@@ -180,17 +182,18 @@ class Trainer:
         try:
             with self._drawing(data, number) as losses:
                 first = len(losses)
-                for step, batch in enumerate(self._batches(data, number)):
+                for step, (batch, n) in enumerate(self._batches(data, number)):
                     if step < first:
                         continue
-                    if step > first and self.on_step is not None:
+                    if step > first and self.on_step is not None and processes.size() == 1:
                         self.on_step(self.state)
                     with pyro.validation_enabled(check and step == first):
-                        losses.append(self._step(batch) * (1 / self.parts if self.parts else _size(batch)))
+                        losses.append(self._step(batch, n) * (1 / self.parts if self.parts else n))
         except KeyboardInterrupt:
             self.state.load(good)
             raise
         self.state.history.capture, self.state.history.capture_reason = self.gradients.mode, self.gradients.reason
+        processes.same([one for one in self.state.tensors()[len(self.state.learned) :] if one.is_floating_point()])
         values = torch.stack(losses)
         if bool(values[:, 0].isfinite().all()) and self.state.is_finite():
             objective, elbo = (-values.double().sum(0)).tolist()
@@ -204,11 +207,15 @@ class Trainer:
 
     @contextmanager
     def _drawing(self, data: Target, number: int) -> Iterator[list[Tensor]]:
-        """Draw as an epoch does, from its start or from the place of the state, and keep the losses of its steps."""
+        """Draw as an epoch does, from its start or from the place of the state, and keep the losses of its steps.
+
+        Each of several processes has draws of its own.
+        """
         state, place = self.state, self.state.place
         state.losses, state.place = [] if place is None else [*place["losses"].to(data.device)], None
-        with fork_rng(self.seed, "svi", number, device=data.device):
-            if place is not None:
+        key = (number, processes.rank()) if processes.rank() else (number,)
+        with fork_rng(self.seed, "svi", *key, device=data.device):
+            if place is not None and not processes.rank():
                 set_random_state(place["generators"], data.device)
             yield state.losses
         state.losses = []
@@ -226,33 +233,40 @@ class Trainer:
                 objective, elbo = objective - float(loss) * block.n, elbo - float(bound) * block.n
         return objective / held_out.n, elbo / held_out.n
 
-    def _batches(self, data: Target, number: int) -> Iterable[Batch]:
+    def _batches(self, data: Target, number: int) -> Iterable[tuple[Batch, int]]:
+        """Batches, of several processes the part of this one, and how many data there are in all."""
         if self.parts > 1:
             part: Any = {**data.batch, "subsample_size": self.batch_size}
-            return [part] * self.parts
+            return [(part, _size(data.batch))] * self.parts
         if not self.shuffle:
-            return [data.batch]
-        return minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number)
+            return [(data.batch, _size(data.batch))]
+        part, n = (processes.rank(), processes.size()), _size(data.batch)
+        own = minibatches(data.batch, self.batch_size, seed=self.seed, epoch=number, part=part)
+        sizes = [min(self.batch_size, n - start) for start in range(0, n, self.batch_size)]
+        return zip(own, sizes, strict=True)
 
     def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
         """Replay an epoch from its start up to the step that fails, and name the site at fault."""
         self.state.load(good)
         with self._drawing(data, number) as losses, pyro.validation_enabled(False):
-            for step, batch in enumerate(self._batches(data, number)):
+            for step, (batch, n) in enumerate(self._batches(data, number)):
                 if step < len(losses):
                     continue
                 if step == until:
                     return _culprit(self.gradients.program, batch)
-                if not (bool(self._step(batch)[0].isfinite()) and self.state.is_finite()):
+                if not (bool(self._step(batch, n)[0].isfinite()) and self.state.is_finite()):
                     break
         return self._replay(data, number, good, step)
 
-    def _step(self, batch: Batch) -> Tensor:
-        """Take one step on the loss; returns minus objective and ELBO per datum."""
+    def _step(self, batch: Batch, n: int) -> Tensor:
+        """Take one step on the loss of n data, a part of which is here; returns minus objective and ELBO per datum."""
         state, step = self.state, self.state.history.steps
         if self.gradients.objective.beta is not None:
             self.gradients.objective.beta.set(step)
         losses, gradients = self.gradients(batch, step)
+        if processes.size() > 1:
+            share = _size(batch) / n if _size(batch) < n else 1 / processes.size()
+            losses, *gradients = processes.average([losses, *gradients], share)  # type: ignore[assignment]
         self.former = gradients  # till the next are there: memory that is all given back must be fetched anew
         if self.clip:
             norm = torch.nn.utils.get_total_norm([one for one in gradients if one is not None])

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ppl_vae import _processes as processes
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
@@ -21,11 +23,12 @@ from ppl_vae.infer.importance_weighted import Gradient
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_settings, make_objective
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.param_store import claim, scope
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of, check_batch
+from ppl_vae.programs.vae import VAE
 
 Keep = Literal["last", "best"]
 OBJECTIVE = ("elbo", "alpha", "gradient", "particles", "free_bits", "free_bits_per")
@@ -84,6 +87,9 @@ def fit(
     Where the whole data set counts as one datum, since latent variables lie outside the data plate, each step takes all
     data; one whose model takes `subsample_size` by keyword takes parts of `batch_size` by its own plate. Bounds are
     then those of the data set.
+
+    In a job of several processes, where `torch.distributed` is set up, each takes its part of every batch with draws of
+    its own, and gradients are averaged: `batch_size` counts the data of all of them.
 
     The program's modules are in training mode meanwhile, so that dropout acts; `validation` is judged in evaluation
     mode, as everything else that evaluates a program does.
@@ -167,12 +173,22 @@ def fit(
         )
     if sites.whole and validation is not None:
         raise ValueError("Expected no validation data: the whole data set counts as one datum of this program.")
+    if (count := processes.size()) > 1:
+        if sites.rows is not None or sites.whole or indexed(program):
+            table = type(program.posterior.network).__name__ if isinstance(program, VAE) else "one row per datum"
+            raise ValueError(
+                f"Expected a single process: this guide keeps what it learns for each datum ({table}) or the whole "
+                f"data set is one datum; got {count}. Start it without torchrun."
+            )
+        if (least := min(target.n, batch_size)) < count:
+            raise ValueError(f"Expected at most as many processes as data in a batch, {least}; got {count}.")
     parts = parts_of(target, batch_size) if sites.whole else 0
     if sites.rows is not None or indexed(program):
         remember(program, target.batch)
     held_out = None if validation is None else other(validation, check=True)
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*parameters_of(target)] if parameters is None else [*parameters]
+        claim(program, learned)
     with scope(program, training=True):
         steps = parts or math.ceil(target.n / batch_size)
         weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
@@ -183,6 +199,7 @@ def fit(
         optim = make_optimizer(optimizer, learned, learning_rate, **{key: settings[key] for key in RATE})
         scheduler = make_schedule(schedule, optim, learning_rate, epochs * steps, restarts)
         state = State(learned, optim, scheduler, module=program)
+        processes.same([*state.tensors(), *(program.parameters() if isinstance(program, nn.Module) else ())])
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
@@ -192,7 +209,9 @@ def fit(
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
-        for epoch in tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False):
+        bar = tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False)
+        reached = lambda: f", bound {history.elbo[-1]:.3f} nats per datum"  # noqa: E731
+        for epoch in track(bar, "training: epoch {}", epochs, done=done, note=reached) if bar.disable else bar:
             if patience and epoch - 1 - history.best(warm_up, epoch) >= patience:
                 break
             data = other(x.epoch(epoch), check=False) if isinstance(x, Data) else target

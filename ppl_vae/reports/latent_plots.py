@@ -158,7 +158,7 @@ def latent_grid(
     figure, ax, rows, columns = style.mosaic(means, shape, size, gap=gap, cell=0.36, left=0.6, bottom=0.5)
     for axis, at, values in ((ax.xaxis, columns, points[0].numpy()), (ax.yaxis, rows[::-1], points[1].numpy())):
         low, high = values[0], values[-1]
-        ticks = [tick for tick in style.ticks_at().tick_values(low, high) if low <= tick <= high]
+        ticks = [tick for tick in style.ticks_at(integer=False).tick_values(low, high) if low <= tick <= high]
         axis.set_ticks(np.interp(ticks, values, at).tolist(), [style.number(tick) for tick in ticks])
     ax.set(xlabel="$z_{0}$", ylabel="$z_{1}$")
     return figure

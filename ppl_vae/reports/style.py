@@ -182,9 +182,9 @@ def legend_above(ax: Axes) -> None:
     ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
-def ticks_at(n: int = 5) -> MaxNLocator:
-    """About n ticks, on whole numbers if possible."""
-    return MaxNLocator(n, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+def ticks_at(n: int = 5, *, integer: bool = True) -> MaxNLocator:
+    """About n ticks, on whole numbers if possible and asked for."""
+    return MaxNLocator(n, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
 
 
 def shades(count: int) -> Array:

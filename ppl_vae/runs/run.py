@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_vae import _processes as processes
 from ppl_vae._checks import check_int
+from ppl_vae._progress import reporting
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -43,6 +45,8 @@ from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
+OnEpoch = Callable[[int, State], None]
+
 
 def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
     """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
@@ -71,8 +75,11 @@ def fit_spec(
     force: bool = False,
     trust_code: bool = False,
     say: Say = quiet,
+    on_epoch: OnEpoch | None = None,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
+
+    Its `metrics.jsonl` grows by a line an epoch meanwhile.
 
     Args:
         source: a spec or its path, a program `file.py[:Class]`, or the directory of an interrupted run to go on with.
@@ -81,19 +88,40 @@ def fit_spec(
         device: `auto`, `cpu` or `cuda`.
         force: whether to replace a finished run at `out`.
         trust_code: whether a program file that a run brings may run. One that your own spec names always may.
-        say: takes messages for the user.
+        say: takes messages for the user, among them how far training and evaluation are, every ten seconds.
+        on_epoch: called after each epoch with its number and the `State`, such as `trackers.tensorboard(...)`.
 
     Raises:
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    with stops.listening(), contextlib.ExitStack() as stack:
+    with stops.listening(), reporting(say), processes.group(device):
+        if out is not None and processes.restarted() and (Path(out) / storage.STATE).exists():
+            source, overrides, out = out, None, None
+        if processes.rank():
+            return _follow(source, overrides, pick_device(device), trust_code)
+        with processes.telling():
+            return _lead(source, overrides, out, device, force, trust_code, say, on_epoch)
+
+
+def _lead(
+    source: str | Path | Spec,
+    overrides: Mapping[str, Any] | None,
+    out: str | Path | None,
+    device: str,
+    force: bool,
+    trust_code: bool,
+    say: Say,
+    on_epoch: OnEpoch | None,
+) -> Run:
+    """What `fit_spec` does, in the first of several processes."""
+    with contextlib.ExitStack() as stack:
         if isinstance(source, Spec) or not Path(source).is_dir():
             if not isinstance(source, Spec):
                 trusted = trust_code or not storage.is_run(Path(source).parent)
                 source = load_spec(source, overrides, trust_code=trusted, say=say)
             place = stack.enter_context(pick_place(source, out, force=force, say=say))
-            return _train(source, place, pick_device(device), False, say)
+            return _train(source, place, pick_device(device), False, say, on_epoch)
         if overrides or out is not None:
             raise ValueError(
                 "Expected neither --set, --from nor --out with an interrupted run, which goes on as it began."
@@ -101,10 +129,42 @@ def fit_spec(
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
-        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
+        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say, on_epoch)
 
 
-def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say) -> Run:
+def _follow(
+    source: str | Path | Spec, overrides: Mapping[str, Any] | None, device: torch.device, trust_code: bool
+) -> Any:
+    """Train along with the first process and take a share of the evaluation; nothing is written or said."""
+    if (start := processes.share()) is None:
+        raise SystemExit(2)  # the first has failed, and says why
+    try:
+        resumed = not isinstance(source, Spec) and Path(source).is_dir()
+        if resumed:
+            spec = read_spec(Path(source), trust_code, quiet)  # type: ignore[arg-type]
+        else:
+            spec = source if isinstance(source, Spec) else load_spec(source, overrides, trust_code=True)
+        data = spec.load_data()
+        program: Any = spec.build(data)
+        spec = spec if resumed else begin(spec, program)[0]
+        fit(program, data.to(device), **_settings(spec, program, data, device), resume=start["state"], progress=False)
+    except ValueError:  # which the first process meets too
+        raise SystemExit(2) from None
+    processes.follow(program)
+    return None
+
+
+def _settings(spec: Spec, program: Any, data: Data, device: torch.device) -> dict[str, Any]:
+    """What `fit` is told in each process."""
+    settings = {**spec.training, "device": str(device), "validation": data.validation}
+    if spec.svi.freeze is not None:
+        settings["parameters"] = learned_by(program, spec.svi.freeze)
+    return settings
+
+
+def _train(
+    spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say, on_epoch: OnEpoch | None
+) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
     for text in (spec.to_toml(), str(place.folder)):
         if (plain := text.encode(errors="replace").decode()) != text:
@@ -133,13 +193,18 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
+    live = resumed or not storage.is_run(place.folder)  # another run that is to be replaced stays as it is till then
+    if live:
+        storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
     def keep(latest: tuple[dict[str, Any], Any]) -> str:
         """Write the latest state, and say where it is and how to go on."""
+        nonlocal live
         state, learned = latest
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
+        live = True
         return go_on
 
     def look(state: State, is_due: Callable[[], bool]) -> None:
@@ -157,6 +222,14 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
                 if pace.kept == 1:
                     say(f"after {where} and every {spec.svi.checkpoint} {how}")
 
+    def note(epoch: int, state: State) -> None:
+        if live:
+            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
+                storage.append_metrics(vars(state.history), place.folder)
+        if on_epoch is not None:
+            on_epoch(epoch, state)
+        look(state, pace.is_due)
+
     def last() -> tuple[dict[str, Any], Any] | None:
         """The state of the last epoch, or of a checkpoint after that, and what was learned by then."""
         if now is None or now.good is None or not now.good["history"]["elbo"]:
@@ -169,18 +242,16 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
 
     history = None
     try:
-        settings = {**spec.training, "device": str(device)}
-        settings |= {"validation": data.validation, "resume": start}
+        settings = {**_settings(spec, program, data, device), "resume": start, "on_epoch": note}
+        processes.tell({"state": start})
         settings["on_step"] = lambda state: look(state, pace.is_due_within)
-        settings["on_epoch"] = lambda epoch, state: look(state, pace.is_due)
-        if spec.svi.freeze is not None:
-            settings["parameters"] = learned_by(program, spec.svi.freeze)
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
             n, draws = len(next(iter(rows.values()))), spec.evaluation.samples
             say(f"evaluates {n:,} data of the {part} part, with {draws:,} samples each")
-            return write_run(place, spec, program, data, vars(history), machines, record)
+            with processes.leading(program):
+                return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         if (held := last()) is None:
@@ -198,6 +269,9 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
             with contextlib.suppress(OSError, ValueError):
                 say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
+    finally:
+        if place.known is None:  # no state was kept
+            (place.folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def reached(state: Mapping[str, Any], epochs: int) -> str:
@@ -234,6 +308,7 @@ def write_run(
         train |= {"objective": history["objective"][-1]} if history.get("objective") else {}
         train |= {} if history.get("best_epoch") is None else {"kept_epoch": history["best_epoch"] + 1}
         train |= {"start": start} if start else {}
+        train |= {"processes": processes.size()} if processes.size() > 1 else {}
         train |= {key: history[key] for key in ("capture", "capture_reason") if history.get(key)}
         run = Run(place.path, home, program, {"train": train})
         return _write_report(partial, run, data, history, spec.evaluation.samples, Diagnostics())
@@ -265,7 +340,7 @@ def evaluate_run(
         check_int("samples", samples)
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
-    with stops.listening(), places.claimed(Path(path), say=say) as place:
+    with stops.listening(), reporting(say), places.claimed(Path(path), say=say) as place:
         run = read_run(place.path, trust_code, say)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):

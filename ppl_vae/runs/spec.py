@@ -151,6 +151,7 @@ class Spec:
             ValueError: If they cannot be found or read, or do not suit the settings.
         """
         with _blamed(self):
+            _check_there(self.data.name, self.path.absolute().parent.resolve())
             data = load(**self.to_dict()["data"])
         names = [] if self.model.program is None else keywords(load_program(self.model.program).model)  # type: ignore[attr-defined]
         return data.with_entries(name for name in names if name != "x")
@@ -272,6 +273,15 @@ def _found(name: str, *folders: Path) -> str:
     """The absolute path of what lies in one of some folders, or would lie in the first."""
     places = [folder / Path(name).expanduser() for folder in folders]
     return str(next((place for place in places if place.exists()), places[0]).resolve())
+
+
+def _check_there(name: str, home: Path) -> None:
+    """Refuse the path of data that are not there, by all places where they were looked for."""
+    if is_path(name) and not Path(name).exists() and Path(name).is_relative_to(home):
+        inner = Path(name).relative_to(home)
+        others = [str(folder / inner) for folder in (root_folder(None)[0], Path.cwd()) if folder.resolve() != home]
+        nor = "".join(f", nor at {other}" for other in others)
+        raise ValueError(f"Expected a data file at {name}; got no such file or folder{nor}. Correct `name`.")
 
 
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:

@@ -102,6 +102,25 @@ def test_every_wiring_can_be_checked(name):
     assert check.drawn.isfinite().all()
 
 
+def test_the_steps_of_a_sequence_are_pooled():
+    """Each of ten sites is N(0, 1), so the sd of n data and ten steps has the error 1 / sqrt(20 n)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            for step in range(10):
+                pyro.sample(f"x_{step}", dist.Normal(0 * z, 1.0), obs=x[:, step])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+    check = predictive_check(Program(model, guide), torch.randn(40, 10), draws=200)
+    assert check.names == ["mean", "sd", "smallest", "largest"]
+    assert abs(check.drawn[:, 1].mean() - 1) < 5 / (800 * 200) ** 0.5 + 1 / 800
+    assert abs(check.drawn[:, 1].std() * 800**0.5 - 1) < 5 / 400**0.5
+
+
 def test_what_cannot_be_checked_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -110,6 +129,7 @@ def test_what_cannot_be_checked_is_refused():
 
     with pytest.raises(ValueError, match="observes what it could draw"):
         predictive_check(Program(model, noisy().guide), {"x": torch.randn(5)})
+
     def shared(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))

@@ -556,7 +556,7 @@ ALL = {
 QUICK = {
     "kills in fit": lambda world: kills_while_writing(world, "fit", (9, 40, 77)),
     "kills in fit --force": lambda world: kills_while_writing(world, "force", (60,)),
-    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 74, 75, 76)),
+    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 90, 95, 99)),
     "kills in a resumed fit": lambda world: kills_while_writing(world, "resume", (35,)),
     "random kills": lambda world: random_kills(world, 2),
     "random kills within epochs": lambda world: random_kills(world, 1, 1, _keep_each_step),

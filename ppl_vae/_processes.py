@@ -1,0 +1,171 @@
+"""Processes that `torchrun` has started: they train one program together, and share out its evaluation."""
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LED: list[Any] = []  # the program whose evaluation this process, the first, shares out
+
+
+def started() -> int:
+    """How many processes `torchrun` has started for this job; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarted() -> bool:
+    """Whether `torchrun` has started this job anew, after one of its processes failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def size() -> int:
+    """How many processes work together here."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them; the first, 0, writes and prints."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """Connect the processes of a job, by gloo on CPUs and by nccl on GPUs, of which each takes one of its machine's.
+
+    What they tell each other is kept apart for each restart, since the addresses of killed processes would mislead.
+    """
+    if started() == 1 or size() > 1:
+        yield
+        return
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # type: ignore[attr-defined]
+    own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": timedelta(minutes=30)}
+    dist.init_process_group("nccl" if gpu else "gloo", **options)
+    yield
+    dist.barrier()  # an orderly end, without which gloo's threads may abort a process
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End a process of a job without Python's own clearing up, which may abort while gloo's threads still run."""
+    if started() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def share(value: Any = None) -> Any:
+    """What the first process gives, in all of them."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+_TOLD: list[bool] = []
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Let the others, which wait for what the first process has to `tell`, end if it fails before."""
+    _TOLD.clear()
+    try:
+        yield
+    finally:
+        if not _TOLD:
+            share(None)
+
+
+def tell(value: Any) -> None:
+    """Give the others what they wait for."""
+    _TOLD.append(True)
+    share(value)
+
+
+def same(tensors: list[Tensor]) -> None:
+    """Give tensors the values that they have in the first process."""
+    if size() > 1:
+        with torch.no_grad():
+            for one in tensors:
+                dist.broadcast(one.detach(), 0)
+
+
+def average(tensors: list[Tensor | None], weight: float) -> list[Tensor | None]:
+    """Weighted sums over processes, each with a weight of its own, of tensors that all of them have."""
+    given = [one for one in tensors if one is not None]
+    sums: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(one.dtype for one in given):
+        own = [one for one in given if one.dtype == dtype]
+        flat = torch.cat([one.flatten() for one in own]).mul_(weight)
+        dist.all_reduce(flat)
+        parts = flat.split([one.numel() for one in own])
+        sums |= {id(one): part.view(one.shape) for one, part in zip(own, parts, strict=True)}
+    return [None if one is None else sums[id(one)] for one in tensors]
+
+
+def spread(program: Any) -> bool:
+    """Whether work on this program is shared out."""
+    return size() > 1 and any(one is program for one in _LED)
+
+
+def parts(task: Callable[..., Any], batch: Mapping[str, Tensor], block: int, *given: Any) -> list[Any]:
+    """What a task makes of the data, a part in each process, each of whole blocks, in their order.
+
+    Args:
+        task: called with program, rows of the batch and the number of their first block, and what is given.
+        batch: all data.
+        block: data in a block.
+        given: to the task.
+    """
+    order, program = share((task, dict(batch), block, given)), _LED.pop()
+    try:
+        return _work(program, *order)  # which shares out nothing more
+    finally:
+        _LED.append(program)
+
+
+@contextmanager
+def leading(program: Any) -> Iterator[None]:
+    """Share out the work on a program among the others, which `follow` meanwhile."""
+    _LED.append(program)
+    try:
+        yield
+    finally:
+        _LED.pop()
+        share(None)
+
+
+def follow(program: Any) -> None:
+    """Take a share of the work that the first process shares out, until it ends."""
+    while (order := share()) is not None:
+        _work(program, *order)
+
+
+def _work(program: Any, task: Any, batch: dict[str, Tensor], block: int, given: Any) -> list[Any]:
+    n = len(next(iter(batch.values())))
+    bounds = [number * -(-n // block) // size() for number in range(size() + 1)]
+    first, last = bounds[rank()], bounds[rank() + 1]
+    rows = {key: value[first * block : last * block] for key, value in batch.items()}
+    made: Any = None
+    try:
+        made = task(program, rows, first, *given) if last > first else None
+    except Exception as error:  # it is raised in the first process
+        made = error
+    found: list[Any] = [None] * size()
+    dist.gather_object(made, found if rank() == 0 else None, 0)
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return [one for one in found if one is not None]

@@ -1,0 +1,96 @@
+"""Two processes under torchrun against one: the same training, the same evidence, and one run directory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from two_processes import drawing, exact, rows, trained
+
+from ppl_vae import log_evidence
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def together(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run something in two processes of one thread each."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    return subprocess.run([*TORCHRUN, *options.pop("more", ()), *words], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes have come to."""
+    out = tmp_path_factory.mktemp("two") / "found.pt"
+    done = together(str(HERE / "two_processes.py"), str(out))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def test_without_noise_they_follow_one_process_to_rounding(found):
+    for name, options in (("exact", {"epochs": 8, "batch_size": 32, "clip": 1.0}), ("captured", {"epochs": 2})):
+        elbo, parameters = trained(exact(), **{"batch_size": 50, **options})
+        assert found[name][0] == pytest.approx(elbo, rel=1e-10)
+        torch.testing.assert_close(found[name][1], parameters, rtol=1e-8, atol=1e-9)
+
+
+def test_with_draws_of_their_own_their_mean_bounds_agree(found):
+    alone = torch.tensor([trained(drawing(), epochs=8, batch_size=50, seed=seed)[0][-5:] for seed in range(4)])
+    error = alone.std(0)
+    assert ((torch.tensor(found["drawn"][0][-5:]) - alone.mean(0)).abs() < 5 * error * (1 + 1 / 4) ** 0.5).all()
+    assert found["drawn"][0] != trained(drawing(), epochs=8, batch_size=50)[0]
+    assert found["same"]
+
+
+def test_evidence_that_is_shared_out_is_that_of_one_process(found):
+    wanted = log_evidence(drawing(), rows(), 300, seed=4).log_evidence
+    torch.testing.assert_close(found["evidence"], wanted, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found["alone"], wanted, rtol=1e-12, atol=0.0)
+    assert "64" in found["fails"]
+
+
+def test_what_they_cannot_do_is_refused(found):
+    assert "single process" in found["table"]
+    assert "Table" in found["table"]
+    assert found["few"] == "Expected at most as many processes as data in a batch, 1; got 2."
+
+
+SPEC = """
+[data]
+name = "digits"
+[model]
+latent = 2
+[prior]
+family = "StandardNormal"
+[likelihood]
+family = "Normal"
+scale = "shared"
+network = { family = "Linear" }
+[posterior]
+family = "Normal"
+network = { family = "Linear" }
+[svi]
+epochs = 2
+[evaluation]
+samples = 20
+"""
+
+
+def test_the_first_of_two_writes_the_run_and_a_mistake_is_told_once(tmp_path):
+    spec = tmp_path / "spec.toml"
+    spec.write_text(SPEC)
+    done = together("-m", "ppl_vae", "fit", str(spec), "--out", str(tmp_path / "run"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["train"]["processes"], report["train"]["steps"]) == (2, 30)
+    assert report["test"]["n"] == 297
+    assert done.stderr.count("parameters ") == 1
+    wrong = together("-m", "ppl_vae", "fit", str(spec), "--set", "svi.epochs=0", "--out", str(tmp_path / "other"))
+    assert wrong.returncode == 1  # of torchrun, which says itself that a process has failed with 2
+    assert wrong.stderr.count("svi.epochs") == 1
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,74 @@
+"""What each of two processes does for `test_processes.py`; the first writes what came of it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_vae import PPCA, VAE, Conditional, data, fit, log_evidence
+from ppl_vae import _processes as processes
+from ppl_vae.families import Normal, StandardNormal
+from ppl_vae.networks import Linear, Table
+
+OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "device": "cpu", "progress": False}
+
+
+def rows() -> torch.Tensor:
+    return data.load("digits", dtype=torch.float64).train["x"][:230] / 16
+
+
+def exact() -> VAE:
+    """A program whose guide is exact, so that its loss has no noise."""
+    vae = PPCA.fit(rows(), 3).to_vae()
+    with torch.no_grad():
+        vae.likelihood.network.weight += 0.1
+    return vae
+
+
+def drawing(posterior: Any = None) -> VAE:
+    torch.manual_seed(0)
+    guide = Conditional(Normal(3), posterior or Linear())
+    return VAE(Conditional(StandardNormal(3)), Conditional(Normal(64, scale="shared"), Linear()), guide)
+
+
+def trained(vae: VAE, **options: Any) -> tuple[list[float], torch.Tensor]:
+    """The ELBO of each epoch and all parameters."""
+    history = fit(vae, rows(), **{**OPTIONS, **options})
+    return history.elbo, torch.cat([one.detach().flatten() for one in vae.parameters()])
+
+
+def main(out: str) -> None:
+    """Train, evaluate and try what is refused."""
+    found: dict[str, Any] = {}
+    found["exact"] = trained(exact(), epochs=8, batch_size=32, clip=1.0)  # its last batch of an epoch has six data
+    found["captured"] = trained(exact(), epochs=2, batch_size=50, capture="graph")
+    found["drawn"] = trained(drawing(), epochs=8, batch_size=50, validation=rows()[:20])
+    gathered: list[Any] = [None, None]
+    torch.distributed.all_gather_object(gathered, found["drawn"][1])
+    found["same"] = torch.equal(*gathered)
+    vae = drawing()
+    if processes.rank():
+        processes.follow(vae)
+    else:
+        with processes.leading(vae):
+            found["evidence"] = log_evidence(vae, rows(), 300, seed=4).log_evidence
+            found["alone"] = log_evidence(drawing(), rows(), 300, seed=4).log_evidence
+            try:
+                log_evidence(vae, rows()[:, :5], 30)
+            except ValueError as error:
+                found["fails"] = str(error)
+    for name, program, options in (("table", drawing(Table(230)), {}), ("few", drawing(), {"batch_size": 1})):
+        try:
+            trained(program, epochs=1, **options)
+        except ValueError as error:
+            found[name] = str(error)
+    if not processes.rank():
+        torch.save(found, Path(out))
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.float64)
+    with processes.group("cpu"):
+        main(sys.argv[1])
+    processes.leave(0)
