@@ -28,10 +28,15 @@ adversary: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/survival/soak.py --page docs/survival.md
 
-bench: .venv/installed
-	$(BIN)/python benchmarks/speed.py
+bench: .venv/installed .bench/installed
+	$(BIN)/python benchmarks/speed.py --numpyro .bench/bin/python --out benchmarks/results/speed.json --page docs/speed.md
 	$(BIN)/python benchmarks/vectorised.py
 	$(BIN)/python benchmarks/hierarchical.py
+
+.bench/installed:
+	$(PYTHON) -m venv .bench
+	.bench/bin/python -m pip install --quiet --disable-pip-version-check numpyro jax
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,4 +44,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs docs/_build docs/reference docs/notebooks
+	rm -rf .venv .bench runs docs/_build docs/reference docs/notebooks

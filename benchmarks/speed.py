@@ -1,6 +1,8 @@
-"""Speed beside stock Pyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
+"""Speed beside stock Pyro, NumPyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
 
-python benchmarks/speed.py [--rounds 15] [--out benchmarks/results/speed.json]
+python benchmarks/speed.py [--rounds 10] [--numpyro .bench/bin/python] [--out results.json] [--page docs/speed.md]
+
+All of it is on one thread, but for the last part. NumPyro runs in an environment of its own, and is left out without.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,12 +22,13 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from ppl_vae import VAE, Conditional, fit, log_evidence
-from ppl_vae.data import load
+from ppl_vae import PPCA, VAE, Conditional, fit, log_evidence
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP
+from ppl_vae.programs import products as products_by
 
 WARM_UP = 60  # steps of `fit` before it is timed: by then a step has been captured
 
@@ -46,49 +50,97 @@ class Plain(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, features))
 
-    def log_weights(self, x: Tensor, samples: int) -> Tensor:
-        """Give log p(x, z) - log q(z|x), shape (samples, n)."""
-        loc, raw = self.encoder(x).chunk(2, -1)
-        scale = nn.functional.softplus(raw) + 1e-6
-        noise = torch.randn(samples, *loc.shape)
-        z = loc + scale * noise
-        log_q = -0.5 * (noise**2).sum(-1) - scale.log().sum(-1)
-        log_p = -0.5 * (z**2).sum(-1)
-        logits = self.decoder(z)
-        likelihood = -nn.functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(
-            -1
+    def loss(self, x: Tensor) -> Tensor:
+        """Minus the ELBO of a batch per datum."""
+        return -weights(self.encoder, self.decoder, x, 1).mean()
+
+
+def weights(encoder: nn.Module, decoder: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """Give log p(x, z) - log q(z|x), shape (samples, n)."""
+    loc, raw = encoder(x).chunk(2, -1)
+    scale = nn.functional.softplus(raw) + 1e-6
+    noise = torch.randn(samples, *loc.shape)
+    z = loc + scale * noise
+    log_q = -0.5 * (noise**2).sum(-1) - scale.log().sum(-1)
+    logits = decoder(z)
+    likelihood = -nn.functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)
+    return likelihood - 0.5 * (z**2).sum(-1) - log_q
+
+
+class NumPyro:
+    """Steps of NumPyro on the same sizes, in a process of its own."""
+
+    def __init__(self, python: str, *sizes: int) -> None:
+        script = str(Path(__file__).with_name("numpyro_step.py"))
+        self.process = subprocess.Popen(
+            [python, script, *map(str, sizes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        return likelihood + log_p - log_q
+        self(1)
+
+    def __call__(self, steps: int) -> tuple[float, float]:
+        """Take some steps; returns seconds on the wall and of the processor."""
+        self.process.stdin.write(f"{steps}\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        wall, cpu = self.process.stdout.readline().split()  # type: ignore[union-attr]
+        return float(wall), float(cpu)
 
 
-def training(x: Tensor, hidden: int, latent: int, rounds: int) -> dict[str, Any]:
-    """Time a training step of batch 100: this library, stock Pyro's SVI on the same program, and PyTorch by hand."""
-    features = x.shape[1]
-    ours, stock, plain = (
-        pair(features, [hidden], latent),
-        pair(features, [hidden], latent),
-        Plain(features, hidden, latent),
-    )
+def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int, capture: str) -> dict[str, Any]:
+    """Time a training step: this library, stock Pyro's SVI on the same program, NumPyro, and PyTorch by hand."""
+    features, hidden, latent = sizes
+    x = (torch.rand(10 * batch, features) < 0.13).float()
+    ours, stock = pair(features, [hidden], latent), pair(features, [hidden], latent)
     svi = SVI(stock.model, stock.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    batches = x.split(100)
+    batches = x.split(batch)
 
     def by_stock() -> None:
-        for batch in batches:
-            svi.step(batch)
+        for part in batches:
+            svi.step(part)
 
-    def by_hand() -> None:
-        for batch in batches:
-            loss = -plain.log_weights(batch, 1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def by_hand(compiled: bool) -> Callable[[], None]:
+        plain = Plain(features, hidden, latent)
+        optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
+        function = torch.compile(plain.loss) if compiled else plain.loss
 
-    return in_turn(ours, x, {"stock Pyro": by_stock, "PyTorch by hand": by_hand}, 100, rounds)
+        def run() -> None:
+            for part in batches:
+                loss = function(part)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        return run
+
+    peers: dict[str, Any] = {}
+    if capture == "auto":
+        peers["stock Pyro"] = by_stock
+    else:
+        peers["PyTorch by hand, compiled"] = by_hand(True)
+    if numpyro:
+        steps = NumPyro(numpyro, *sizes, batch)
+        peers["NumPyro"] = lambda: steps(10)
+    peers["products alone"] = products(batch, sizes)
+    peers["PyTorch by hand"] = by_hand(False)
+    return in_turn(ours, x, peers, batch, rounds, capture)
+
+
+def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
+    """Ten times the matrix products of a step, by `mm`: what no step can be faster than with that library."""
+    features, hidden, latent = sizes
+    work = []
+    for inputs, outputs in ((features, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, features)):
+        a, w, g = torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(batch, outputs)
+        work += [(a, w.t()), (g.t(), a)] + ([] if inputs == features else [(g, w)])
+
+    def run() -> None:
+        for one, other in work * 10:
+            torch.mm(one, other)
+
+    return run
 
 
 def in_turn(
-    program: Any, x: Tensor, peers: dict[str, Callable[[], None]], batch_size: int, rounds: int
+    program: Any, x: Tensor, peers: dict[str, Callable[[], Any]], batch_size: int, rounds: int, capture: str
 ) -> dict[str, Any]:
     """Time the epochs of one call of `fit`, once it has warmed up, and between them an epoch of each peer."""
     steps = math.ceil(len(x) / batch_size)
@@ -104,26 +156,14 @@ def in_turn(
         add("ppl_vae", began)
         for name, run in peers.items() if epoch >= skipped else ():
             since = clocks()
-            run()
-            add(name, since)
+            own = run()  # of another process
+            times[name].append(own) if own else add(name, since)
         began = clocks()
 
     options: dict[str, Any] = {"learning_rate": 1e-3, "device": "cpu", "progress": False}
+    options["capture"] = capture
     fit(program, x, epochs=skipped + rounds + 1, batch_size=batch_size, on_epoch=on_epoch, **options)
-    wall, cpu = (
-        {name: statistics.median(one[which] for one in each[-rounds:]) for name, each in times.items()}
-        for which in (0, 1)
-    )
-    last = list(peers)[-1]
-    return {
-        name: {
-            "microseconds": 1e6 * wall[name] / steps,
-            "ratio": wall[name] / wall[last],
-            "processor_microseconds": 1e6 * cpu[name] / steps,
-            "processor_ratio": cpu[name] / cpu[last],
-        }
-        for name in times
-    }
+    return figures({name: each[-rounds:] for name, each in times.items()}, steps)
 
 
 def clocks() -> tuple[float, float]:
@@ -131,44 +171,139 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def evidence(x: Tensor, hidden: int, latent: int, samples: int, rounds: int) -> dict[str, Any]:
-    """Time the evidence of some data: this library, a loop over stock Pyro's Trace_ELBO, and PyTorch by hand."""
-    features = x.shape[1]
-    ours, plain = pair(features, [hidden], latent), Plain(features, hidden, latent)
+def evidence(n: int, samples: int, rounds: int) -> dict[str, Any]:
+    """Time the evidence of n images by 784-200-200-50: this library, stock Pyro, PyTorch by hand, the products."""
+    x, ours = (torch.rand(n, 784) < 0.13).float(), pair(784, [200, 200], 50)
+    layers = [one for one in ours.likelihood.modules() if isinstance(one, nn.Linear)]
+    inputs = [torch.randn(10_000, one.in_features) for one in layers]
     stock = pyro.infer.RenyiELBO(alpha=0, num_particles=100, vectorize_particles=True, max_plate_nesting=1)
-
-    def by_library() -> None:
-        log_evidence(ours, x, samples)
+    blocks = n * samples // 10_000
+    guide = nn.Sequential(nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 100))
+    decoder = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    linear = torch.ops.mkldnn._linear_pointwise
 
     @torch.no_grad()
     def by_stock() -> None:
         for _ in range(samples // 100):
-            for start in range(0, len(x), 100):
-                stock.loss(ours.model, ours.guide, x[start : start + 100])
+            for part in x.split(100):
+                stock.loss(ours.model, ours.guide, part)
 
     @torch.no_grad()
     def by_hand() -> None:
-        for start in range(0, len(x), 100):
-            parts = [plain.log_weights(x[start : start + 100], 100).logsumexp(0) for _ in range(samples // 100)]
-            torch.stack(parts).logsumexp(0) - math.log(samples)
+        for part in x.split(100):
+            for _ in range(samples // 100):
+                weights(guide, decoder, part, 100).logsumexp(0)
 
-    # One weight a datum and sample, in all three; stock Pyro's is the bound of 100 samples, averaged over blocks.
-    work = {"ppl_vae": by_library, "stock Pyro": by_stock, "PyTorch by hand": by_hand}
-    return ratios(work, rounds, samples * len(x))
+    @torch.no_grad()
+    def by_mkl() -> None:
+        for _ in range(blocks):
+            for layer, given in zip(layers, inputs, strict=True):
+                layer(given)
+
+    @torch.no_grad()
+    def by_onednn() -> None:
+        for _ in range(blocks):
+            for layer, given in zip(layers, inputs, strict=True):
+                linear(given, layer.weight, layer.bias, "none", [], "")
+
+    # One weight a datum and sample in each; stock Pyro's is the bound of 100 samples, averaged over blocks.
+    work = {
+        "ppl_vae": lambda: log_evidence(ours, x, samples),
+        "ppl_vae, bfloat16": lambda: log_evidence(ours, x, samples, precision="bfloat16"),
+        "PyTorch by hand": by_hand,
+        "products by MKL": by_mkl,
+        "products by oneDNN": by_onednn,
+        "stock Pyro": by_stock,
+    }
+    return ratios(work, rounds, samples * n, skipped=0)
 
 
-def ratios(work: dict[str, Callable[[], None]], rounds: int, units: int) -> dict[str, Any]:
+def by_components(rounds: int) -> dict[str, Any]:
+    """Time PPCA beside scikit-learn's PCA, with the log densities of all rows."""
+    found: dict[str, Any] = {}
+    for n, features, latent in ((1500, 64, 10), (10_000, 64, 10), (10_000, 784, 10), (10_000, 784, 50)):
+        x = torch.randn(n, features) @ torch.randn(features, features)
+
+        def ours(x: Tensor = x, latent: int = latent) -> None:
+            PPCA.fit(x, latent).log_evidence(x)
+
+        def theirs(x: Tensor = x, latent: int = latent) -> None:
+            PCA(latent, svd_solver="covariance_eigh").fit(x.numpy()).score_samples(x.numpy())
+
+        found[f"n = {n:,}, x = {features}, z = {latent}"] = ratios({"ppl_vae": ours, "scikit-learn": theirs}, rounds, 1)
+    return found
+
+
+def start_up(rounds: int) -> dict[str, Any]:
+    """Time commands, and the first steps of `fit`, each in a process of its own."""
+    spec = str(Path(__file__).parents[1] / "models" / "digits.toml")
+    here = str(Path(__file__).parent)
+    first = (
+        f"import sys, time; sys.path.insert(0, {here!r}); import speed, torch; torch.set_num_threads(1); "
+        "p = speed.pair(784, [400], 20); x = torch.rand(256, 784).round(); b = time.process_time(); "
+        "speed.fit(p, x, epochs=3, batch_size=128, device='cpu', progress=False, capture='graph'); "
+        "print(time.process_time() - b)"
+    )
+    words = {
+        "ppl-vae --help": ["-m", "ppl_vae", "--help"],
+        "ppl-vae check models/digits.toml": ["-m", "ppl_vae", "check", spec],
+    }
+    found: dict[str, Any] = {}
+    for name, command in words.items():
+        each = []
+        for _ in range(rounds):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            each.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        found[name] = {"processor_seconds": statistics.median(each)}
+    each = [
+        float(subprocess.run([sys.executable, "-c", first], check=True, capture_output=True, text=True).stdout)
+        for _ in range(rounds)
+    ]
+    found["first steps of fit, with capture"] = {"processor_seconds": statistics.median(each)}
+    return found
+
+
+def processes() -> dict[str, Any]:
+    """Time training by one process and by two, of one thread each, with 512 data a step in each."""
+    script = str(Path(__file__).with_name("two_processes.py"))
+    seconds = {}
+    for count in (1, 2, 1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, script], env=env, check=True, capture_output=True, text=True)
+        seconds.setdefault(count, []).append(float(done.stdout.split()[-1]))
+    one, two = (min(seconds[count]) for count in (1, 2))
+    return {"milliseconds_of_one": 1e3 * one, "milliseconds_of_two": 1e3 * two, "throughput": 2 * one / two}
+
+
+def ratios(work: dict[str, Callable[[], Any]], rounds: int, units: int, skipped: int = 1) -> dict[str, Any]:
     """Run each in turn, round after round, and relate their medians to the last one's."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for round_ in range(rounds + 1):
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    for round_ in range(rounds + skipped):
         for name, run in work.items():
-            began = time.perf_counter()
+            began = clocks()
             run()
-            if round_:
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    base = medians[list(work)[-1]]
-    return {name: {"microseconds": 1e6 * median / units, "ratio": median / base} for name, median in medians.items()}
+            ended = clocks()
+            if round_ >= skipped:
+                seconds[name].append((ended[0] - began[0], ended[1] - began[1]))
+    return figures(seconds, units)
+
+
+def figures(seconds: dict[str, list[tuple[float, float]]], units: int) -> dict[str, Any]:
+    """Medians of times on the wall and of the processor, and their ratios to those of the last."""
+    found: dict[str, Any] = {}
+    for which, word in ((0, ""), (1, "processor_")):
+        medians = {name: statistics.median(one[which] for one in each) for name, each in seconds.items()}
+        base = seconds[list(seconds)[-1]]
+        for name, each in seconds.items():
+            beside = sorted(one[which] / other[which] for one, other in zip(each, base, strict=True))
+            own = found.setdefault(name, {})
+            own[f"{word}microseconds"] = 1e6 * medians[name] / units
+            own[f"{word}ratio"] = medians[name] / medians[list(seconds)[-1]]
+            own[f"{word}least_and_largest"] = [beside[0], beside[-1]]
+    return found
 
 
 def memory(samples: int) -> dict[str, Any]:
@@ -188,35 +323,96 @@ def memory(samples: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all and print a table; write it as JSON where asked to."""
+    """Run all and print a table; write it as JSON and as a page where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--samples", type=int, default=50_000, help="of the memory measurement")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=20_000, help="of the memory measurement")
+    parser.add_argument("--numpyro", help="a Python that has NumPyro")
     parser.add_argument("--out", help="a JSON file")
+    parser.add_argument("--page", help="a page of Markdown")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    digits = load("digits", binarization="static").train["x"]
-    images = (torch.rand(2000, 784) < 0.13).float()
-    found: dict[str, Any] = {
-        "training step, digits 64-200-10": training(digits, 200, 10, given.rounds),
-        "training step, images 784-400-20": training(images, 400, 20, given.rounds),
-        "weight, digits 64-200-10, K = 1,000": evidence(digits[:100], 200, 10, 1000, given.rounds),
-        "weight, images 784-400-20, K = 500": evidence(images[:100], 400, 20, 500, max(given.rounds // 3, 3)),
-    }
-    for title, rows in found.items():
-        print(title)
-        for name, figures in rows.items():
-            cpu = f"  {figures['processor_ratio']:6.2f} x in processor time" if "processor_ratio" in figures else ""
-            print(f"  {name:<16} {figures['microseconds']:10.2f} us  {figures['ratio']:6.2f} x PyTorch by hand{cpu}")
+    few, found = max(given.rounds // 5, 1), {}
+    for sizes, batch in (((784, 400, 20), 128), ((64, 200, 10), 100), ((784, 400, 20), 2048)):
+        for capture in ("auto", "compile"):
+            title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {capture}"
+            found[title] = training(sizes, batch, given.numpyro, given.rounds if batch < 1000 else few, capture)
+            show(title, found[title])
+    found["weight of evidence, 784-200-200-50, K = 5,000"] = evidence(200, 5000, few)
+    show(*list(found.items())[-1])
+    for title, rows in by_components(few).items():
+        found[f"PPCA, {title}"] = rows
+        show(f"PPCA, {title}", rows)
+    found["start-up"] = start_up(few)
     found["memory"] = memory(given.samples)
-    print(f"evidence of 100 images, 784-400-20, K = {given.samples:,}: {found['memory']}")
+    found["two processes, 784-400-20, batch 512 in each"] = processes()
+    for title in list(found)[-3:]:
+        print(title, json.dumps(found[title], indent=2))
     record(found, given.out)
+    if given.page:
+        Path(given.page).write_text(page(found))
+
+
+def show(title: str, rows: dict[str, Any]) -> None:
+    """Print the figures of one piece of work."""
+    print(title)
+    for name, one in rows.items():
+        low, high = one["processor_least_and_largest"]
+        print(
+            f"  {name:<26} {one['processor_microseconds']:10.2f} us of the processor "
+            f"{one['processor_ratio']:6.2f} x (from {low:.2f} to {high:.2f})",
+            flush=True,
+        )
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page of the docs: one table of all."""
+    machine = found["machine"]
+    lines = [
+        "# Speed",
+        "",
+        f"On one thread of {machine['processor']}, torch {machine['torch']}: time of the processor, medians of",
+        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest of a round.",
+        "`make bench` measures them anew.",
+        "",
+        "| work | | microseconds | ratio | from | to |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, rows in found.items():
+        if all(isinstance(one, dict) and "processor_ratio" in one for one in rows.values()):
+            for name, one in rows.items():
+                low, high = one["processor_least_and_largest"]
+                cells = f"{one['processor_microseconds']:,.1f} | {one['processor_ratio']:.2f} | {low:.2f} | {high:.2f}"
+                lines.append(f"| {title} | {name} | {cells} |")
+                title = ""
+    two, memory = found["two processes, 784-400-20, batch 512 in each"], found["memory"]
+    lines += ["", "| start-up | processor seconds |", "|---|---|"]
+    lines += [f"| {name} | {one['processor_seconds']:.2f} |" for name, one in found["start-up"].items()]
+    lines += [
+        "",
+        f"Two processes of one thread, with 512 data a step in each, train {two['throughput']:.2f} times as many data",
+        "in a second as one.",
+        f"The evidence of 100 images by {memory['samples']:,} draws adds {memory['added_mib']:.0f} MiB to the process.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def record(found: dict[str, Any], out: str | None) -> None:
     """Add the machine, and write all as JSON where asked to."""
     found["machine"] = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            platform.machine(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor(),
+        "family": products_by.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],

@@ -1,6 +1,8 @@
 """The code of the README and the docs runs as it stands, but for the length of training."""
 
+import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,13 @@ def test_named_paths_exist() -> None:
     pattern = r"\b(?:models|docs|inference|notebooks)/[\w./]+\.(?:toml|py|png|ipynb)\b"
     for path in re.findall(pattern, README.read_text()):
         assert (README.parent / path).is_file(), path
+
+
+def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    names = runpy.run_path(str(README.parent / "docs" / "reference.py"))
+    names["write_reference"](tmp_path)
+    for package in filter(None, names["PACKAGES"]):
+        page = (tmp_path / f"ppl_vae.{package}.rst").read_text()
+        for name in importlib.import_module(f"ppl_vae.{package}").__all__:
+            assert re.search(rf"\b{name}\b", page), f"ppl_vae.{package}.{name}"
+    assert ".. autofunction:: save_run" in (tmp_path / "ppl_vae.rst").read_text()

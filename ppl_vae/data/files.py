@@ -67,13 +67,18 @@ def in_memory() -> float:
     return float(os.environ.get(IN_MEMORY) or pages / 2)
 
 
+def scratch() -> Any:
+    """A file in the cache folder without a name of its own; a map of it outlives its end."""
+    folder = user_cache_path("ppl_vae", appauthor=False, opinion=False, ensure_exists=True)
+    return tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-")
+
+
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor; a large one is the map of a file in the cache folder, which vanishes with the process."""
     size = math.prod(shape)
     if size * dtype.itemsize <= in_memory():
         return torch.empty(shape, dtype=dtype)
-    folder = user_cache_path("ppl_vae", appauthor=False, opinion=False, ensure_exists=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="room-") as file:
+    with scratch() as file:
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)
 
 

@@ -188,9 +188,9 @@ def load(
 
     Arrays (n, h, w) become rows (n, h*w); so do (n, c, h, w) and (n, h, w, c), channels first: they stand last if the
     last axis, and not the second, has 1 or 3 entries. Words in a table become codes 0, 1, ... in sorted order.
-    A `.npy` file that would take more than half of memory, or than the bytes in the variable PPL_VAE_IN_MEMORY, is
-    mapped, and so is what is made of it, by files in the cache folder that vanish with the process: the data are the
-    same, but need not fit into memory.
+    A `.npy` file or a table of numbers that would take more than half of memory, or than the bytes in the variable
+    PPL_VAE_IN_MEMORY, is mapped, and so is what is made of it, by files in the cache folder that vanish with the
+    process: the data are the same, but need not fit into memory.
     Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
     arrays, 1 for values in [0, 1] (a uint8 array of zeros and ones too).
 

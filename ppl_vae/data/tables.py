@@ -241,6 +241,26 @@ def _read_pandas(path: Path) -> Table:
     return frame_table(frame, str(path))
 
 
+def stream_binary(path: Path, size: int) -> Iterator[Table]:
+    """A parquet file in pieces; a feather file as a whole, in pieces afterwards."""
+    pandas = importlib.import_module("pandas")
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ValueError(f"Expected pyarrow for {path}; got: {error} Install ppl-vae[parquet].") from error
+    try:
+        if path.suffix.lower() == ".feather":
+            frame = pandas.read_feather(path)
+            frames = (frame.iloc[i : i + size] for i in range(0, len(frame), size))
+        else:
+            frames = (batch.to_pandas() for batch in parquet.ParquetFile(path).iter_batches(size))
+        first = next(frames, None)
+    except (OSError, ArrowInvalid) as error:
+        raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
+    for frame in itertools.chain([] if first is None else [first], frames):
+        yield frame_table(frame, str(path))
+
+
 def frame_table(frame: Any, source: str) -> Table:
     """A pandas table, with its source for messages."""
     pandas: Any = importlib.import_module("pandas")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -94,3 +95,28 @@ def test_a_room_is_in_memory_if_it_fits_there(monkeypatch: Any, tmp_path: Path) 
     assert (small.shape, large.shape, larger.shape) == ((10, 10), (100, 10), (100, 11))
     larger[:] = 2.0
     assert float(larger.sum()) == 2200
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables_in_pieces_are_those_in_memory(suffix: str, tmp_path: Path, monkeypatch: Any) -> None:
+    frame = pd.DataFrame(ARRAYS["gaps"][:, :4], columns=list("abcd"))
+    frame["count"] = rng.poisson(2.0, 300)
+    frame["kind"] = rng.choice(["u", "v"], 300)
+    frame["name"] = [f"0{i}" for i in range(300)]
+    frame["group"] = rng.choice(["one", "two"], 300)
+    path = tmp_path / f"t.{suffix}"
+    frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    options: Any = {"label": "kind", "id": "name", "covariates": ["group"], "leave_out": ["d"], "missing": "model"}
+    plain = load(path, **options, scaling="standardize")
+    monkeypatch.setenv("PPL_VAE_IN_MEMORY", "1000")
+    mapped = load(path, **options, scaling="standardize")
+    assert mapped.protocol == plain.protocol
+    assert mapped.columns == plain.columns
+    assert (mapped.classes, mapped.roles) == (plain.classes, plain.roles)
+    for key, value in plain.train.items():
+        assert torch.equal(value.nan_to_num(9.0) if key == "x" else value, mapped.train[key].nan_to_num(9.0))
+    assert list(plain.ids["test"]) == list(mapped.ids["test"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="larger than memory; got words in column 'kind'"):
+        load(path, missing="model")
+    with pytest.raises(ValueError, match="`columns` to name a column of .* Did you mean 'count'"):
+        load(path, columns=["a", "cout"])
