@@ -39,6 +39,7 @@ from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.built import Built
 from ppl_vae.runs.loaded import Run, read_run
 from ppl_vae.runs.machine import machine
+from ppl_vae.runs.metrics import append_metrics, trim_metrics
 from ppl_vae.runs.pace import Pace
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
@@ -195,7 +196,7 @@ def _train(
     pace = Pace(spec.svi.checkpoint)
     live = resumed or not storage.is_run(place.folder)  # another run that is to be replaced stays as it is till then
     if live:
-        storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
+        trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
     def keep(latest: tuple[dict[str, Any], Any]) -> str:
         """Write the latest state, and say where it is and how to go on."""
@@ -225,7 +226,7 @@ def _train(
     def note(epoch: int, state: State) -> None:
         if live:
             with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
-                storage.append_metrics(vars(state.history), place.folder)
+                append_metrics(vars(state.history), place.folder)
         if on_epoch is not None:
             on_epoch(epoch, state)
         look(state, pace.is_due)

@@ -3,12 +3,11 @@
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +18,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ppl_vae.programs.param_store import own_params
+from ppl_vae.runs.metrics import METRICS, lines_of
 
 T = TypeVar("T")
 FORMAT = "2"  # 1 had no manifest
 ALWAYS = ("spec.toml", "metrics.jsonl", "model.safetensors")
 FINISHED = ("report.json", "evidence.safetensors")
 STATE, MANIFEST = "state.safetensors", "manifest.json"
-METRICS = ("elbo", "validation", "objective", "validation_objective", "learning_rate", "seconds")
 PARAM = "pyro.param:"  # marks the names of tensors that a program keeps by pyro.param
 REPORTS = ("report.md", "report.html")  # for people
 _FIXED = (*ALWAYS, *FINISHED, STATE, MANIFEST, *REPORTS)
@@ -121,7 +120,7 @@ def own_files(folder: Path) -> dict[str, str | None]:
         metadata = read_metadata(folder / "model.safetensors", checked=False)
     if "format_version" not in metadata:
         with contextlib.suppress(ValueError, OSError, AttributeError):
-            if _metrics(
+            if lines_of(
                 plain_bytes(folder / "metrics.jsonl"), alone=True
             ):  # of a training that was killed before its first state
                 return {"metrics.jsonl": None}
@@ -342,45 +341,13 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def write_metrics(history: Mapping[str, Any], folder: Path) -> None:
-    """Write `metrics.jsonl`, one line per epoch; without validation data its bound is null."""
-    rows = itertools.zip_longest(*(history.get(key, ()) for key in METRICS))
-    lines = [_metrics_line(epoch, row) for epoch, row in enumerate(rows)]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _metrics_line(epoch: int, row: Iterable[Any]) -> str:
-    return json.dumps({"epoch": epoch, **dict(zip(METRICS, row, strict=True))}) + "\n"
-
-
-def trim_metrics(folder: Path, epochs: int) -> None:
-    """Cut the metrics of an unfinished run to so many epochs: a killed training may have left more than its state."""
-    if is_plain(path := folder / "metrics.jsonl"):
-        os.truncate(path, len(b"".join(plain_bytes(path).splitlines(keepends=True)[:epochs])))
-
-
-def append_metrics(history: Mapping[str, Any], folder: Path) -> None:
-    """Add the line of the last epoch to the metrics of a run that is being trained."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        last = [(history.get(key) or [None])[-1] for key in METRICS]
-        file.write(_metrics_line(len(history["elbo"]) - 1, last))
-
-
-def _metrics(held: bytes, *, alone: bool = False) -> list[dict[str, Any]]:
-    """The lines of metrics, of which a torn last one does not count; with `alone` no others may stand there."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in held.decode().split("\n")[:-1]]
-    if alone and any(line.keys() != {"epoch", *METRICS} for line in lines):
-        raise ValueError("it has other lines than those of epochs")
-    return lines
-
-
 def is_as_written(path: Path, sha: str) -> bool:
     """Whether a file is as its run wrote it, or metrics that have grown since, an epoch at a time."""
     if digest(path) == sha:
         return True
     with contextlib.suppress(ValueError, OSError, AttributeError):
         if path.name == "metrics.jsonl":
-            return len(_metrics(plain_bytes(path), alone=True)) >= len(_metrics(read_file(path)))
+            return len(lines_of(plain_bytes(path), alone=True)) >= len(lines_of(read_file(path)))
     return False
 
 
@@ -388,7 +355,7 @@ def read_metrics(folder: Path, epochs: int) -> dict[str, list[Any]]:
     """Read `metrics.jsonl` of a finished run: the history that `write_metrics` was given."""
     file = folder / "metrics.jsonl"
     with reading(file, "JSON lines"):
-        lines = _metrics(read_file(file))
+        lines = lines_of(read_file(file))
         if len(lines) != epochs:
             raise ValueError(f"it has {len(lines)} lines for {epochs} epochs")
         return {key: [line[key] for line in lines if line.get(key) is not None] for key in METRICS}

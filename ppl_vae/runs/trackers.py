@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_vae.infer.step import State
-from ppl_vae.runs.storage import METRICS
+from ppl_vae.runs.metrics import METRICS
 
 
 def latest(state: State) -> dict[str, float]:

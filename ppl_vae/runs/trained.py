@@ -12,6 +12,7 @@ from ppl_vae.data.loading import Data
 from ppl_vae.programs.program import source_of
 from ppl_vae.runs import places, storage
 from ppl_vae.runs.built import Built
+from ppl_vae.runs.metrics import write_metrics
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import Say, programs, quiet, read
 
@@ -129,7 +130,7 @@ def write_trained(
     known = {"spec": _pinned(spec.to_dict()), **program, **constraints}
     known |= {"built": "in Python"} if isinstance(spec, Built) else {}
     storage.write_tensors(tensors, partial / "model.safetensors", **known)
-    storage.write_metrics(history, partial)
+    write_metrics(history, partial)
     return home
 
 

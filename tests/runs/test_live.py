@@ -16,6 +16,7 @@ from ppl_vae.infer.annealing import annealed_importance
 from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.runs import run, storage
 from ppl_vae.runs.check_run import check_run
+from ppl_vae.runs.metrics import METRICS
 from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.stops import Stopped
 from ppl_vae.runs.trackers import latest, tensorboard
@@ -77,7 +78,7 @@ def test_an_interrupted_run_goes_on_from_its_state_whatever_stands_behind_it(tmp
 def test_what_a_killed_first_try_left_is_no_obstacle_and_other_files_are(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    row = {"epoch": 0, **dict.fromkeys(storage.METRICS, 1.0)}
+    row = {"epoch": 0, **dict.fromkeys(METRICS, 1.0)}
     (out / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"epo')
     fit_spec(PPCA_SPEC, {**SHORT, "svi.epochs": 1}, out=out)
     assert [line["epoch"] for line in lines(out)] == [0]
