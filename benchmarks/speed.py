@@ -373,7 +373,7 @@ def page(found: dict[str, Any]) -> str:
         "# Speed",
         "",
         f"On one thread of {machine['processor']}, torch {machine['torch']}: time of the processor, medians of",
-        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest of its rounds.",
+        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest of a round.",
         "`make bench` measures them anew.",
         "",
         "| work | | microseconds | ratio | from | to |",
