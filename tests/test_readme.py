@@ -15,7 +15,11 @@ from ppl_vae.cli import app
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-PAGES = [page for page in sorted((README.parent / "docs").glob("*.md")) if "```python" in page.read_text()]
+PAGES = [
+    page
+    for page in sorted((README.parent / "docs").glob("*.md"))
+    if "```python\n" in page.read_text().replace("```python\n# needs ", "")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
