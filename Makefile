@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint adversary soak bench clean
+.PHONY: demo test lint docs notebooks adversary soak bench clean
 
 demo: .venv/installed
 	$(BIN)/ppl-vae demo
@@ -13,6 +13,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+	@echo docs/_build/index.html
+
+notebooks: .venv/installed
+	$(BIN)/python tests/test_notebooks.py
 
 adversary: .venv/installed
 	$(BIN)/python tests/adversary/run.py --page docs/adversary.md
@@ -36,4 +44,4 @@ bench: .venv/installed .bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .bench runs
+	rm -rf .venv .bench runs docs/_build docs/reference docs/notebooks

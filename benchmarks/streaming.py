@@ -69,21 +69,21 @@ def score(folder: Path, source: str, samples: int) -> tuple[float, float]:
     return taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def parts(folder: Path, source: str, samples: int) -> dict[str, float]:
-    """Processor time of evaluation in memory, and of reading and writing by pandas."""
-    run, path = load_run(folder / "run"), folder / source
-    transform, x = Applied.of(run).reader.transform, np.load(path.with_suffix(".npy"))
-    rows = transform(transform.to_tensor(x.astype(np.float64)), 0)
-    target = Target(run.program, {"x": rows})
+def evaluate(folder: Path, samples: int) -> float:
+    """Processor time of the evaluation of all rows in memory."""
+    run = load_run(folder / "run")
+    transform, x = Applied.of(run).reader.transform, np.load(folder / "large.npy")
+    target = Target(run.program, {"x": transform(transform.to_tensor(x.astype(np.float64)), 0)})
     with torch.no_grad():
-        found = {"evaluation": seconds(lambda: estimate_evidence(target, samples, 0, None))}
-    if path.suffix in READ:
-        found["reading"] = seconds(lambda: READ[path.suffix](path))
-        table = READ[path.suffix](folder / f"{source}{path.suffix}")
-        other = folder / f"other{path.suffix}"
-        write = table.to_csv if path.suffix == ".csv" else table.to_parquet
-        found["writing"] = seconds(lambda: write(other))
-    return found
+        return seconds(lambda: estimate_evidence(target, samples, 0, None))
+
+
+def read_and_write(path: Path) -> dict[str, float]:
+    """Processor time of reading a table, and of writing its scores, by pandas."""
+    read, scores, other = READ[path.suffix], path.with_name(path.name + path.suffix), path.with_stem("other")
+    found = {"reading": seconds(lambda: read(path))}
+    table = read(scores)
+    return found | {"writing": seconds(lambda: (table.to_csv if path.suffix == ".csv" else table.to_parquet)(other))}
 
 
 def alone(function: Callable[..., Any], *given: Any) -> Any:
@@ -106,10 +106,12 @@ def main() -> None:
         fit_spec(folder / "spec.toml", out=folder / "run")
         print(f"| file of {given.rows:,} rows | apply, s | parts, s | ratio | peak, MiB | at 20,000 rows |")
         print("|---|---:|---|---:|---:|---:|")
+        evaluation = alone(evaluate, folder, given.samples)
         for ending in (".npy", ".csv", ".parquet"):
             _, least = alone(score, folder, f"small{ending}", given.samples)
             taken, peak = alone(score, folder, f"large{ending}", given.samples)
-            each = alone(parts, folder, f"large{ending}", given.samples)
+            more = alone(read_and_write, folder / f"large{ending}") if ending in READ else {}
+            each = {"evaluation": evaluation, **more}
             listed = " + ".join(f"{value:.1f} {name}" for name, value in each.items())
             ratio = taken / sum(each.values())
             print(f"| `{ending}` | {taken:.1f} | {listed} | {ratio:.2f} | {peak:.0f} | {least:.0f} |", flush=True)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO
 
@@ -15,9 +16,7 @@ from ppl_vae.runs.stops import Stopped, listening
 
 app = typer.Typer(
     name="ppl-vae",
-    help="Variational autoencoders that one can trust: fit them, and find out how right they are.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,6 +31,13 @@ NO_MEMORY = (
 )
 UNCHECKED = "ppl-vae: Expected a reference that passes its own checks; it did not. The report says what would help."
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ppl-vae {version('ppl-vae')}")
+        raise typer.Exit
+
+
 What = Literal["encode", "reconstruct", "score", "impute", "predict", "sample", "weights"]
 Method = Literal["auto", "closed-form", "quadrature", "ais", "nuts"]
 Set = Annotated[
@@ -43,7 +49,16 @@ Trust = Annotated[bool, typer.Option("--trust-code", help="Allow the program fil
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto prefers a GPU.")]
 
 
-@app.command()
+@app.callback()
+def _common(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """Variational autoencoders that one can trust: fit them, and find out how right they are."""
+
+
+@app.command(epilog="Example: ppl-vae fit models/digits.toml --set svi.epochs=20 --out runs/digits")
 def fit(
     spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or an interrupted run.")],
     set_: Set = None,
@@ -68,7 +83,7 @@ def fit(
             show(screen, run.report, as_json, lambda: f"{headline(run.report)}\n{run.path / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae evaluate runs/digits --reference auto --gap --calibration")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     samples: Annotated[int | None, typer.Option(help="Importance samples per datum; by default the spec's.")] = None,
@@ -99,7 +114,7 @@ def evaluate(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae apply runs/mine score new.csv --out scores.csv")
 def apply(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     what: Annotated[What, typer.Argument(help="What to make of the rows; sample makes new ones.")],
@@ -124,7 +139,7 @@ def apply(
             show(screen, found, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in found.items()))
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae explore runs/digits --out digits.html")
 def explore(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path | None, typer.Option(help="A new HTML file; by default RUN.html beside the run.")] = None,
@@ -139,7 +154,7 @@ def explore(
         show(screen, {"out": str(file)}, as_json, lambda: str(file))
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae compare runs/a runs/b")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more runs.")],
     html: Annotated[Path | None, typer.Option(help="A page to write, such as compare.html.")] = None,
@@ -158,7 +173,7 @@ def compare(
         show(screen, compared, as_json, lambda: comparison(compared))
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae sweep mine.toml --set model.latent=2,4,8 --set svi.seed=0,1,2")
 def sweep(
     spec: Annotated[Path, typer.Argument(help="A spec.")],
     set_: Annotated[
@@ -184,7 +199,7 @@ def sweep(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae check mine.toml --set data.label=species")
 def check(
     spec: Annotated[Path, typer.Argument(help="A spec, a program file.py[:Class], or a run.")],
     set_: Set = None,
@@ -214,7 +229,7 @@ def check(
         show(screen, result.to_dict(), as_json, lambda: str(result))
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae new mine.toml --data table.csv --set data.label=species")
 def new(
     spec: Annotated[Path, typer.Argument(help="The file to write; there must be none of that name.")],
     data: Annotated[str, typer.Option(help="A file, a folder of pictures, or the name of a data set.")],
@@ -234,7 +249,7 @@ def new(
             say(f"look: {hint}")
 
 
-@app.command("list")
+@app.command("list", epilog="Example: ppl-vae list VampPrior")
 def list_(
     role: Annotated[str | None, typer.Argument(help="prior, likelihood, posterior or network; by default all.")] = None,
     name: Annotated[str | None, typer.Argument(help="A family or network, to be described whole.")] = None,
@@ -253,7 +268,7 @@ def list_(
             show(screen, about, as_json, lambda: detail(about))
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae schema > spec.schema.json")
 def schema() -> None:
     """Print the JSON schema of a spec, by which editors complete and check it."""
     with plainly() as screen:
@@ -262,7 +277,7 @@ def schema() -> None:
         print(schema_text(), end="", file=screen)
 
 
-@app.command()
+@app.command(epilog="Example: ppl-vae demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="The directory of the runs, one per row.")] = Path("runs/demo"),
     as_json: Json = False,

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ppl_vae import demo
@@ -82,6 +84,32 @@ def test_each_command_has_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout or not command
+
+
+@pytest.mark.parametrize("name", list(get_command(app).commands))
+def test_each_command_shows_an_example_that_parses(name):
+    command = get_command(app).commands[name]
+    words = command.epilog.removeprefix("Example: ppl-vae ").partition(" > ")[0].split()
+    assert words[0] == name
+    command.make_context(name, words[1:])
+    assert "Example: ppl-vae" in invoke(name, "--help").stdout
+
+
+def test_the_version_and_completion():
+    assert invoke("--version").stdout == f"ppl-vae {version('ppl-vae')}\n"
+    assert "--install-completion" in invoke("--help").stdout
+    shown = python("-m", "ppl_vae", "--show-completion", "bash")
+    assert shown.returncode == 0
+    assert "COMPREPLY" in shown.stdout
+
+
+def test_a_missing_file_is_named_by_all_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "root"))
+    (tmp_path / "specs").mkdir()
+    shutil.copy(PPCA, tmp_path / "specs" / "a.toml")
+    message = refused("check", "specs/a.toml", "--set", "data.name=none.csv")
+    for folder in ("specs", "root", "."):
+        assert str((tmp_path / folder).resolve() / "none.csv") in message
 
 
 def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from torch import Tensor
 from ppl_vae._checks import check_int
 from ppl_vae._seeds import fold_in
 
+AT_ONCE = 2**24  # numbers that are looked at together
+
 
 def permutation(n: int, *, seed: int, epoch: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Order (n,) in which an epoch visits n data: the same numbers on every device."""
@@ -120,6 +122,11 @@ def check_observed(batch: Mapping[str, Tensor], numbers: npt.NDArray[np.int64] |
     )
 
 
+def rows_within(features: int, numbers: int = 8 * AT_ONCE) -> int:
+    """How many rows of so many features hold a number of numbers, at least one row."""
+    return max(1, numbers // max(1, features))
+
+
 def check_finite(batch: Mapping[str, Tensor]) -> None:
     """Refuse NaN and infinities, except in entries of `x` that `mask` hides (True is observed).
 
@@ -128,17 +135,22 @@ def check_finite(batch: Mapping[str, Tensor]) -> None:
     """
     _check_mask(batch)
     for key, value in batch.items():
-        bad = ~torch.isfinite(value)
-        if key == "x" and "mask" in batch:
-            bad &= batch["mask"]
-        if bad.any():
-            row, *rest = torch.nonzero(torch.atleast_1d(bad))[0].tolist()
-            entry = torch.atleast_1d(value)[(row, *rest)].item()
+        rows, found, first = torch.atleast_1d(value), 0, None
+        step = rows_within(rows[:1].numel(), AT_ONCE)
+        for start in range(0, len(rows), step):
+            bad = ~torch.isfinite(rows[start : start + step])
+            if key == "x" and "mask" in batch:
+                bad &= torch.atleast_1d(batch["mask"])[start : start + step]
+            if bad.any():
+                row, *rest = torch.nonzero(bad)[0].tolist()
+                first, found = first or (row + start, *rest), found + int(bad.sum())
+        if first is not None:
+            row, *rest = first
             column = f", column {rest[0] if len(rest) == 1 else tuple(rest)}" if rest else ""
             remedy = ", or hide missing entries by a `mask` (True is observed; see mask_missing)" if key == "x" else ""
             raise ValueError(
-                f"Expected finite numbers in `{key}`; got {entry} in row {row}{column} (counted "
-                f"from 0), {int(bad.sum())} such in all. Drop the rows{remedy}."
+                f"Expected finite numbers in `{key}`; got {rows[first].item()} in row {row}{column} (counted "
+                f"from 0), {found} such in all. Drop the rows{remedy}."
             )
 
 

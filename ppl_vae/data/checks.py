@@ -47,6 +47,8 @@ def check_columns(raw: RawData, train: npt.NDArray[np.int64]) -> None:
     Raises:
         ValueError: With their names.
     """
+    if not raw.missing.any():
+        return
     empty = [raw.name(int(j)) for j in np.flatnonzero(raw.missing[train].all(0))]
     if empty:
         shown = ", ".join(map(repr, empty[:8])) + ", ..." * (len(empty) > 8)

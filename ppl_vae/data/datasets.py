@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from ppl_vae.data import annotated, images, tables
-from ppl_vae.data.files import RawData, flatten, read_array, read_cells
+from ppl_vae.data import annotated, images, pieces, tables
+from ppl_vae.data.files import RawData, flatten, in_memory, read_array, read_cells
 from ppl_vae.data.tables import Roles, Table
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes")
@@ -126,6 +126,8 @@ def read_dataset(
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
     text = [name for name in (roles.id, roles.label, *(roles.categories or ())) if name]
+    if 8 * path.stat().st_size > in_memory():
+        return pieces.read_in_pieces(path, roles, text)
     return tables.choose(tables.read_table(path, roles.separator, text), roles)
 
 
@@ -166,7 +168,9 @@ def _read_torchvision(name: str, root: str | os.PathLike[str] | None, download: 
             if download
             else f"Set `root` or PPL_VAE_DATA to the folder that holds {place}, or give download=True"
         )
-        raise ValueError(f"Expected {name!r} under {folder} ({origin}); got: {error} {remedy}.") from error
+        raise ValueError(
+            f"Expected {name!r} under {folder} ({origin}); got: {str(error).strip().rstrip('.')}. {remedy}."
+        ) from error
     own: dict[str, Any] = {"maximum": 255, "in_order": True, "unit": True}
     if name == "omniglot":  # torchvision takes its files in no sure order; the parts are of different characters
         one, other = (vars(images.read_folder(Path(part.target_folder))) for part in parts)

@@ -4,19 +4,25 @@ import contextlib
 import math
 import os
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from platformdirs import user_cache_path
+from torch import Tensor
 
 from ppl_vae.data.batches import check_finite
 
 LARGEST = "PPL_VAE_LARGEST"  # the variable with the size, in bytes, that data may take once they are unpacked
+IN_MEMORY = "PPL_VAE_IN_MEMORY"  # the variable with the size, in bytes, up to which numbers are held in memory
+_AT_ONCE = 2**22  # numbers that are looked at together
 _BLOWN_UP = 100  # times that a file may grow when it is unpacked to more than a gibibyte
 
 
@@ -53,6 +59,33 @@ def check_unpacked(path: Path, size: int) -> None:
             f"Expected data of at most {limit:.0f} bytes in {path}; its header announces {size}. If they are meant, "
             f"set the variable {LARGEST}={size}."
         )
+
+
+def in_memory() -> float:
+    """Size, in bytes, up to which numbers are held in memory: what a person set, or half of all memory."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+    return float(os.environ.get(IN_MEMORY) or pages / 2)
+
+
+def scratch() -> Any:
+    """A file in the cache folder without a name of its own; a map of it outlives its end."""
+    folder = user_cache_path("ppl_vae", appauthor=False, opinion=False, ensure_exists=True)
+    return tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-")
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; a large one is the map of a file in the cache folder, which vanishes with the process."""
+    size = math.prod(shape)
+    if size * dtype.itemsize <= in_memory():
+        return torch.empty(shape, dtype=dtype)
+    with scratch() as file:
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)
+
+
+def chunks(values: Any) -> Iterator[Any]:
+    """Consecutive rows, some at a time."""
+    step = max(1, _AT_ONCE // max(1, math.prod(values.shape[1:])))
+    return (values[start : start + step] for start in range(0, len(values), step))
 
 
 @dataclass(frozen=True)
@@ -104,13 +137,15 @@ class RawData:
     @property
     def is_whole(self) -> bool:
         """Whether all values are whole numbers, none of them a code."""
-        whole = self.x.dtype == np.uint8 or bool(((self.x == np.floor(self.x)) | self.missing).all())
-        return whole and not self.categories
+        if self.x.dtype == np.uint8 or self.categories:
+            return not self.categories
+        return all(bool(((part == np.floor(part)) | np.isnan(part)).all()) for part in chunks(self.x))
 
-    @property
+    @cached_property
     def missing(self) -> npt.NDArray[np.bool_]:
         """Where a cell is missing, (n, x)."""
-        return np.isnan(self.x) if self.x.dtype.kind == "f" else np.broadcast_to(False, self.x.shape)
+        some = self.x.dtype.kind == "f" and any(np.isnan(part).any() for part in chunks(self.x))
+        return np.isnan(self.x) if some else np.broadcast_to(False, self.x.shape)
 
     def name(self, column: int) -> str:
         """Name of a column, or its number from 1."""
@@ -175,7 +210,8 @@ def read_array(path: Path, array: str | None, label: str | None, others: Sequenc
             f"Expected an array of shape (n, x) or (n, h, w), or (n, c, h, w) or (n, h, w, c), in {where}; "
             f"got {loaded.shape}."
         )
-    values = np.ascontiguousarray(loaded, np.uint8 if loaded.dtype == np.uint8 else np.float64)
+    plain = np.uint8 if loaded.dtype == np.uint8 else np.float64
+    values = loaded if isinstance(loaded, np.memmap) else np.ascontiguousarray(loaded, plain)
     check_numbers(values, where)
     rows, shape = flatten(values)
     return RawData(rows, y, shape, array=array, maximum=intensity(values), classes=classes)
@@ -205,6 +241,8 @@ def read_cells(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def check_numbers(values: npt.NDArray[Any], where: str) -> None:
     """Refuse infinities, with the place of the first."""
+    if not any(np.isinf(part).any() for part in chunks(values)):
+        return
     try:
         check_finite({"x": torch.from_numpy(values), "mask": torch.from_numpy(~np.isnan(values))})
     except ValueError as error:
@@ -218,7 +256,8 @@ def _load(path: Path, key: str | None = None) -> Any:
             file.seek(0)
             _check_header(path, file, path.stat().st_size)
             file.seek(0)
-            return np.load(file, allow_pickle=False)
+            mapped = 8 * path.stat().st_size > in_memory()  # as many bytes as reading it may take
+            return np.load(path if mapped else file, "c" if mapped else None, allow_pickle=False)
         with zipfile.ZipFile(file) as archive:
             sizes = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             if key is None:
@@ -242,8 +281,9 @@ def _check_header(path: Path, file: IO[bytes], size: int) -> None:
 
 def intensity(values: npt.NDArray[Any]) -> int | None:
     """Largest value that intensities can take: 1 in the unit interval, 255 for 8 bits; None for other numbers."""
-    seen = present(values)
-    return 1 if len(seen) and seen.min() >= 0 and seen.max() <= 1 else 255 if values.dtype == np.uint8 else None
+    seen = [(part.min(), part.max()) for part in map(present, chunks(values)) if len(part)]
+    unit = bool(seen) and all(low >= 0 and high <= 1 for low, high in seen)
+    return 1 if unit else 255 if values.dtype == np.uint8 else None
 
 
 def present(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

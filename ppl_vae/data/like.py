@@ -1,7 +1,6 @@
 """New data of the kind that a model was fitted to: read in pieces, and matched with its columns by name."""
 
 import difflib
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ from ppl_vae.data.batches import as_batch
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.files import flatten, read_array, read_cells, rows_text
 from ppl_vae.data.loading import Data
-from ppl_vae.data.tables import BINARY, TEXT, Table, frame_table, stream_text
+from ppl_vae.data.tables import BINARY, TEXT, Table, frame_table, stream_binary, stream_text
 from ppl_vae.data.transforms import Transform
 
 PIECE = 10_000  # rows that are read at a time
+_NUMBERS = 2**22  # that are read at a time from wide or narrow tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,11 @@ class Reader:
     missing: bool = False
     classes: tuple[str, ...] | None = None
     covariates: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows to read at a time, a multiple of 100: the more, the fewer their columns."""
+        return max(10, min(1000, _NUMBERS // max(self.columns.count, 1) // 100)) * 100
 
     def pieces(self, source: Any, size: int = PIECE, *, label: bool = True) -> Iterator[Piece]:
         """Read a source, at most `size` rows at a time.
@@ -133,7 +138,7 @@ class Reader:
             words = [name for name in (self.id, annotated.NAMES, self.label) if name]
             words += [*(self.columns.categories or {}), *(self.columns.covariates or {})]
             return stream_text(path, self.separator, size, words)
-        return _stream_binary(path, size) if ending in BINARY else None
+        return stream_binary(path, size) if ending in BINARY else None
 
     def _arrays(self, source: Any, size: int, label: bool) -> Iterator[tuple[npt.NDArray[Any], Table]]:
         """Arrays of rows, each with a table of what else is given of them."""
@@ -247,24 +252,3 @@ class Reader:
         codes = np.array([words.index(word) for word in found] + [0], np.float64)
         gone = np.isnan(values)
         return np.where(gone, np.nan, codes[np.where(gone, -1, values).astype(np.int64)])
-
-
-def _stream_binary(path: Path, size: int) -> Iterator[Table]:
-    """A parquet file in pieces; a feather file as a whole, in pieces afterwards."""
-    import pandas
-
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise ValueError(f"Expected pyarrow for {path}; got: {error} Install ppl-vae[parquet].") from error
-    try:
-        if path.suffix.lower() == ".feather":
-            frame = pandas.read_feather(path)
-            frames = (frame.iloc[i : i + size] for i in range(0, len(frame), size))
-        else:
-            frames = (batch.to_pandas() for batch in parquet.ParquetFile(path).iter_batches(size))
-        first = next(frames, None)
-    except (OSError, ArrowInvalid) as error:
-        raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
-    for frame in itertools.chain([] if first is None else [first], frames):
-        yield frame_table(frame, str(path))

@@ -16,10 +16,10 @@ from ppl_vae._seeds import fold_in
 from ppl_vae.data.checks import check_categories, check_columns, complete_rows, totals
 from ppl_vae.data.columns import Columns, suspect
 from ppl_vae.data.datasets import is_path, read_dataset
-from ppl_vae.data.files import present
+from ppl_vae.data.files import chunks, present
 from ppl_vae.data.protocol import describe, digest, infer_kinds, split, summary, withhold
 from ppl_vae.data.tables import Roles
-from ppl_vae.data.transforms import Transform, fit_transform
+from ppl_vae.data.transforms import Stored, Transform, fit_transform
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -188,6 +188,9 @@ def load(
 
     Arrays (n, h, w) become rows (n, h*w); so do (n, c, h, w) and (n, h, w, c), channels first: they stand last if the
     last axis, and not the second, has 1 or 3 entries. Words in a table become codes 0, 1, ... in sorted order.
+    A `.npy` file or a table of numbers that would take more than half of memory, or than the bytes in the variable
+    PPL_VAE_IN_MEMORY, is mapped, and so is what is made of it, by files in the cache folder that vanish with the
+    process: the data are the same, but need not fit into memory.
     Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
     arrays, 1 for values in [0, 1] (a uint8 array of zeros and ones too).
 
@@ -197,7 +200,7 @@ def load(
             runs); "mnist", "fashionmnist", "kmnist", "emnist" (balanced), "omniglot", "cifar10"
             or "svhn" (torchvision's, values in [0, 1]); the path of a `.npy`, `.npz`, `.csv`, `.tsv`, `.txt`,
             `.parquet`, `.feather` or `.h5ad` (AnnData) file, or of a folder of pictures. The first row of text is a
-            header if any of its cells is not a number.
+            header if any of its cells is not a number, or if it numbers the columns (0, 1, 2 or 2019, 2020, 2021).
         root: The folder of named sets; by default the variable PPL_VAE_DATA, else the platform's cache folder.
         array: The key in an `.npz` file; may be left out if there is only one beside the labels. Or the layer of an
             `.h5ad` file, in place of X.
@@ -274,15 +277,15 @@ def load(
     if factors is None and size_factor is not None:
         check_choice("size_factor", size_factor, ("total",))
         factors, mean_total = totals(raw, rows["train"])
-    stored = {part: transform.to_tensor(raw.x[index]) for part, index in rows.items()}
+    stored = {part: Stored(raw.x, index, transform) for part, index in rows.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     incomplete = bool(raw.missing.any())
     for part, index in rows.items():
-        parts[part] = {"x": transform(stored[part], fold_in(seed, part, 0))}
+        parts[part] = {"x": stored[part].transformed(fold_in(seed, part, 0))}
         if incomplete:
             parts[part]["mask"] = torch.from_numpy(~raw.missing[index])
             parts[part]["x"].masked_fill_(~parts[part]["mask"], np.nan)
-        if not (torch.isfinite(parts[part]["x"]) | ~parts[part].get("mask", torch.tensor(True))).all():
+        if not all(bool((x.isfinite() | (x.isnan() & incomplete)).all()) for x in chunks(parts[part]["x"])):
             raise ValueError(f"Expected values within {dtype}; got larger. Scale them, or change `dtype`.")
         if raw.y is not None:
             parts[part]["y"] = torch.from_numpy(raw.y[index])
@@ -329,6 +332,6 @@ def load(
         roles=raw.roles,
         suspects={column: look for column, look in looks.items() if look is not None},
         transform=transform,
-        stored={"x": stored["train"]} if transform.redraws else None,
+        stored={"x": stored["train"].whole} if transform.redraws else None,
         source=given if dtype == torch.float32 else None,
     )

@@ -14,7 +14,7 @@ from ppl_vae._seeds import fold_in
 from ppl_vae.data.columns import Columns, Kind, infer_kind
 from ppl_vae.data.files import RawData, present
 from ppl_vae.data.tables import LABEL, UNLABELLED
-from ppl_vae.data.transforms import Transform
+from ppl_vae.data.transforms import Stored, Transform
 
 
 def split(
@@ -93,14 +93,17 @@ def describe(raw: RawData, kinds: list[Kind] | None, transform: Transform) -> Co
     return Columns(n, raw.shape, raw.names, known, levels, raw.categories or None, **more)
 
 
-def digest(*parts: Mapping[str, Tensor] | None) -> str:
+def digest(*parts: Mapping[str, Tensor | Stored] | None) -> str:
     """SHA-256 of keys, shapes, dtypes and bytes."""
     found = hashlib.sha256()
     for part in filter(None, parts):
         for key in sorted(part):
-            value = part[key].cpu().numpy()
-            found.update(f"{key} {value.shape} {value.dtype};".encode())
-            found.update(np.ascontiguousarray(value).data)
+            value = part[key]
+            many = [value] if isinstance(value, Tensor) else iter(value)
+            for number, each in enumerate(many):
+                array, shape = each.cpu().numpy(), tuple(value.shape)
+                found.update(f"{key} {shape} {array.dtype};".encode() if number == 0 else b"")
+                found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
 
 

@@ -116,6 +116,8 @@ class Table:
         if i is not None:
             column = repr(name) if self.has_header else name.removeprefix("column ")
             words = "" if numbers[i] is not None else f', or read all as words (categories = ["{name}"])'
+            if re.fullmatch(r"[-+]?\d+,\d+", str(cells[i])):
+                words += "; decimals follow a point, not a comma"
             raise ValueError(
                 f"Expected a finite number in {self.source}, {rows_text(self.lines, [i])}, column {column}; got "
                 f"{str(cells[i])!r}. Correct the cell, or drop the row or the column{words}."
@@ -148,7 +150,7 @@ def stream_text(path: Path, separator: str | None, size: int | None, text: Itera
         mark = separator or _find_separator(beginning, usual)
         reader = _reader(file, mark)
         first = [cell.strip() for cell in next(filter(None, reader), [])]
-        header = first if None in map(_number, first) else None
+        header = first if None in map(_number, first) or _numbers_columns(beginning, mark) else None
         done = reader.line_num if header else 0  # lines that were read
         file.seek(0)
         lines, empty = itertools.islice(file, done, None), True
@@ -193,6 +195,26 @@ def _reader(lines: Iterable[str], separator: str) -> Any:
     return csv.reader(lines, delimiter=separator, skipinitialspace=separator == " ")
 
 
+def _numbers_columns(text: str, separator: str) -> bool:
+    """Whether the first of some lines numbers three columns or more: whole numbers in equal steps.
+
+    No other row may be like that, or all of these numbers must lie outside the range of what stands below them.
+    """
+    lines = filter(None, _reader(io.StringIO(text, newline=""), separator))
+    first, *others = [[*map(_number, map(str.strip, row))] for row in itertools.islice(lines, 20)] or [[]]
+    if not others or not _in_steps(first):
+        return False
+    columns = [[cell for cell in below if cell is not None and cell == cell] for below in zip(*others, strict=False)]
+    outside = [not below or not min(below) <= head <= max(below) for head, below in zip(first, columns, strict=False)]
+    return all(outside) or not any(map(_in_steps, others))
+
+
+def _in_steps(row: Sequence[Any]) -> bool:
+    """Whether a row holds three whole numbers or more in equal steps."""
+    whole = len(row) > 2 and all(cell is not None and cell.is_integer() for cell in row)
+    return whole and len({b - a for a, b in itertools.pairwise(row)}) == 1 and row[0] != row[1]
+
+
 def _find_separator(text: str, usual: str) -> str:
     """Separator that gives each of the first lines equally many cells, at least two; else the first one."""
     for separator in usual:
@@ -217,6 +239,26 @@ def _read_pandas(path: Path) -> Table:
     if not frame.size:
         raise ValueError(f"Expected a table with rows in {path}; got {len(frame)} rows, {frame.shape[1]} columns.")
     return frame_table(frame, str(path))
+
+
+def stream_binary(path: Path, size: int) -> Iterator[Table]:
+    """A parquet file in pieces; a feather file as a whole, in pieces afterwards."""
+    pandas = importlib.import_module("pandas")
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ValueError(f"Expected pyarrow for {path}; got: {error} Install ppl-vae[parquet].") from error
+    try:
+        if path.suffix.lower() == ".feather":
+            frame = pandas.read_feather(path)
+            frames = (frame.iloc[i : i + size] for i in range(0, len(frame), size))
+        else:
+            frames = (batch.to_pandas() for batch in parquet.ParquetFile(path).iter_batches(size))
+        first = next(frames, None)
+    except (OSError, ArrowInvalid) as error:
+        raise ValueError(f"Expected a {path.suffix[1:]} file; got {path}: {error}") from error
+    for frame in itertools.chain([] if first is None else [first], frames):
+        yield frame_table(frame, str(path))
 
 
 def frame_table(frame: Any, source: str) -> Table:

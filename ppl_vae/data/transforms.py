@@ -1,6 +1,7 @@
 """Transforms from stored values to data: binarisation, dequantisation and scaling."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.columns import Kind
-from ppl_vae.data.files import RawData, present
+from ppl_vae.data.files import RawData, chunks, present, room
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Transform:
         values = x.detach().cpu().double().numpy() * self.scale + self.loc
         return np.floor(values) if self.dequantize else values
 
-    def __call__(self, stored: Tensor, seed: int) -> Tensor:
-        """Transform to data (n, x) of `dtype` on the device of `stored`; `seed` fixes the noise."""
+    def __call__(self, stored: Tensor, seed: int | torch.Generator) -> Tensor:
+        """Transform to data (n, x) of `dtype` on the device of `stored`; `seed`, or a generator, fixes the noise."""
+        if stored.dtype == torch.uint8:
+            stored = stored.to(self.dtype)
         if self.binarization == "threshold":
             return (stored >= self.maximum / 2).to(self.dtype)
         if self.binarization != "none" or self.dequantize:
-            generator = torch.Generator(stored.device).manual_seed(seed)
+            generator = torch.Generator(stored.device).manual_seed(seed) if isinstance(seed, int) else seed
             noise = torch.rand(stored.shape, generator=generator, dtype=stored.dtype, device=stored.device)
             if not self.dequantize:
                 return (noise < stored / self.maximum).to(self.dtype)
@@ -55,6 +58,43 @@ class Transform:
             stored = torch.minimum(noise.add_(stored), torch.nextafter(stored + 1, stored))
         loc, scale = (torch.from_numpy(v).to(stored) for v in (self.loc, self.scale))
         return ((stored - loc) / scale).to(self.dtype)
+
+
+def _plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Bytes as they are, other numbers in double precision."""
+    return values if values.dtype == np.uint8 else values.astype(np.float64, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Rows of raw values before the transform, in the order of a part, as tensors of some at a time."""
+
+    values: npt.NDArray[Any]
+    index: npt.NDArray[np.int64]
+    transform: Transform
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in chunks(np.broadcast_to(self.index[:, None], self.shape)):
+            yield self.transform.to_tensor(_plain(self.values[rows[:, 0]]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.index), self.values.shape[1]
+
+    @property
+    def whole(self) -> Tensor:
+        """All rows; of bytes as bytes."""
+        return torch.from_numpy(self.values[self.index]) if self.values.dtype == np.uint8 else torch.cat([*self])
+
+    def transformed(self, seed: int) -> Tensor:
+        """All rows, transformed; the seed fixes the noise."""
+        generator, done = torch.Generator().manual_seed(seed), 0
+        x = room(self.shape, self.transform.dtype)
+        for rows in self:
+            x[done : done + len(rows)] = self.transform(rows, generator)
+            done += len(rows)
+        return x
 
 
 def fit_transform(
@@ -90,18 +130,42 @@ def fit_transform(
             f'file, or use "none".'
         )
     scaled = np.array([kind in ("real", "positive") for kind in kinds or ()])
-    values = raw.x[train][:, scaled] if raw.categories and scaled.any() else raw.x[train]
-    largest = raw.maximum or float(np.abs(present(values)).max()) or 1
-    divisor = float(largest + noise) if binarization == "none" and (scaling == "unit" or raw.unit) else 1.0
+    divisor = 1.0
+    if binarization == "none" and (scaling == "unit" or raw.unit):
+        few = scaled if raw.categories and scaled.any() else slice(None)
+        parts = (present(raw.x[rows][:, few]) for rows in chunks(train))
+        largest = raw.maximum or max(float(np.abs(part).max()) for part in parts if len(part)) or 1
+        divisor = float(largest + noise)
     loc: npt.NDArray[np.float64] = np.zeros(())
     scale: npt.NDArray[np.float64] = np.asarray(divisor)
     if scaling == "unit" and raw.categories:
         scale = np.where(scaled, divisor, 1.0)
     if scaling == "standardize":
-        values = raw.x[train]
-        loc = np.asarray(np.nanmean(values, 0, dtype=np.float64) + noise / 2)
-        scale = np.sqrt(np.nanvar(values, 0, dtype=np.float64) + noise / 12)
-        scale = np.where(np.nanmax(values, 0) == np.nanmin(values, 0), divisor, scale)
+        mean, variance, constant = _moments(raw.x, train)
+        loc, scale = np.asarray(mean + noise / 2), np.where(constant, divisor, np.sqrt(variance + noise / 12))
         if kinds is not None:
             loc, scale = np.where(np.array(kinds) == "real", loc, 0.0), np.where(scaled, scale, 1.0)
     return Transform(binarization, bool(noise), raw.maximum or 1, loc, scale, dtype)
+
+
+def _moments(values: npt.NDArray[Any], train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Mean, variance and whether there is one value alone, of each column, without missing cells.
+
+    Rows are added up one after the other, as NumPy does, so that it does not matter how many are looked at together.
+    """
+
+    def parts() -> Iterator[npt.NDArray[Any]]:
+        every = chunks(np.broadcast_to(train[:, None], (len(train), values.shape[1])))
+        return (values[rows[:, 0]].astype(np.float64, copy=False) for rows in every)
+
+    def total(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        known = (np.nan_to_num(part, copy=False) for part in parts)
+        start = next(known).sum(0)
+        return functools.reduce(lambda sums, part: np.concatenate([sums[None], part]).sum(0), known, start)
+
+    count = sum((~np.isnan(part)).sum(0) for part in parts())
+    mean = total(parts()) / count
+    variance = total((part - mean) ** 2 for part in parts()) / count
+    low = functools.reduce(np.fmin, (np.fmin.reduce(part) for part in parts()))
+    high = functools.reduce(np.fmax, (np.fmax.reduce(part) for part in parts()))
+    return mean, variance, low == high

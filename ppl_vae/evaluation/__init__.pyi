@@ -25,3 +25,5 @@ from .latents import codes as codes
 from .latents import rate_distortion as rate_distortion
 from .latents import rates as rates
 from .pareto import pareto_k as pareto_k
+from .predictive import PredictiveCheck as PredictiveCheck
+from .predictive import predictive_check as predictive_check

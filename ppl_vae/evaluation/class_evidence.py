@@ -31,8 +31,8 @@ class ClassEvidence:
         log_evidence: log p(x|y) of each class, shape (n, c).
         mc_se: its Monte Carlo standard error, (n, c); that of one class tells nothing of that of another.
         bias: its bias to first order, (n, c).
-        settled: whether it is an estimate, (n, c), and not only a lower bound: the tail shape of its weights lies one
-            error or more below 1/2, and `mc_se` is at most 1/2. Under a class that the guide has never seen with such
+        settled: whether it is an estimate, (n, c), and not only a lower bound: the tail shape of its weights lies two
+            errors or more below 1/2, and `mc_se` is at most 1/2. Under a class that the guide has never seen with such
             data it often is a bound.
         log_prior: log p(y), shape (c,).
         floor: what explains x worse than this is no class of x: the `level` quantile of the evidence of known data of
@@ -210,7 +210,7 @@ def class_evidence(
 def _settled(evidence: Evidence) -> Tensor:
     """Whether the evidence of each datum is an estimate by itself, (n,): stricter than for the mean of a set."""
     shape = evidence.pareto_k.nan_to_num(-1.0)  # of equal weights, or of too few, whose shift is infinite
-    return (shape + shape_error(shape, evidence.samples) < 0.5) & ~evidence.shift.isinf()
+    return (shape + 2 * shape_error(shape, evidence.samples) < 0.5) & ~evidence.shift.isinf()
 
 
 def _log_prior(prior: str | Sequence[float] | Tensor, count: int, known: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppl_vae import _processes as processes
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae.evaluation.nested import inner_draws
 from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
 from ppl_vae.evaluation.weights import Draws, Precision, weight_blocks
@@ -285,7 +286,9 @@ def estimate_evidence(
         return replace(made[0], **whole)
     rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
     parts, lowered = [], None
-    for number, blocks in enumerate(weight_blocks(target, samples, seed, inner, first, precision), first):
+    blocked = enumerate(weight_blocks(target, samples, seed, inner, first, precision), first)
+    what = f"evidence by {samples:,} samples each: {{}} blocks of data"
+    for number, blocks in track(blocked, what, -(-target.n // BLOCK)):
         sums = _Sums(samples, rounding)
         for draws in blocks:
             sums.add(draws.weights, draws.likelihood, draws.bounds)

@@ -224,7 +224,7 @@ def _member(target: Target, search: Search, family: Any) -> tuple[Members, bool]
         normal = normal_of(target.program.guide) if family.normals == "all" else None
         if isinstance(normal, dict):
             parts = ({name: normal[name][part].unsqueeze(0) for name in real.shapes} for part in (0, 1))
-            loc, scale = (real.layout.pack(part)[0] for part in parts)
+            loc, scale = (real.coordinates.pack(part)[0] for part in parts)
         elif normal is not None:
             loc, scale = normal.mean.unsqueeze(0), normal.stddev.unsqueeze(0)
         else:

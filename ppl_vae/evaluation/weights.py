@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -22,7 +23,8 @@ Precision = Literal["full", "bfloat16"]
 _LOG = logging.getLogger(__name__)
 _MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
-_WHOLE = 1000  # draws in a block at the most where the whole data set is one datum
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
 class Draws(NamedTuple):
@@ -49,14 +51,36 @@ def weight_blocks(
     """Draws in blocks of data, numbered from `first`, and, within these, of draws.
 
     On a CPU many blocks of one size are replayed from the tensor operations of one, with the same draws (see `record`).
+    Where memory does not hold a block of draws it is halved, and so are all that follow.
     """
     size = block_size(target, inner)
     count = math.ceil(samples / size) * math.ceil(target.n / BLOCK)
     plain = inner == 1 and not target.structure.enumerated and not target.structure.sequential
     suits = plain and target.device.type == "cpu" and (count >= _MANY or precision != "full")
     weigh = _Weigher(target, min(size, samples), precision if suits else None)
+    room = [samples]
     for number, block in enumerate(target.blocks(), first):
-        yield _weigh(block, samples, size, (seed, number), inner, weigh)
+        yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh, room))
+
+
+def _numbers(draws: Draws) -> Draws:
+    """Draws whose weights are all numbers.
+
+    Raises:
+        ValueError: If a weight is not.
+    """
+    if bool(draws.weights.isnan().any()):
+        row = int(draws.weights.isnan().any(0).nonzero()[0])
+        raise ValueError(
+            f"Expected log weights that are numbers; got NaN of datum {row} of a block: for some draw a parameter or a "
+            "log density is not a number. Look at the model's outputs far from the data, or train at a lower rate."
+        )
+    return draws
+
+
+def _checked(number: int) -> AbstractContextManager[None]:
+    """Pyro's validation as it is set for the first draws, without it for further ones, which makes them faster."""
+    return pyro.validation_enabled(False) if number else nullcontext()
 
 
 def block_size(target: Target, inner: int = 1) -> int:
@@ -64,7 +88,8 @@ def block_size(target: Target, inner: int = 1) -> int:
     first = next(iter(target.batch.values()))
     whole, width = target.structure.whole, target.width
     numbers = max(target.features * inner, width) if whole else BLOCK * max(first[0].numel(), width)
-    return max(1, min(_WHOLE if whole else BLOCK, _ENTRIES // numbers))
+    most, entries = _WHOLE if whole else (BLOCK, _ENTRIES)
+    return max(1, min(most, entries // numbers))
 
 
 class _Weigher:
@@ -86,7 +111,8 @@ class _Weigher:
         shapes = [value.shape for value in block.batch.values()]
         if self.graph is not None and (k, shapes) == (self.size, self.shapes):
             return self._replayed(self.graph, block, key)
-        model, guide = block.traces(k, *key)
+        with _checked(int(key[-1])):
+            model, guide = block.traces(k, *key)
         draws = self._of(block, k, model, guide)
         if self.precision is not None and k == self.size and (self.precision != "full" or key[1:] != (0, 0)):
             return self._captured(block, key, shapes, draws)
@@ -135,32 +161,46 @@ class _Weigher:
 
 
 def _weigh(
-    target: Target, samples: int, size: int, key: tuple[int, int], inner: int, weigh: _Weigher
+    target: Target, samples: int, size: int, key: tuple[int, int], inner: int, weigh: _Weigher, room: list[int]
 ) -> Iterator[Draws]:
-    if inner > 1:
-        for number, start in enumerate(range(0, samples, size)):
-            nested = Nested(target, min(size, samples - start), inner, *key, number)
-            yield Draws(nested.weights, nested.likelihood, nested.plain, nested.moments)
-        return
-    if target.structure.enumerated and not target.structure.sequential:
-        yield from _weigh_sums(target, samples, size, key)
-        return
+    def nested(k: int, key: tuple[int, ...]) -> Draws:
+        with _checked(key[-1]):
+            found = Nested(target, k, inner, *key)
+        return Draws(found.weights, found.likelihood, found.plain, found.moments)
+
+    summed = target.structure.enumerated and not target.structure.sequential
+    draw = nested if inner > 1 else partial(_weigh_sums if summed else weigh, target)
     for number, start in enumerate(range(0, samples, size)):
-        yield weigh(target, min(size, samples - start), (*key, number))
+        yield from _fitting(draw, min(size, samples - start), (*key, number), room)
 
 
-def _weigh_sums(target: Target, samples: int, size: int, key: tuple[int, int]) -> Iterator[Draws]:
+def _fitting(draw: Callable[..., Draws], k: int, key: tuple[int, ...], room: list[int]) -> Iterator[Draws]:
+    """Draw k at once, or, where memory ends, in parts with keys of their own."""
+    if k <= room[0]:
+        try:
+            draws = draw(k, key)
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if k == 1 or not (known or any(words in str(error) for words in _NO_MEMORY)):
+                raise
+            room[0] = k // 2
+        else:
+            yield draws
+            return
+    size = room[0]
+    for part, start in enumerate(range(0, k, size)):
+        yield from _fitting(draw, min(size, k - start), (*key, part), room)
+
+
+def _weigh_sums(target: Target, k: int, key: tuple[int, ...]) -> Draws:
     """Draws of a program with enumerated sites; where no others are left, all weights are p(x)."""
-    structure = target.structure
-    for number, start in enumerate(range(0, samples, size)):
-        k = min(size, samples - start)
-        own = k if structure.latents else 1
-        weights = Weights(*target.all_values(own, *key, number), own, target.n, structure.observed)
-        moments = partial(_summed_moments, target, weights, k)
-        log_weights, likelihood, bounds = (
-            each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
-        )
-        yield Draws(log_weights, likelihood, bounds, moments)
+    own = k if target.structure.latents else 1
+    with _checked(key[-1]):
+        weights = Weights(*target.all_values(own, *key), own, target.n, target.structure.observed)
+    log_weights, likelihood, bounds = (
+        each.expand(k, -1) for each in (weights.weights, weights.likelihood, weights.bounds)
+    )
+    return Draws(log_weights, likelihood, bounds, partial(_summed_moments, target, weights, k))
 
 
 def _summed_moments(target: Target, weights: Weights, k: int) -> tuple[Tensor, ...]:
@@ -183,4 +223,6 @@ def trace_blocks(target: Target, samples: int, size: int, *key: int | str) -> It
     """Traces of model and guide with at most `size` particles each, and how many they have."""
     for number, start in enumerate(range(0, samples, size)):
         k = min(size, samples - start)
-        yield k, *target.traces(k, *key, number)
+        with _checked(number):
+            traces = target.traces(k, *key, number)
+        yield k, *traces

@@ -89,6 +89,8 @@ class Conditional(nn.Module):
                 )
             first, *others = [shape.numel() for shape in shapes] or [0]
             size = (first if self.encoding is None else self._encoded(first, self.encoding)) + sum(others)
+            if isinstance(self.network, Amortized):
+                self.network.others = sum(others)
             self.network.build(size, start)
             if others and isinstance(self.network, Amortized):
                 self.network.scale = torch.ones(size)  # the contexts may differ in their units

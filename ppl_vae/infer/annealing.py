@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae.infer.hmc import HMC, RATE, Chains, Path, Transition, unvalidated
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.simulation import simulate_twice
@@ -61,7 +62,8 @@ def anneal(chains: Chains, betas: list[float], move: Transition, *, reverse: boo
         the chains where they ended.
     """
     weights = torch.zeros_like(chains.tilt)
-    for number in range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas)):
+    numbers = range(len(betas) - 1, 0, -1) if reverse else range(1, len(betas))
+    for number in track(numbers, f"annealing of {chains.tilt.shape[-1]:,} data: {{}} temperatures", len(betas) - 1):
         if reverse:
             chains = move(chains, betas[number], number)
         weights = weights + (betas[number] - betas[number - 1]) * chains.tilt

@@ -6,6 +6,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ppl_vae._seeds import random_state
+
+_PLACE = ("losses", "generators")
+
 
 def check_saved(saved: Any, current: Mapping[str, Any], learned: Sequence[Tensor], optimizer: Optimizer) -> None:
     """Check that a saved state has the layout of a run's: names, kinds of values, and shapes and types of tensors.
@@ -24,12 +28,20 @@ def check_saved(saved: Any, current: Mapping[str, Any], learned: Sequence[Tensor
     _check_tensors("learned", saved["learned"], current["learned"], len(learned))
     if saved["best"] is not None:
         _check_tensors("best", saved["best"], current["learned"], len(learned))
+    if (place := saved.get("place")) is not None:
+        losses, generators = (place.get(key) if isinstance(place, Mapping) else None for key in _PLACE)
+        if not isinstance(losses, Tensor) or losses.shape[1:] != (2,) or not losses.is_floating_point():
+            raise _differs("place.losses", losses)
+        own = random_state(learned[0].device)
+        _check_tensors("place.generators", generators, own, len(own))
     groups, known = saved["optimizer"]["param_groups"], current["optimizer"]["param_groups"]
     tables = [(name, saved[name], current[name]) for name in ("schedule", "history")]
     tables += [("optimizer", one, other) for one, other in zip(groups, known, strict=False)]
     for name, one, other in tables:
         for key, value in one.items():
-            if key not in ("best_epoch", "capture", "capture_reason") and _kind(value) != _kind(other.get(key, ...)):
+            if key not in ("best_epoch", "capture", "capture_reason", "settings") and _kind(value) != _kind(
+                other.get(key, ...)
+            ):
                 raise _differs(f"{name}.{key}", value)
     if [group["params"] for group in groups] != [group["params"] for group in known]:
         raise _differs("optimizer.param_groups", groups)

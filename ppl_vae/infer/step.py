@@ -1,8 +1,8 @@
 """Training steps: their state, one step on the loss, one epoch of steps."""
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_vae import _processes as processes
-from ppl_vae._seeds import fork_rng
+from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
 from ppl_vae.infer.optimizers import take_step
@@ -63,8 +63,8 @@ class History:
 class State:
     """State of a training run: what it learns and counts, the optimiser, the schedule and the history.
 
-    Between epochs this is everything needed to resume the run exactly, since the order of the data and all draws are
-    keyed by seed and epoch.
+    This is everything needed to resume the run exactly: between epochs, since the order of the data and all draws are
+    keyed by seed and epoch, and within one by its `place`.
 
     Args:
         learned: the tensors that are learned.
@@ -73,6 +73,9 @@ class State:
         history: of the run.
         best: `values()` that were kept, if any.
         module: the program; its buffers, such as the running means of batch normalisation, belong to the state.
+        losses: within an epoch, of its steps so far.
+        place: where to go on within an epoch: the losses of its steps before, and the states of the generators.
+        good: what `save` returned after the last epoch, or at the start.
     """
 
     learned: list[Tensor]
@@ -81,6 +84,9 @@ class State:
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     module: Any = None
+    losses: list[Tensor] = field(default_factory=list)
+    place: dict[str, Any] | None = None
+    good: dict[str, Any] | None = None
 
     def save(self) -> dict[str, Any]:
         """Copy the state into plain containers and tensors."""
@@ -90,7 +96,11 @@ class State:
             "schedule": _copied(self.scheduler.state_dict()),
             "history": _copied(vars(self.history)),
             "best": self.best,
+            "place": self._place() if self.losses else self.place,
         }
+
+    def _place(self) -> dict[str, Any]:
+        return {"losses": torch.stack(self.losses), "generators": random_state(self.losses[0].device)}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go back to a saved state.
@@ -100,12 +110,12 @@ class State:
         """
         check_saved(saved, self.save(), self.learned, self.optimizer)
         self.set_values(saved["learned"])
-        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self.optimizer.load_state_dict(_copied(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["schedule"])
         known = saved["history"]  # of an older run, whose objective was the ELBO
         older = {"objective": known["elbo"], "validation_objective": known["validation"]}
-        vars(self.history).update(copy.deepcopy({**older, **known}))
-        self.best = saved["best"]
+        vars(self.history).update(_copied({**older, **known}))
+        self.best, self.place, self.losses = saved["best"], saved.get("place"), []
 
     def tensors(self) -> list[Tensor]:
         """The learned tensors, then the buffers."""
@@ -140,6 +150,7 @@ class Trainer:
         shuffle: whether each epoch has an order of its own; else it is one batch of all data as they are.
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
+        on_step: called with the state between two steps of an epoch.
     """
 
     gradients: Gradients
@@ -149,6 +160,7 @@ class Trainer:
     seed: int
     shuffle: bool = True
     parts: int = 0
+    on_step: Callable[[State], None] | None = None
     former: Any = None  # gradients of the step before
 
     def epoch(self, data: Target, number: int, *, check: bool) -> tuple[float, float]:
@@ -165,13 +177,17 @@ class Trainer:
         Raises:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
         """
-        good = self.state.save()
+        good = self.state.good = self.state.good or self.state.save()
         self.gradients.look()
-        losses: list[Tensor] = []
         try:
-            with self._draws(data, number):
-                for batch, n in self._batches(data, number):
-                    with pyro.validation_enabled(check and not losses):
+            with self._drawing(data, number) as losses:
+                first = len(losses)
+                for step, (batch, n) in enumerate(self._batches(data, number)):
+                    if step < first:
+                        continue
+                    if step > first and self.on_step is not None and processes.size() == 1:
+                        self.on_step(self.state)
+                    with pyro.validation_enabled(check and step == first):
                         losses.append(self._step(batch, n) * (1 / self.parts if self.parts else n))
         except KeyboardInterrupt:
             self.state.load(good)
@@ -189,6 +205,21 @@ class Trainer:
             "clip = 1.0, or data nearer to unit scale."
         )
 
+    @contextmanager
+    def _drawing(self, data: Target, number: int) -> Iterator[list[Tensor]]:
+        """Draw as an epoch does, from its start or from the place of the state, and keep the losses of its steps.
+
+        Each of several processes has draws of its own.
+        """
+        state, place = self.state, self.state.place
+        state.losses, state.place = [] if place is None else [*place["losses"].to(data.device)], None
+        key = (number, processes.rank()) if processes.rank() else (number,)
+        with fork_rng(self.seed, "svi", *key, device=data.device):
+            if place is not None and not processes.rank():
+                set_random_state(place["generators"], data.device)
+            yield state.losses
+        state.losses = []
+
     @torch.no_grad()
     def bound(self, held_out: Target) -> tuple[float, float]:
         """Objective and ELBO of held-out data in nats per datum, by the same draws each time, at the final beta."""
@@ -201,11 +232,6 @@ class Trainer:
                 loss, bound = self.gradients.loss(block.batch)
                 objective, elbo = objective - float(loss) * block.n, elbo - float(bound) * block.n
         return objective / held_out.n, elbo / held_out.n
-
-    def _draws(self, data: Target, number: int) -> Any:
-        """The draws of an epoch; each of several processes has its own."""
-        key = (number, processes.rank()) if processes.rank() else (number,)
-        return fork_rng(self.seed, "svi", *key, device=data.device)
 
     def _batches(self, data: Target, number: int) -> Iterable[tuple[Batch, int]]:
         """Batches, of several processes the part of this one, and how many data there are in all."""
@@ -222,8 +248,10 @@ class Trainer:
     def _replay(self, data: Target, number: int, good: dict[str, Any], until: int = -1) -> str:
         """Replay an epoch from its start up to the step that fails, and name the site at fault."""
         self.state.load(good)
-        with self._draws(data, number), pyro.validation_enabled(False):
+        with self._drawing(data, number) as losses, pyro.validation_enabled(False):
             for step, (batch, n) in enumerate(self._batches(data, number)):
+                if step < len(losses):
+                    continue
                 if step == until:
                     return _culprit(self.gradients.program, batch)
                 if not (bool(self._step(batch, n)[0].isfinite()) and self.state.is_finite()):
@@ -251,12 +279,12 @@ class Trainer:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of plain containers and tensors, for a hundredth of the time of `deepcopy`."""
+    """A copy of nested containers of tensors and plain values."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [*map(_copied, value)] if isinstance(value, list) else tuple(map(_copied, value))
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 def _size(batch: Batch) -> int:

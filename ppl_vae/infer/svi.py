@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ppl_vae import _processes as processes
 from ppl_vae._checks import check_choice, check_int
+from ppl_vae._progress import track
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.batches import as_batch, check_observed
 from ppl_vae.data.loading import Data
@@ -22,7 +23,7 @@ from ppl_vae.infer.importance_weighted import Gradient
 from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_settings, make_objective
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
-from ppl_vae.programs.param_store import scope
+from ppl_vae.programs.param_store import claim, scope
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
@@ -69,6 +70,7 @@ def fit(
     parameters: Iterable[Tensor] | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, "State"], None] | None = None,
+    on_step: Callable[["State"], None] | None = None,
     resume: dict[str, Any] | None = None,
 ) -> History:
     r"""Train a program by stochastic variational inference.
@@ -133,6 +135,7 @@ def fit(
         parameters: the tensors to learn; all of the program's by default.
         progress: whether to show a bar; by default only if standard error is a terminal.
         on_epoch: called after each epoch with its number and the `State`, whose `save()` returns what `resume` takes.
+        on_step: called likewise between two steps of an epoch, with the `State`.
         resume: a saved state to start from; the result is that of a run without interruption.
 
     Returns:
@@ -185,6 +188,7 @@ def fit(
     held_out = None if validation is None else other(validation, check=True)
     with scope(program), fork_rng(seed, "parameters", device=chosen):
         learned = [*parameters_of(target)] if parameters is None else [*parameters]
+        claim(program, learned)
     with scope(program, training=True):
         steps = parts or math.ceil(target.n / batch_size)
         weight = None if beta == 1 and not warm_up else Beta(beta, warm_up * steps, cycles or 1, chosen)
@@ -201,11 +205,13 @@ def fit(
         shuffle = sites.rows is None and not sites.whole
         how: Any = {"whole": sites.whole, "capture": capture, "steps": epochs * steps, "mode": state.history.capture}
         gradients = Gradients(program, objective, learned, **how)
-        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts)
+        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts, on_step)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
-        for epoch in tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False):
+        bar = tqdm(range(done, epochs), initial=done, total=epochs, unit="epoch", disable=hidden, leave=False)
+        reached = lambda: f", bound {history.elbo[-1]:.3f} nats per datum"  # noqa: E731
+        for epoch in track(bar, "training: epoch {}", epochs, done=done, note=reached) if bar.disable else bar:
             if patience and epoch - 1 - history.best(warm_up, epoch) >= patience:
                 break
             data = other(x.epoch(epoch), check=False) if isinstance(x, Data) else target
@@ -220,6 +226,7 @@ def fit(
                 history.validation.append(bound)
                 if keep == "best" and history.best(warm_up) == epoch:
                     history.best_epoch, state.best = epoch, state.values()
+            state.good = state.save()
             if on_epoch is not None:
                 on_epoch(epoch, state)
         if state.best is not None:

@@ -63,7 +63,8 @@ class Picture(Amortized):
 
     def build_layers(self, context: int, start: Tensor) -> None:
         pixels, outputs = math.prod(self.shape), start.numel()
-        if context == pixels:
+        self._joins = 0
+        if context - self.others == pixels:
             layers = self._encoder(outputs)
         elif outputs and outputs % pixels == 0:
             layers = self._decoder(context, outputs // pixels)
@@ -79,17 +80,26 @@ class Picture(Amortized):
     def apply_layers(self, standard: Tensor) -> Tensor:
         rows = standard.reshape(-1, standard.shape[-1])
         if torch.is_grad_enabled() or rows.device.type != "cpu":
-            answer = self.layers(rows)
+            answer = self._answer(rows)
         else:
-            answer = torch.cat([self.layers(part) for part in rows.split(_AT_ONCE)])
+            answer = torch.cat([self._answer(part) for part in rows.split(_AT_ONCE)])
         return (answer.flatten(1) + self.bias).reshape(*standard.shape[:-1], self.bias.numel())
+
+    def _answer(self, rows: Tensor) -> Tensor:
+        """Parameters of rows (n, c); what comes beside a picture joins it where the convolutions end."""
+        if not self._joins or not self.others:
+            return self.layers(rows)  # type: ignore[no-any-return]
+        pictures, others = rows[:, : -self.others], rows[:, -self.others :]
+        flat = self.layers[: self._joins](pictures)
+        return self.layers[self._joins :](torch.cat([flat, others], 1))  # type: ignore[no-any-return]
 
     def _encoder(self, outputs: int) -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Unflatten(1, self.shape)]
         for size, width in pairwise([self.shape[0], *self.channels]):
             layers += [nn.Conv2d(size, width, self.kernel, 2, self.kernel // 2), self._act(), *self.refine(width)]
         layers.append(nn.Flatten())
-        widths = [math.prod(self._sizes()[-1]) * self.channels[-1], *self.hidden]
+        self._joins = len(layers)
+        widths = [math.prod(self._sizes()[-1]) * self.channels[-1] + self.others, *self.hidden]
         for size, width in pairwise(widths):
             layers += [nn.Linear(size, width), self._act()]
         return [*layers, nn.Linear(widths[-1], outputs, bias=False)]
@@ -122,8 +132,9 @@ class Conv(Picture):
 
     If the context is as large as the picture this is an encoder, from a picture to parameters; else a decoder, from a
     context to the parameters of each pixel, the first parameter of all pixels first. A side may have any number of
-    pixels, odd or even. A decoder whose context happens to be as large as the picture is built as an encoder, which
-    serves, but without a picture's neighbourhoods.
+    pixels, odd or even. What is given beside the picture, such as a label, joins it behind the convolutions. A decoder
+    whose context happens to be as large as the picture is built as an encoder, which serves, but without a picture's
+    neighbourhoods.
     """
 
     def refine(self, width: int) -> list[nn.Module]:

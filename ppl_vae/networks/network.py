@@ -130,10 +130,15 @@ class Identity(Network):
 
 
 class Amortized(Network):
-    """A network with a standardised input, (context - shift) / scale. A subclass writes layers that end in a bias."""
+    """A network with a standardised input, (context - shift) / scale. A subclass writes layers that end in a bias.
+
+    Attributes:
+        others: How many of the context's last numbers are those of contexts after the first, such as a label.
+    """
 
     shift: Tensor
     scale: Tensor
+    others: int = 0
 
     def build(self, context: int, start: Tensor) -> None:
         self.register_buffer("shift", torch.zeros(context))

@@ -5,6 +5,7 @@ from .linear_models import PCA as PCA
 from .linear_models import PPCA as PPCA
 from .linear_models import FactorAnalysis as FactorAnalysis
 from .linear_models import LinearAutoencoder as LinearAutoencoder
+from .param_store import learned_params as learned_params
 from .program import Program as Program
 from .program import PyroPair as PyroPair
 from .program import load_program as load_program

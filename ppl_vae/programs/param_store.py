@@ -29,6 +29,14 @@ def learned_params(program: Any) -> dict[str, Tensor]:
     }
 
 
+def claim(program: Any, learned: Iterable[Tensor]) -> None:
+    """Make tensors that Pyro's store had already the program's own, before it learns them."""
+    own, state, chosen = own_params(program), pyro.get_param_store().get_state(), {id(tensor) for tensor in learned}
+    for name, value in state["params"].items():
+        if id(value) in chosen and "$$$" not in name:
+            own["params"][name], own["constraints"][name] = value, state["constraints"][name]
+
+
 def adopt(program: Any, traces: Iterable[Any]) -> None:
     """Keep what traces of a program took from Pyro's parameter store, where a loop of stock Pyro left it.
 

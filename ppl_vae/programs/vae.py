@@ -1,5 +1,6 @@
 """The program of three conditionals: prior, likelihood and approximate posterior."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._seeds import fork_rng
-from ppl_vae.data.batches import as_batch
+from ppl_vae.data.batches import AT_ONCE, as_batch, rows_within
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.families.family import moments
 from ppl_vae.families.supports import describe_support, same_support
@@ -261,12 +262,14 @@ class VAE(nn.Module):
 
 def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, family: str) -> None:
     """Refuse data outside a likelihood's support, naming the first such value and what to do."""
-    inside = support.check(x)
-    if mask is not None and mask.shape == inside.shape:
-        inside = inside | ~mask
-    if bool(inside.all()):
+    step = rows_within(x[:1].numel(), AT_ONCE)
+    seen = itertools.repeat(None) if mask is None else mask.split(step)
+    parts = [_outside(support, *pair) for pair in zip(x.split(step), seen, strict=False)]
+    if not any(count for count, _ in parts):
         return
-    first = (~inside).nonzero()[0].tolist()
+    number = next(number for number, (count, _) in enumerate(parts) if count)
+    row, *rest = parts[number][1]
+    first, outside = [row + number * step, *rest], sum(count for count, _ in parts)
     remedy = "Choose a likelihood whose support holds the data."
     if family == "Bernoulli":
         remedy = (
@@ -278,5 +281,15 @@ def check_support(site: str, support: Any, x: Tensor, mask: Tensor | None, famil
     raise ValueError(
         f"Expected data in the support of {family}, {words}, at site '{site}'; got "
         f"{x[tuple(first)].flatten()[0].item():g} at {place} "
-        f"and {int((~inside).sum())} such values in all. {remedy}"
+        f"and {outside} such values in all. {remedy}"
     )
+
+
+def _outside(support: Any, x: Tensor, mask: Tensor | None) -> tuple[int, list[int]]:
+    """How many entries of some rows lie outside a support, and where the first of them is."""
+    inside = support.check(x)
+    if mask is not None and mask.shape == inside.shape:
+        inside = inside | ~mask
+    if bool(inside.all()):
+        return 0, []
+    return int((~inside).sum()), (~inside).nonzero()[0].tolist()

@@ -5,8 +5,10 @@ from .data_plots import reconstructions as reconstructions
 from .data_plots import samples as samples
 from .data_plots import training_curve as training_curve
 from .diagnostic_plots import bound_over_samples as bound_over_samples
+from .diagnostic_plots import expected_coverage as expected_coverage
 from .diagnostic_plots import gap_parts as gap_parts
 from .diagnostic_plots import moments as moments
+from .diagnostic_plots import predictive_checks as predictive_checks
 from .diagnostic_plots import rank_histograms as rank_histograms
 from .diagnostic_plots import tail_shapes as tail_shapes
 from .diagnostics import Diagnostics as Diagnostics
@@ -16,5 +18,10 @@ from .latent_plots import latent_scatter as latent_scatter
 from .latent_plots import traversals as traversals
 from .more_pages import comparison_page as comparison_page
 from .more_pages import guide_page as guide_page
+from .path_plots import attribute as attribute
+from .path_plots import interpolation as interpolation
 from .posterior_plots import ellipses as ellipses
 from .posterior_plots import regions as regions
+from .table_plots import column_errors as column_errors
+from .table_plots import marginals as marginals
+from .table_plots import scatter_pairs as scatter_pairs

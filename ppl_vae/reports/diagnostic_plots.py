@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
 from ppl_vae.evaluation.bounds import BoundCurve
 from ppl_vae.evaluation.calibration import Calibration
+from ppl_vae.evaluation.predictive import PredictiveCheck
 from ppl_vae.reports import style
 from ppl_vae.reports.diagnostics import rank_counts
 
@@ -20,6 +22,8 @@ _SIZE = (6.4, 4.2)  # inches
 def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Axes | None = None) -> Axes:
     """Plot the importance-weighted bound over its number of samples, mean over data, ± 2 Monte Carlo errors.
 
+    Points whose error is not known are hollow.
+
     Args:
         curve: from `bound_curve`.
         truth: log p(x) of the same data in nats, (n,), drawn as a line.
@@ -28,13 +32,16 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
     n = curve.bound.shape[1]
     style.check_some(n)
     ax = style.axes_for(ax, _SIZE)
-    error = style.as_array((curve.error.square().sum(1).sqrt() / n).nan_to_num(0.0))
-    counts, mean = style.as_array(curve.counts), style.as_array(curve.bound.mean(1))
-    look: dict[str, Any] = {"color": style.BLUE, "marker": "o", "markersize": 4, "capsize": 3}
-    ax.errorbar(counts, mean, 2 * error, label="bound, ± 2 errors", **look)
+    error = style.as_array(curve.error.square().sum(1).sqrt() / n)
+    counts, mean, known = style.as_array(curve.counts), style.as_array(curve.bound.mean(1)), np.isfinite(error)
+    ax.plot(counts, mean, color=style.BLUE, lw=1)
+    look: dict[str, Any] = {"color": style.BLUE, "fmt": "o", "markersize": 4, "capsize": 3}
+    ax.errorbar(counts[known], mean[known], 2 * error[known], label="bound, ± 2 errors", **look)
+    if not known.all():
+        ax.plot(counts[~known], mean[~known], "o", ms=5, mfc="white", color=style.BLUE, label="its error is not known")
     if truth is not None:
         ax.axhline(float(truth.mean()), color=style.VERMILLION, label="log p(x)")
-        ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="lower right")
     ax.set(xscale="log", xlabel="samples K", ylabel="bound of log p(x), nats per datum")
     ax.ticklabel_format(axis="y", useOffset=False)
     return ax
@@ -167,16 +174,56 @@ def rank_histograms(calibration: Calibration, *, most: int = 6) -> Figure:
         ax.yaxis.set_major_locator(style.ticks_at(4))
         ax.set_title(f"{name}, p = {p:.2g}", fontsize="medium")
         style.bare(ax).set(xlabel="rank of the truth", xlim=(0, edges[-1]), ylim=(0, None))
-    ax = style.bare(axes[-1])
-    ax.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.8)
-    ax.plot(style.as_array(calibration.levels), style.as_array(calibration.coverage), color=style.GREEN)
+    ax = expected_coverage(calibration, ax=axes[-1])
     ax.set_title(f"coverage, p = {calibration.coverage_p_value:.2g}", fontsize="medium")
-    ax.set(xlabel="nominal", ylabel="found", xlim=(0, 1), ylim=(0, 1))
+    ax.set(xlabel="nominal", ylabel="found")
     note = "grey: where 99 % of the bars lie if the guide is calibrated"
     if len(shown) < latents:
         note = f"the {len(shown)} of {latents} latents with the smallest p\n{note}"
     width, height = figure.get_size_inches()
     figure.text(0.65 / width, 1 - 0.06 / height, note, va="top", fontsize=8, color="#444444")
+    return figure
+
+
+def expected_coverage(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
+    """Plot which share of simulated truths lies in the guide's region over the region's probability.
+
+    A band shows where 95 % of the shares lie at each probability if the guide is calibrated; below the diagonal it is
+    too sure of itself.
+
+    Args:
+        calibration: from `calibrate`, whose regions are balls around a draw of the guide (TARP).
+        ax: where to draw, by default in a new figure.
+    """
+    ax = style.axes_for(ax, (4.2, 4.2))
+    levels, n = style.as_array(calibration.levels), len(calibration.ranks)
+    low, high = (stats.binom.ppf(tail, n, levels) / n for tail in (0.025, 0.975))
+    ax.fill_between(levels, low, high, color="#dddddd", lw=0)
+    ax.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.8)
+    ax.plot(levels, style.as_array(calibration.coverage), color=style.GREEN)
+    names = {"xlabel": "probability of the guide's region", "ylabel": "share of simulated truths in it"}
+    ax.set(xlim=(0, 1), ylim=(0, 1), **names)
+    return ax
+
+
+def predictive_checks(check: PredictiveCheck, *, most: int = 8) -> Figure:
+    """Plot statistics of sets of draws as histograms, and those of the data as lines, furthest out first.
+
+    Args:
+        check: from `predictive_check`.
+        most: how many statistics to show at most.
+    """
+    rows = check.summary()["statistics"][:most]
+    size: Any = {"size": (1.7, 1.3), "gap": (0.35, 0.85), "top": 0.75}
+    figure, axes = style.panels(len(rows), ("", "sets of draws"), **size)
+    for ax, row in zip(axes, rows, strict=True):
+        drawn = style.as_array(check.drawn[:, check.names.index(row["name"])])
+        ax.hist(drawn, 20, color=style.BLUE, label="draws")
+        ax.axvline(row["observed"], color=style.VERMILLION, lw=2, label="data")
+        ax.locator_params(axis="x", nbins=3)
+        ax.set_title(f"{style.short(row['name'], 26)}\np = {row['p_value']:.2f} ± {row['error']:.2f}", fontsize="small")
+        style.bare(ax)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     return figure
 
 

@@ -273,6 +273,7 @@ function paint(canvas, values) {
 const units = (v, j) => (page.scale ? v * page.scale[j] + page.loc[j] : v);
 const shown = (v, j, word) => {
   const words = page.words[page.columns[j]];
+  if (Number.isNaN(v)) return "–";
   return words ? words[word ?? Math.min(Math.max(Math.round(v), 0), words.length - 1)] : fmt(units(v, j));
 };
 const asTable = !page.shape && (X <= 60 || page.columns[0] !== "column 1"), cells = [];

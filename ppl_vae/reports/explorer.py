@@ -71,7 +71,7 @@ def explorer_page(program: Any, data: Data, *, title: str, seed: int = 0) -> str
         "order": latents,
         "limits": support if isinstance(support, str) else [v if math.isfinite(v) else None for v in support],
         "codes": buffer.add(means),
-        "x": buffer.add(target.batch["x"][:few].flatten(1).nan_to_num()),
+        "x": buffer.add(target.batch["x"][:few].flatten(1)),
         "q": _ellipses(found["q"], buffer, few),
         "exact": None if found["exact"] is None else _ellipses(found["exact"], buffer, few),
         "gaussian": found["gaussian"],

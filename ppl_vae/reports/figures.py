@@ -12,6 +12,7 @@ from torch import Tensor
 from ppl_vae._seeds import fork_rng
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.latents import codes
+from ppl_vae.evaluation.predictive import PredictiveCheck
 from ppl_vae.families.supports import bounds
 from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.simulation import simulate
@@ -19,15 +20,25 @@ from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.class_plots import calibration_curve, class_pictures, swaps
 from ppl_vae.reports.data_plots import reconstructions, samples, training_curve
-from ppl_vae.reports.diagnostic_plots import bound_over_samples, gap_parts, rank_histograms, tail_shapes
+from ppl_vae.reports.diagnostic_plots import (
+    bound_over_samples,
+    gap_parts,
+    moments,
+    predictive_checks,
+    rank_histograms,
+    tail_shapes,
+)
 from ppl_vae.reports.diagnostics import Results
 from ppl_vae.reports.findings import counted
 from ppl_vae.reports.latent_plots import latent_grid, latent_scatter, traversals
 from ppl_vae.reports.measures import MOST_DATA, evaluation_split
+from ppl_vae.reports.path_plots import attribute, interpolation
 from ppl_vae.reports.posterior_plots import ellipses, regions
 from ppl_vae.reports.table_plots import column_errors, marginals, scatter_pairs
 
 _CLASSES = 12  # classes that are drawn
+_SILENT = 0.01  # nats, or a variance, below which a latent says nothing
+_PLANE = 4  # latents that say something, up to which two of them are shown, and principal components beyond
 
 
 class _Album(dict[str, str]):
@@ -49,31 +60,62 @@ class _Album(dict[str, str]):
 
 @torch.no_grad()
 def draw_run(
-    target: Target, data: Data, history: Mapping[str, Any], folder: Path, *, classes: Any = None, seed: int = 0
+    target: Target,
+    data: Data,
+    history: Mapping[str, Any],
+    folder: Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    log_evidence: Tensor | None = None,
+    predictive: PredictiveCheck | None = None,
+    seed: int = 0,
 ) -> dict[str, str]:
-    """Draw a run: its training, data, latent space and, if known, exact posteriors.
+    """Draw a run: its training, data, latent space and, if known, exact posteriors; nothing that would say nothing.
 
     Args:
         target: the program and its evaluation split.
         data: all of its data.
         history: bounds of each epoch by name.
         folder: where the figures go.
-        classes: the block `classes` of the report, if there is one.
+        report: the content of `report.json`, as far as it is known.
+        log_evidence: of the evaluation split, (n,).
+        predictive: the predictive check, if there is one.
         seed: of all draws.
 
     Returns:
         Captions by file name.
     """
-    program, shape, album = target.program, data.shape, _Album(folder)
-    curve = training_curve(history["elbo"], history["validation"])
-    album.add("training.png", curve, "The bound over the epochs of training.")
-    if classes is not None:
+    report, album = report or {}, _Album(folder)
+    if len(history["elbo"]) > 1:
+        kept = report.get("train", {}).get("kept_epoch")
+        curve = training_curve(history["elbo"], history["validation"], kept=kept)
+        album.add("training.png", curve, "The bound over the epochs of training.")
+    if check := report.get("check"):
+        caption = "Mean and standard deviation of each latent, by the guide and by what is nearest to the posterior."
+        album.add("moments.png", moments(check["sites"]), caption)
+    if (classes := report.get("classes")) is not None:
         caption = (
             "How often the most probable class is right, over its probability, with the number of data of each bin."
         )
         album.add("class_calibration.png", calibration_curve(classes["curve"]), caption)
-    part, rows = evaluation_split(program, data)
-    whose = "Held-out" if part == "test" else "Training"
+    _draw_data(target, data, album, seed)
+    if predictive is not None and predictive.names:
+        by = "the posterior" if target.structure.whole else "the prior"
+        caption = (
+            f"Predictive check: statistics of {len(predictive.drawn)} sets of draws from the model, latents from {by}, "
+            f"each as large as the data's {counted(predictive.n)}; the line is the data's. Furthest out first."
+        )
+        album.add("predictive.png", predictive_checks(predictive), caption)
+    program = target.program
+    if isinstance(program, VAE) and len(program.likelihood.family.event_shape) == 1:
+        _draw_latents(target, data, album, report.get("test", {}).get("rates"), log_evidence, seed)
+    return album
+
+
+def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
+    """Draw data beside what the model makes of them, and draws from the model."""
+    part, rows = evaluation_split(target.program, data)
+    whose, shape = "Held-out" if part == "test" else "Training", data.shape
     few = target.rows(slice(10))
     x = few.batch.get("x")
     by_column = data.columns.names is not None and shape is None
@@ -83,55 +125,96 @@ def draw_run(
     elif (means := _means(few, seed)) is not None:
         caption = f"{whose} data, and the mean of p(x given z) for one draw of z from the guide."
         album.add("reconstructions.png", reconstructions(x, means, shape=shape), caption)  # type: ignore[arg-type]
-    if (drawn := _draws(target, seed, MOST_DATA if by_column else 64)) is not None:
-        caption = "Draws from the model: z from the prior, x from the likelihood."
-        if by_column:
-            each = data.train["x"][:MOST_DATA], drawn
-            own, made = (torch.from_numpy(data.transform.inverse(part)) for part in each)  # in the data's units
-            beside = own, made, data.columns
-            album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
-            if (scattered := scatter_pairs(*beside)) is not None:
-                album.add("pairs.png", scattered, "Pairs of columns: data below the diagonal, draws above it.")
-        else:
-            album.add("samples.png", samples(drawn, shape=shape), caption)
-    if not isinstance(program, VAE) or len(program.likelihood.family.event_shape) > 1:
-        return album
-    latents, given, told = program.prior.family.event_shape.numel(), None, ""
+    drawn, middle = _draws(target, seed, MOST_DATA if by_column else 64)
+    if drawn is None:
+        return
+    caption = "Draws from the model: z from the prior, x from the likelihood."
+    if by_column:
+        each = data.train["x"][:MOST_DATA], drawn
+        own, made = (torch.from_numpy(data.transform.inverse(part)) for part in each)  # in the data's units
+        beside = own, made, data.columns
+        album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
+        if (scattered := scatter_pairs(*beside)) is not None:
+            caption = "Pairs of the most dependent columns: data below the diagonal, draws above it."
+            album.add("pairs.png", scattered, caption)
+    else:
+        beside_it = "" if middle is None or shape is None else " Below each the mean of p(x given z)."
+        album.add("samples.png", samples(drawn, means=middle, shape=shape), caption + beside_it)
+
+
+def _draw_latents(
+    target: Target, data: Data, album: _Album, rates: Any, log_evidence: Tensor | None, seed: int
+) -> None:
+    """Draw the latent space of a VAE: data in it, ways through it, and exact posteriors."""
+    program, shape, limits = target.program, data.shape, bounds(target.program.prior.family.support)
+    part, rows = evaluation_split(program, data)
+    whose, latents = "Held-out" if part == "test" else "Training", program.prior.family.event_shape.numel()
+    given, told = None, ""
     if program.given is not None:
         given = {key: target.batch[key][:1] for key in program.given_keys}
         told = f" Given {', '.join(given)} = {_told(data, given)}, as the first datum."
         if program.given.classes is not None and shape is not None:
             _draw_classes(target, data, album, seed)
-    points = codes(target.rows(slice(MOST_DATA)), seed=seed)[0]
-    order = points.var(0, correction=0).argsort(descending=True, stable=True).tolist()
-    which = "" if latents <= 10 else "The ten latents that vary most over the data. "
-    limits = bounds(program.prior.family.support)
-    if limits == (-math.inf, math.inf):
-        varied = traversals(program, shape=shape, latents=sorted(order[:10]), given=given)
-        caption = f"{which}The mean of x as one latent runs from -2.5 to 2.5, the others at 0.{told}"
+    many = target.rows(slice(MOST_DATA))
+    points = codes(many, seed=seed)[0]
+    said = points.new_tensor(rates) if rates else points.var(0, correction=0)
+    order = [latent for latent in said.argsort(descending=True, stable=True).tolist() if said[latent] > _SILENT]
+    real = limits == (-math.inf, math.inf)
+    if real and order:
+        with many.running(seed, "aggregate"):
+            drawn = many.draws(1)[0]
+        features = data.columns.names if shape is None else None
+        varied = traversals(program, shape=shape, latents=order[:10], codes=drawn, features=features, given=given)
+        which = "The ten latents of highest rate. " if len(order) > 10 else "Latents in the order of their rate. "
+        caption = f"{which}The mean of x as one goes through the range of the data, the others at their median.{told}"
         album.add("traversals.png", varied, caption)
-    if latents < 2:
-        return album
-    axes = min(order[:2]), max(order[:2])
+    if latents < 2 or not order:
+        return
+    many_active = len(order) > _PLANE
+    axes = None if many_active else tuple(sorted((order + [j for j in range(latents) if j not in order])[:2]))
     with fork_rng(seed, "prior", device=target.device):
-        prior = program.prior(*program.context("prior", target.rows(slice(MOST_DATA)).batch))
+        prior = program.prior(*program.context("prior", many.batch))
         prior = prior.expand(prior.batch_shape or [MOST_DATA]).sample()
-    labels = rows["y"][:MOST_DATA] if "y" in rows else None
-    which = "" if latents == 2 else ", of the two latents that vary most"
-    caption = f"{whose} data in the latent space: the guide's means{which}, over draws of the prior."
-    album.add("latents.png", latent_scatter(points, labels, names=data.classes, prior=prior, axes=axes), caption)
+    labels, quantity = rows["y"][:MOST_DATA] if "y" in rows else None, "label"
+    if labels is None and log_evidence is not None:
+        labels, quantity = log_evidence[:MOST_DATA], "log p(x), nats"
+    where = ", on their principal components" if many_active else ", of the two latents of highest rate" * (latents > 2)
+    caption = f"{whose} data in the latent space: the guide's means{where}, over draws of the prior."
+    about: Any = {"names": data.classes, "prior": prior, "axes": axes, "quantity": quantity}
+    album.add("latents.png", latent_scatter(points, labels, **about), caption)
     if latents == 2 and shape is not None and limits is not None:
-        caption = f"The mean of x over the latent plane, a regular grid in the prior's quantiles.{told}"
-        album.add("manifold.png", latent_grid(program, shape=shape, given=given), caption)
+        caption = f"The mean of x over the central 98 % of the data's codes.{told}"
+        album.add("manifold.png", latent_grid(program, shape=shape, codes=points, given=given), caption)
+    if shape is not None and real and len(points) > 1:
+        other = int((rows["y"][: len(points)] != rows["y"][0]).double().argmax()) if "y" in rows else 1
+        way = interpolation(program, points[[0, other or 1]], shape=shape, given=given)
+        caption = f"The mean of x from one datum's code to another's, on the line and on the great circle.{told}"
+        album.add("interpolation.png", way, caption)
+        value, name = (_slant(rows["x"], shape), "slanted") if "y" in rows else (rows["x"].flatten(1).mean(1), "bright")
+        value = value[: len(points)]
+        if float(value.std()) > 0:
+            varied = attribute(program, points, value, shape=shape, name=name, given=given)
+            caption = f"Data made less and more {name}, along the direction in which the codes vary with it.{told}"
+            album.add("attribute.png", varied, caption)
     try:
         with torch.enable_grad():
             p, q = gaussians(target, role="model"), gaussians(target, role="guide")
     except ValueError:
-        return album
+        return
+    first: tuple[int, int] = axes or (order[0], order[1])  # type: ignore[assignment]
     pairs = [(one.loc[:10], one.covariance[:10]) for one in (q, p)]
     caption = f"The guide's ellipses over the exact posterior's. {whose} data."
-    album.add("posteriors.png", ellipses(*pairs, axes=axes, x=x, shape=shape), caption)
-    return album
+    album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:10], shape=shape), caption)
+
+
+def _slant(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """By how many pixels the ink of a picture moves to the right from one row to the row above, (n,)."""
+    ink = x.double().reshape(len(x), -1, *shape[-2:]).mean(1)
+    ink = ink - ink.amin((1, 2), keepdim=True)
+    ink = ink / ink.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    up, across = (torch.arange(side, dtype=torch.float64, device=x.device) for side in shape[-2:])
+    mean = (ink.sum(2) @ up).unsqueeze(-1)
+    return -(ink * across).sum(2).mul(up - mean).sum(1) / (ink.sum(2) * (up - mean).square()).sum(1).clamp_min(1e-12)
 
 
 def _draw_classes(target: Target, data: Data, album: _Album, seed: int) -> None:
@@ -210,19 +293,24 @@ def _means(target: Target, seed: int) -> Tensor | None:
         return None
 
 
-def _draws(target: Target, seed: int, count: int) -> Tensor | None:
-    """Draw data from the model, as many as asked for or as there are, if it can be drawn from.
+def _draws(target: Target, seed: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """Draw data from the model, as many as asked for or as there are, if it can be drawn from, with means of p(x|z).
 
     Size factors, totals and what the model is given are those of the data.
     """
-    few = target.rows(slice(count))
-    if isinstance(target.program, VAE) and not target.program.likelihood.family.takes:
-        given = None if target.program.given is None else few.batch
-        return target.program.sample(count if given is None else few.n, given=given, seed=seed)
+    few, program = target.rows(slice(count)), target.program
+    if isinstance(program, VAE) and not program.likelihood.family.takes:
+        given = None if program.given is None else few.batch
+        n = count if given is None else few.n
+        with few.running(seed):
+            batch = program.given_batch(given, n)
+            z = program.prior(*program.context("prior", batch)).expand([n]).sample()
+            x = program.likelihood(z, *program.context("likelihood", batch))
+            return x.sample(), x.mean
     if "x" not in few.batch:
-        return None
+        return None, None
     try:
         with few.running(seed, "samples"):
-            return simulate(few)[0]["x"]
+            return simulate(few)[0]["x"], None
     except ValueError:
-        return None
+        return None, None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
+from matplotlib import rc_context
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 
@@ -154,7 +155,8 @@ def _drawn(formula: str) -> str:
     """A formula as a small picture on the line, or as it is written where it cannot be drawn."""
     svg = io.BytesIO()
     try:
-        depth = math_to_image(f"${formula}$", svg, prop=FontProperties(size=11), format="svg", dpi=72)
+        with rc_context({"savefig.facecolor": "none"}):
+            depth = math_to_image(f"${formula}$", svg, prop=FontProperties(size=11), format="svg", dpi=72)
     except ValueError:
         return Markup("<code>{}</code>").format(formula)
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()

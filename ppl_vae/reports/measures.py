@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.data.batches import rows_within
 from ppl_vae.data.loading import Data
 from ppl_vae.evaluation.class_evidence import class_evidence
 from ppl_vae.evaluation.comparison import compare_posteriors
 from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
+from ppl_vae.evaluation.predictive import PredictiveCheck, predictive_check
 from ppl_vae.evaluation.weights import Precision
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
@@ -155,6 +157,57 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
     return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
 
 
+def predict(target: Target, data: Data, *, seed: int = 0) -> PredictiveCheck | None:
+    """Compare statistics of at most 200 data, by column in their own units, with those of draws; None if none can be.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        seed: of all draws.
+    """
+    names = None if data.shape is not None else data.columns.names
+    few = target if target.structure.whole else target.rows(slice(200))
+
+    def units(rows: Tensor) -> Tensor:
+        return torch.from_numpy(data.transform.inverse(rows)).double()
+
+    try:
+        return predictive_check(few, draws=100, names=names, units=units if names else None, seed=seed)
+    except (ValueError, NotImplementedError):
+        return None
+
+
+def strangest(target: Target, data: Data, log_evidence: Tensor, most: int = 5) -> list[dict[str, Any]] | None:
+    """The rows of a table that the model finds least probable, with their rarest values; None of other data.
+
+    A value is as rare as the share of training data that lie as far out or further, or that have the same code.
+
+    Args:
+        target: the program and its evaluation split.
+        data: all of its data.
+        log_evidence: of the evaluation split, (n,).
+        most: the number of rows.
+    """
+    columns = data.columns
+    if columns.names is None or data.shape is not None or "x" not in target.batch or len(log_evidence) < 2:
+        return None
+    known, own = (data.transform.inverse(x.flatten(1)) for x in (data.train["x"], target.batch["x"]))
+    mask, rows = target.batch.get("mask"), []
+    for row in log_evidence.argsort()[:most].tolist():
+        found = []
+        for j, name in enumerate(columns.names):
+            if mask is not None and not bool(mask[row, j]):
+                continue
+            value, words = own[row, j], (columns.categories or {}).get(name)
+            share = min((known[:, j] <= value).mean(), (known[:, j] >= value).mean())
+            if words:
+                share = (known[:, j].round() == round(value)).mean()
+            found.append((share, name, words[min(round(value), len(words) - 1)] if words else f"{value:.4g}"))
+        rare = {name: word for _, name, word in sorted(found, key=lambda each: each[0])[:4]}
+        rows.append({"row": row, "log_evidence": float(log_evidence[row]), "values": rare})
+    return rows
+
+
 def measure(target: Target) -> str:
     """What the likelihood assigns to data: a `probability mass`, or a `density`, whose nats depend on their units.
 
@@ -240,6 +293,8 @@ def _fit_baseline(target: Target, data: Data, latent: int, evidence: Tensor) -> 
     conditional VAE PPCA is fitted to what a linear regression of x on what is given leaves.
     """
     given, rows = getattr(target.program, "given", None), evaluation_split(target.program, data)[1]
+    if len(data.train["x"]) > rows_within(data.features):
+        return None
     x, mask, other = data.train["x"].double(), data.train.get("mask"), rows["x"].double()
     large = mask is not None and (given is not None or x.numel() * (latent + 1) ** 2 > _MOST_EM)
     if not measure(target).startswith("density") or large:

@@ -80,7 +80,12 @@ def run_page(text: str, report: Mapping[str, Any], captions: Mapping[str, str], 
     return page(text, about=_about(report), numbers=first_numbers(report), pictures=pictures, first=first)
 
 
-_FIRST = ("reconstructions.png", "samples.png", "predictive.png")  # what stands on the first screen, if it is there
+_FIRST = (
+    "reconstructions.png",
+    "samples.png",
+    "moments.png",
+    "predictive.png",
+)  # what stands on the first screen, if it is there
 
 
 def _about(report: Mapping[str, Any]) -> str:

@@ -60,6 +60,10 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
         yield f"{smaller}, or more data."
     if data["part"] == "train" and not whole:
         yield "For figures of new data take a guide that reads them, by a network such as `Linear` or `MLP`."
+    off = any(one["off"] for one in report.get("predictive", {}).get("statistics", ()))
+    if off and not learning and not worse:
+        listed = ": `ppl-vae list likelihood`" if "likelihood" in spec else ""
+        yield f"Another likelihood may draw what this one cannot{listed}."
     yield from _of_guide(report, whole=whole, learning=learning, fits=fits, networks=networks)
     if collapsed and not (worse and lost) and "latent" in spec.get("model", {}) and test["active_units"]:
         yield f"Fewer latents would do as well: `model.latent = {test['active_units']}`."

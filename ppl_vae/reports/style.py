@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -181,9 +182,14 @@ def legend_above(ax: Axes) -> None:
     ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
-def ticks_at(n: int = 5) -> MaxNLocator:
-    """About n ticks, on whole numbers if possible."""
-    return MaxNLocator(n, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+def ticks_at(n: int = 5, *, integer: bool = True) -> MaxNLocator:
+    """About n ticks, on whole numbers if possible and asked for."""
+    return MaxNLocator(n, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
+
+
+def shades(count: int) -> Array:
+    """Colours from dark to light, (count, 4)."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count))  # type: ignore[no-any-return]
 
 
 def short(text: str, most: int = 18) -> str:

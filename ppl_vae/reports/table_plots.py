@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Tensor
 
 from ppl_vae.data.columns import Columns
@@ -57,7 +58,8 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
 def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4) -> Figure | None:
     """Scatter pairs of columns, data below the diagonal and samples above it, at most 500 points each.
 
-    Of columns with more than twelve values the first `most` are shown; None if there are fewer than two.
+    Of columns with more than twelve values those that depend most on others, by Spearman's rank correlation, are shown;
+    None if there are fewer than two.
 
     Args:
         x: data, (n, x).
@@ -66,9 +68,12 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
         most: the number of columns to show.
     """
     data, drawn = (part[:500] for part in _rows(x, samples, columns))
-    shown = [j for j in range(columns.count) if len(np.unique(data[:, j])) > _BARS][:most]
+    shown = [j for j in range(columns.count) if len(np.unique(data[:, j])) > _BARS]
     if len(shown) < 2:
         return None
+    ranks = DataFrame(data[:, shown]).corr("spearman").abs().fillna(0.0).to_numpy() - np.eye(len(shown))
+    chosen = np.argsort(-ranks.max(0), kind="stable")[:most]
+    shown = sorted(shown[j] for j in chosen)
     names, size = _names(columns), len(shown)
     figure = Figure((1.5 * size + 0.7, 1.5 * size + 0.7), dpi=120, layout="constrained")
     grid = figure.subplots(size, size, squeeze=False)

@@ -12,3 +12,4 @@ from .save import save_run as save_run
 from .schema import json_schema as json_schema
 from .spec import Spec as Spec
 from .spec import load_spec as load_spec
+from .trackers import tensorboard as tensorboard

@@ -89,7 +89,7 @@ class Applied:
         )
         held_out = kept["log_evidence"].double() if known["part"] == "test" else None
         prior = getattr(run.spec.evaluation, "class_prior", None)
-        options = {"data": run.spec.load_data, "class_prior": prior}
+        options = {"data": run.spec.load_data, "class_prior": prior, "piece": reader.rows}
         return cls(run.program, reader, held_out, run.spec.evaluation.samples, run.spec.svi.seed, **options)
 
     @property

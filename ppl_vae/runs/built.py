@@ -14,7 +14,7 @@ from ppl_vae.programs.given import ROLES
 from ppl_vae.programs.vae import VAE
 from ppl_vae.runs.spec_file import plain
 
-_LACKING = {"latent": None, "program": None, "class_prior": None, "seed": 0}
+_LACKING = {"latent": None, "program": None, "class_prior": None, "seed": 0, "precision": "full"}
 
 
 class Built:

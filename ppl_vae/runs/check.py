@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.data.batches import check_observed
+from ppl_vae.data.batches import AT_ONCE, check_observed, rows_within
 from ppl_vae.data.loading import Data
 from ppl_vae.data.memory import as_data
 from ppl_vae.evaluation.evidence import log_weights
@@ -235,7 +235,7 @@ def column_hints(data: Data) -> list[str]:
         hints.append(f"{', '.join(kept)}: as they are, since standardize scales no counts and no shares")
     if "x" not in data.train:
         return hints
-    x, words = data.train["x"].double(), data.columns.categories or {}
+    x, words = data.train["x"][: rows_within(data.features, AT_ONCE)].double(), data.columns.categories or {}
     x = torch.where(x.isnan(), x.nanmean(0), x)
     names = list(columns)[: data.features] or [f"column {j + 1}" for j in range(data.features)]
     steps, spread = torch.finfo(data.train["x"].dtype).eps * x.abs().amax(0), x.std(0, correction=0)

@@ -86,7 +86,7 @@ def check_run(path: str | Path) -> RunCheck:
 def _state(file: Path, sha: str | None) -> str:
     if not storage.is_plain(file):
         return "missing"
-    if sha is None or storage.digest(file) == sha:
+    if sha is None or storage.is_as_written(file, sha):
         return "as written"
     if file.name in (*storage.REPORTS, "spec.toml"):
         return "edited"

@@ -1,7 +1,7 @@
 """`Run`: a finished run, loaded without pickles or data, and what its program says of rows."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,9 @@ class Run:
     """
 
     path: Path
-    spec: Spec | Built
-    program: Any
-    report: dict[str, Any]
+    spec: Spec | Built = field(repr=False)
+    program: Any = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.program, nn.Module):

@@ -13,8 +13,9 @@ class Pace:
     """Keeps time between the states of a run that are kept.
 
     Args:
-        text: how often: a time such as "60 s", "5 min" or "1 h" (at an epoch's end, and less often if it would take
-            more than a hundredth of all time), a number of epochs such as "10 epochs", or "off".
+        text: how often: a time such as "60 s", "5 min" or "1 h" (at an epoch's end, or within one that takes longer;
+            less often if it would take more than a hundredth of all time), a number of epochs such as "10 epochs", or
+            "off".
 
     Raises:
         ValueError: If it is none of these.
@@ -26,14 +27,21 @@ class Pace:
             raise ValueError(f'Expected `checkpoint` such as "60 s", "5 min", "10 epochs" or "off"; got {text!r}.')
         self.every, self.unit = (float(match[1]), match[2]) if match[1] else (0.0, "")
         self.began, self.cost, self.epochs = time.monotonic(), 0.0, 0
-        self.kept = 0
+        self.kept, self.epoch_began = 0, self.began
 
     def is_due(self) -> bool:
         """Whether the state is to be kept; called once at each epoch's end."""
-        self.epochs += 1
+        self.epochs, self.epoch_began = self.epochs + 1, time.monotonic()
         if self.unit not in _UNITS:
             return bool(self.unit) and self.epochs >= self.every
-        return time.monotonic() - self.began >= max(self.every * _UNITS[self.unit], self.cost / SHARE)
+        return self._passed(self.began)
+
+    def is_due_within(self) -> bool:
+        """Whether the state is to be kept before the epoch ends, since it takes long."""
+        return self.unit in _UNITS and self._passed(max(self.began, self.epoch_began))
+
+    def _passed(self, start: float) -> bool:
+        return time.monotonic() - start >= max(self.every * _UNITS[self.unit], self.cost / SHARE)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:

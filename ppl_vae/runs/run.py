@@ -5,7 +5,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ppl_vae import _processes as processes
 from ppl_vae._checks import check_int
+from ppl_vae._progress import reporting
 from ppl_vae.data.loading import Data
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
@@ -22,7 +23,16 @@ from ppl_vae.programs.param_store import device_and_dtype
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.diagnostics import Diagnostics, diagnose, find_reference
 from ppl_vae.reports.figures import draw_diagnostics, draw_run
-from ppl_vae.reports.measures import classify, evaluate, evaluation_split, measure, trained
+from ppl_vae.reports.measures import (
+    classify,
+    evaluate,
+    evaluation_split,
+    finite,
+    measure,
+    predict,
+    strangest,
+    trained,
+)
 from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.blame import blamed
@@ -34,6 +44,8 @@ from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.start import begin, learned_by
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
+
+OnEpoch = Callable[[int, State], None]
 
 
 def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
@@ -63,8 +75,11 @@ def fit_spec(
     force: bool = False,
     trust_code: bool = False,
     say: Say = quiet,
+    on_epoch: OnEpoch | None = None,
 ) -> Run:
     """Train what a spec says, evaluate it, and leave a run directory.
+
+    Its `metrics.jsonl` grows by a line an epoch meanwhile.
 
     Args:
         source: a spec or its path, a program `file.py[:Class]`, or the directory of an interrupted run to go on with.
@@ -73,19 +88,20 @@ def fit_spec(
         device: `auto`, `cpu` or `cuda`.
         force: whether to replace a finished run at `out`.
         trust_code: whether a program file that a run brings may run. One that your own spec names always may.
-        say: takes messages for the user.
+        say: takes messages for the user, among them how far training and evaluation are, every ten seconds.
+        on_epoch: called after each epoch with its number and the `State`, such as `trackers.tensorboard(...)`.
 
     Raises:
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    with stops.listening(), processes.group(device):
+    with stops.listening(), reporting(say), processes.group(device):
         if out is not None and processes.restarted() and (Path(out) / storage.STATE).exists():
             source, overrides, out = out, None, None
         if processes.rank():
             return _follow(source, overrides, pick_device(device), trust_code)
         with processes.telling():
-            return _lead(source, overrides, out, device, force, trust_code, say)
+            return _lead(source, overrides, out, device, force, trust_code, say, on_epoch)
 
 
 def _lead(
@@ -96,6 +112,7 @@ def _lead(
     force: bool,
     trust_code: bool,
     say: Say,
+    on_epoch: OnEpoch | None,
 ) -> Run:
     """What `fit_spec` does, in the first of several processes."""
     with contextlib.ExitStack() as stack:
@@ -104,7 +121,7 @@ def _lead(
                 trusted = trust_code or not storage.is_run(Path(source).parent)
                 source = load_spec(source, overrides, trust_code=trusted, say=say)
             place = stack.enter_context(pick_place(source, out, force=force, say=say))
-            return _train(source, place, pick_device(device), False, say)
+            return _train(source, place, pick_device(device), False, say, on_epoch)
         if overrides or out is not None:
             raise ValueError(
                 "Expected neither --set, --from nor --out with an interrupted run, which goes on as it began."
@@ -112,7 +129,7 @@ def _lead(
         storage.check_folder(Path(source), finished=False)
         place = stack.enter_context(places.claimed(Path(source), say=say))
         storage.check_folder(place.path, finished=False)
-        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say)
+        return _train(read_spec(place.path, trust_code, say), place, pick_device(device), True, say, on_epoch)
 
 
 def _follow(
@@ -145,7 +162,9 @@ def _settings(spec: Spec, program: Any, data: Data, device: torch.device) -> dic
     return settings
 
 
-def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say) -> Run:
+def _train(
+    spec: Spec, place: places.Place, device: torch.device, resumed: bool, say: Say, on_epoch: OnEpoch | None
+) -> Run:
     """Train from the start or from an interrupted run's state, and write the run."""
     for text in (spec.to_toml(), str(place.folder)):
         if (plain := text.encode(errors="replace").decode()) != text:
@@ -160,44 +179,72 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
             say(text)
     learned = storage.learned_state(program)  # refuses what no file can hold, before the work
     machines = [machine(device)]
-    start, latest = None, None  # the state of the last whole epoch, and what was learned by then
+    start: dict[str, Any] | None = None
+    now: State | None = None
+    latest: Any = None  # the state of the last checkpoint, and what was learned by then
     go_on = f"its state is in {place.path}. Go on with: ppl-vae fit {place.path}{' --trust-code' * bool(spec.programs)}"
     if resumed:
         start = storage.read_state(place.path / storage.STATE)
         with storage.reading(place.path / storage.STATE, "a training state"):
             check_same_data(place.path, start.pop("protocol"), data)
             record = start.pop("start", None)
-            say(f"goes on after epoch {len(start['history']['elbo'])} of {spec.svi.epochs}")
+            say(f"goes on after {reached(start, spec.svi.epochs)}")
         storage.load_learned_state(program, place.path / "model.safetensors")
         machines = trained_on(place.path, machines)
     place.reserve(5 * sum(value.nbytes for value in learned[0].values()) + 2**20)
     pace = Pace(spec.svi.checkpoint)
+    live = resumed or not storage.is_run(place.folder)  # another run that is to be replaced stays as it is till then
+    if live:
+        storage.trim_metrics(place.folder, len(start["history"]["elbo"]) if start else 0)
 
-    def keep(reached: tuple[dict[str, Any], Any]) -> str:
-        """Write the state of the last whole epoch, and say where it is and how to go on."""
-        state, learned = reached
+    def keep(latest: tuple[dict[str, Any], Any]) -> str:
+        """Write the latest state, and say where it is and how to go on."""
+        nonlocal live
+        state, learned = latest
         with pace.keeping(), stops.held_off(), place.replacing(trained=machines) as partial:
             write_trained(partial, place.path, spec, learned, state["history"])
             storage.write_state({**state, "protocol": data.protocol, "start": record}, partial / storage.STATE)
+        live = True
         return go_on
 
-    def note(epoch: int, now: State) -> None:
-        nonlocal latest
-        latest = now.save(), storage.learned_state(program)
+    def look(state: State, is_due: Callable[[], bool]) -> None:
+        nonlocal now, latest
+        now = state
         stops.look()
-        if pace.is_due():
+        if is_due():
+            latest = (state.save() if state.losses else state.good), storage.learned_state(program)
+            where = reached(latest[0], spec.svi.epochs)
             try:
                 how = keep(latest)
             except OSError as error:
-                say(f"the state after epoch {epoch + 1} cannot be kept, and training goes on: {error}")
+                say(f"the state after {where} cannot be kept, and training goes on: {error}")
             else:
                 if pace.kept == 1:
-                    say(f"after epoch {epoch + 1} and every {spec.svi.checkpoint} {how}")
+                    say(f"after {where} and every {spec.svi.checkpoint} {how}")
+
+    def note(epoch: int, state: State) -> None:
+        if live:
+            with contextlib.suppress(OSError):  # a full disk is told of by what keeps the state
+                storage.append_metrics(vars(state.history), place.folder)
+        if on_epoch is not None:
+            on_epoch(epoch, state)
+        look(state, pace.is_due)
+
+    def last() -> tuple[dict[str, Any], Any] | None:
+        """The state of the last epoch, or of a checkpoint after that, and what was learned by then."""
+        if now is None or now.good is None or not now.good["history"]["elbo"]:
+            return latest
+        good, steps = now.good, -1 if latest is None else latest[0]["history"]["steps"]
+        if steps >= good["history"]["steps"]:
+            return latest  # type: ignore[no-any-return]
+        now.load(good)
+        return good, storage.learned_state(program)
 
     history = None
     try:
         settings = {**_settings(spec, program, data, device), "resume": start, "on_epoch": note}
         processes.tell({"state": start})
+        settings["on_step"] = lambda state: look(state, pace.is_due_within)
         with blamed(spec.programs):
             history = fit(program, data.to(device), **settings)
             part, rows = evaluation_split(program, data)
@@ -207,21 +254,31 @@ def _train(spec: Spec, place: places.Place, device: torch.device, resumed: bool,
                 return write_run(place, spec, program, data, vars(history), machines, record)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        if latest is None:
+        if (held := last()) is None:
             what = (
                 f"interrupted before another epoch ended; {go_on}"
                 if resumed
                 else "interrupted in the first epoch; nothing was kept"
             )
             raise stops.Stopped(what, number) from None
-        when = f"interrupted after epoch {len(latest[0]['history']['elbo'])} of {spec.svi.epochs}"
-        raise stops.Stopped(f"{when}; {keep(latest)}", number) from None
+        when = f"interrupted after {reached(held[0], spec.svi.epochs)}"
+        raise stops.Stopped(f"{when}; {keep(held)}", number) from None
     except Exception:
-        if latest is not None:
+        if (held := last()) is not None:
             when = "the evaluation failed" if history is not None else "the training failed"
             with contextlib.suppress(OSError, ValueError):
-                say(f"{when} after epoch {len(latest[0]['history']['elbo'])}; {keep(latest)}")
+                say(f"{when} after {reached(held[0], spec.svi.epochs)}; {keep(held)}")
         raise
+    finally:
+        if place.known is None:  # no state was kept
+            (place.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def reached(state: Mapping[str, Any], epochs: int) -> str:
+    """How far a training state is, in words."""
+    place = state.get("place")
+    steps = "" if place is None else f" and {len(place['losses'])} steps"
+    return f"epoch {len(state['history']['elbo'])} of {epochs}{steps}"
 
 
 def write_run(
@@ -283,7 +340,7 @@ def evaluate_run(
         check_int("samples", samples)
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
-    with stops.listening(), places.claimed(Path(path), say=say) as place:
+    with stops.listening(), reporting(say), places.claimed(Path(path), say=say) as place:
         run = read_run(place.path, trust_code, say)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
@@ -346,8 +403,11 @@ def _write_report(
         **blocks,
     }
     classes = classify(target, data, samples=samples, prior=spec.evaluation.class_prior, seed=seed)
-    report |= {} if classes is None else {"classes": classes}
-    captions, notes = draw_run(target, data, history, partial / "figures", classes=classes, seed=seed), []
+    predictive, strange = predict(target, data, seed=seed), strangest(target, data, evidence.log_evidence)
+    more = {"classes": classes, "predictive": predictive and predictive.summary(), "strangest": strange}
+    report |= finite({key: block for key, block in more.items() if block is not None})
+    drawn: Any = {"report": report, "log_evidence": evidence.log_evidence, "predictive": predictive, "seed": seed}
+    captions, notes = draw_run(target, data, history, partial / "figures", **drawn), []
     if diagnostics != Diagnostics():
         results = diagnose(target, evidence, diagnostics, reference, seed=seed)
         report |= results.report

@@ -18,6 +18,7 @@ from torch.distributions import constraints
 
 from ppl_vae import families
 from ppl_vae._seeds import fork_rng
+from ppl_vae.data.batches import rows_within
 from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import is_path, root_folder, unused_keys
 from ppl_vae.data.loading import Data, load
@@ -150,6 +151,7 @@ class Spec:
             ValueError: If they cannot be found or read, or do not suit the settings.
         """
         with _blamed(self):
+            _check_there(self.data.name, self.path.absolute().parent.resolve())
             data = load(**self.to_dict()["data"])
         names = [] if self.model.program is None else keywords(load_program(self.model.program).model)  # type: ignore[attr-defined]
         return data.with_entries(name for name in names if name != "x")
@@ -169,7 +171,9 @@ class Spec:
                 _check_labels(data)
             program: Any = self.assemble(columns=data.columns, rows=len(next(iter(data.train.values()))))
             if hasattr(program, "initialise"):
-                given = {key: data.train[key].cpu() for key in ("x", "size_factor", "mask", *KEYS) if key in data.train}
+                few = rows_within(data.features)
+                keys = [key for key in ("x", "size_factor", "mask", *KEYS) if key in data.train]
+                given = {key: data.train[key][:few].cpu() for key in keys}
                 own = [given[key] for key in ("x", "mask") if key in given]
                 if len(own) > 1 and "mask" not in keywords(program.initialise):
                     raise ValueError("Expected `initialise` to take `mask`, True if observed, since cells are missing.")
@@ -269,6 +273,15 @@ def _found(name: str, *folders: Path) -> str:
     """The absolute path of what lies in one of some folders, or would lie in the first."""
     places = [folder / Path(name).expanduser() for folder in folders]
     return str(next((place for place in places if place.exists()), places[0]).resolve())
+
+
+def _check_there(name: str, home: Path) -> None:
+    """Refuse the path of data that are not there, by all places where they were looked for."""
+    if is_path(name) and not Path(name).exists() and Path(name).is_relative_to(home):
+        inner = Path(name).relative_to(home)
+        others = [str(folder / inner) for folder in (root_folder(None)[0], Path.cwd()) if folder.resolve() != home]
+        nor = "".join(f", nor at {other}" for other in others)
+        raise ValueError(f"Expected a data file at {name}; got no such file or folder{nor}. Correct `name`.")
 
 
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,7 +103,7 @@ def _others(folder: Path) -> list[str]:
             if name not in own or not plain:
                 if not (plain and path.name in _DESKTOP):
                     others.append(name)
-            elif own[name] and _EDITED.fullmatch(name) and digest(path) != own[name]:
+            elif (sha := own[name]) and _EDITED.fullmatch(name) and not is_as_written(path, sha):
                 others.append(f"{name} (edited)")
     return others
 
@@ -120,6 +120,11 @@ def own_files(folder: Path) -> dict[str, str | None]:
     with contextlib.suppress(ValueError):
         metadata = read_metadata(folder / "model.safetensors", checked=False)
     if "format_version" not in metadata:
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            if _metrics(
+                plain_bytes(folder / "metrics.jsonl"), alone=True
+            ):  # of a training that was killed before its first state
+                return {"metrics.jsonl": None}
         return {}
     report = folder / "report.md"
     figures = (
@@ -340,15 +345,50 @@ def read_report(folder: Path) -> dict[str, Any]:
 def write_metrics(history: Mapping[str, Any], folder: Path) -> None:
     """Write `metrics.jsonl`, one line per epoch; without validation data its bound is null."""
     rows = itertools.zip_longest(*(history.get(key, ()) for key in METRICS))
-    lines = [{"epoch": epoch, **dict(zip(METRICS, row, strict=True))} for epoch, row in enumerate(rows)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lines = [_metrics_line(epoch, row) for epoch, row in enumerate(rows)]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _metrics_line(epoch: int, row: Iterable[Any]) -> str:
+    return json.dumps({"epoch": epoch, **dict(zip(METRICS, row, strict=True))}) + "\n"
+
+
+def trim_metrics(folder: Path, epochs: int) -> None:
+    """Cut the metrics of an unfinished run to so many epochs: a killed training may have left more than its state."""
+    if is_plain(path := folder / "metrics.jsonl"):
+        os.truncate(path, len(b"".join(plain_bytes(path).splitlines(keepends=True)[:epochs])))
+
+
+def append_metrics(history: Mapping[str, Any], folder: Path) -> None:
+    """Add the line of the last epoch to the metrics of a run that is being trained."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        last = [(history.get(key) or [None])[-1] for key in METRICS]
+        file.write(_metrics_line(len(history["elbo"]) - 1, last))
+
+
+def _metrics(held: bytes, *, alone: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics, of which a torn last one does not count; with `alone` no others may stand there."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in held.decode().split("\n")[:-1]]
+    if alone and any(line.keys() != {"epoch", *METRICS} for line in lines):
+        raise ValueError("it has other lines than those of epochs")
+    return lines
+
+
+def is_as_written(path: Path, sha: str) -> bool:
+    """Whether a file is as its run wrote it, or metrics that have grown since, an epoch at a time."""
+    if digest(path) == sha:
+        return True
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        if path.name == "metrics.jsonl":
+            return len(_metrics(plain_bytes(path), alone=True)) >= len(_metrics(read_file(path)))
+    return False
 
 
 def read_metrics(folder: Path, epochs: int) -> dict[str, list[Any]]:
     """Read `metrics.jsonl` of a finished run: the history that `write_metrics` was given."""
     file = folder / "metrics.jsonl"
     with reading(file, "JSON lines"):
-        lines = [json.loads(line) for line in read_file(file).decode().splitlines()]
+        lines = _metrics(read_file(file))
         if len(lines) != epochs:
             raise ValueError(f"it has {len(lines)} lines for {epochs} epochs")
         return {key: [line[key] for line in lines if line.get(key) is not None] for key in METRICS}

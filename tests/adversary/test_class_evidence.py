@@ -125,7 +125,7 @@ def test_the_probabilities_of_classes_are_within_their_errors() -> None:
 
 def test_errors_that_are_ten_times_too_small_would_show() -> None:
     program, x, truth, prior, _ = case(0)
-    found = class_evidence(program, x, 4000, classes=truth.shape[1], class_prior=prior)
+    found = class_evidence(program, x, 20_000, classes=truth.shape[1], class_prior=prior)
     assert bool(found.settled.all())
     assert float(score(found, truth, prior)[1].max()) < 5
     small = replace(found, mc_se=found.mc_se / 10, bias=found.bias / 100)

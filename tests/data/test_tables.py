@@ -488,3 +488,27 @@ def test_numbers_with_words_further_down_are_one_table(tmp_path: Path) -> None:
     path.write_text("id,b\n01,2\n02,NaN\n03, 4\n")
     data = load(path, id="id", missing="drop rows", test_fraction=0.0)
     assert sorted(data.ids["train"]) == ["01", "03"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ("0,1,2\n4.5,3.5,1\n9,7,8\n0,0,1", ["0", "1", "2"]),
+        ("2019;2020;2021\n1;2;3\n4;6;6\n9;8;1", ["2019", "2020", "2021"]),
+        ("0,1,2\n1,2,3\n5,6,7\n1,1,9", None),  # other rows are like that
+        ("1,2\n3,5\n7,8\n1,1", None),  # two columns are always in equal steps
+        ("3,1,4\n1,5,9\n2,6,5\n3,5,8", None),
+        ("7,7,7\n1,5,9\n2,6,5\n3,5,8", None),
+    ],
+)
+def test_a_header_of_numbers_is_told_from_a_row(lines, names, tmp_path):
+    (tmp_path / "t.csv").write_text(lines + "\n")
+    loaded = load(tmp_path / "t.csv", test_fraction=0.0)
+    assert loaded.feature_names == names
+    assert len(loaded.train["x"]) == len(lines.splitlines()) - (names is not None)
+
+
+def test_a_decimal_comma_is_named(tmp_path):
+    (tmp_path / "t.csv").write_text("a;b\n1,5;2\n2,5;3\n3;4\n")
+    with pytest.raises(ValueError, match="decimals follow a point, not a comma"):
+        load(tmp_path / "t.csv")

@@ -1027,3 +1027,42 @@ def test_the_embedded_digits() -> None:
     assert ((found.log_evidence - found.bias - truth).abs() < 5 * found.mc_se + 1e-3).all()
     assert (found.elbo < truth).all()
     assert found.kind == "estimate"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_where_memory_ends_fewer_draws_go_side_by_side(error: Exception, monkeypatch: Any) -> None:
+    """Exact weights stay exact; others agree within their errors, and are found by draws that do not repeat."""
+    x, asked = draws(150, 5).float().double(), []
+    vae = randomise(linear_vae_of(5))
+    plain, traces = log_evidence(vae, x, 300), Target.traces
+
+    def small(self: Target, samples: int, *key: int | str) -> Any:
+        asked.append(samples)
+        if samples > 40:
+            raise error
+        return traces(self, samples, *key)
+
+    monkeypatch.setattr(Target, "traces", small)
+    few = log_evidence(vae, x, 300)
+    assert max(size for size in asked if size <= 40) > 20
+    assert sum(size > 40 for size in asked) <= 3  # it is not tried again and again
+    spread = plain.mc_se.hypot(few.mc_se)
+    assert bool(((plain.log_evidence - few.log_evidence).abs() < 5 * spread + 1e-9).all())
+    assert not torch.equal(plain.log_evidence, few.log_evidence)
+    exact = PPCA.fit(x, 2).to_vae()
+    assert torch.allclose(log_evidence(exact, x, 300).log_evidence, exact_log_evidence(exact, x), atol=1e-10)
+
+    def never(self: Target, samples: int, *key: int | str) -> Any:
+        raise error
+
+    monkeypatch.setattr(Target, "traces", never)
+    with pytest.raises(type(error)):
+        log_evidence(vae, x, 300)
+
+
+def linear_vae_of(features: int) -> VAE:
+    return VAE(
+        Conditional(StandardNormal(2)),
+        Conditional(Normal(features, scale="shared"), MLP(hidden=[4])),
+        Conditional(Normal(2), MLP(hidden=[4])),
+    )

@@ -1,15 +1,20 @@
 """The inference gap and its two parts, against their closed forms on PPCA and their signs elsewhere."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
+from scipy import stats
 from scipy.fft import dct
+from scipy.special import gammaln, logsumexp
 from sklearn.datasets import load_digits
 from torch import Tensor
 from twins import TWINS, draws, linear_vae, randomise
@@ -417,3 +422,30 @@ def test_a_model_that_is_written_to_is_caught() -> None:
     randomise(vae)
     with pytest.raises(RuntimeError, match="Expected the model to stay frozen"):
         inference_gap(vae, (draws(4, 5) > 0).double(), draws=2, steps=1)
+
+
+def test_shares_with_enumerated_sites_beside_them() -> None:
+    """A mixture whose weights alone are unknown: its evidence is the sum over the assignments of five data."""
+    x, locs = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]), torch.tensor([0.5, 11.0, 3.0])
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([0.5, 1.0, 2.0])))
+        with pyro.plate("data", len(x)):
+            part = pyro.sample("part", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(locs[part], 2.0), obs=x)
+
+    program = Program(model, "AutoNormal")
+    batch = {"x": x}
+    fit(program, batch, elbo="TraceEnum_ELBO", epochs=50, batch_size=5, learning_rate=0.1)
+    seen = stats.norm(locs.numpy(), 2.0).logpdf(x.numpy()[:, None])
+    terms = []
+    for parts in itertools.product(range(3), repeat=5):
+        alpha = np.array([0.5, 1.0, 2.0])
+        counts = alpha + np.bincount(parts, minlength=3)
+        dirichlet = gammaln(counts).sum() - gammaln(alpha).sum() + gammaln(alpha.sum()) - gammaln(counts.sum())
+        terms.append(dirichlet + seen[range(5), list(parts)].sum())
+    gap = inference_gap(program, batch, draws=1000, steps=50)
+    assert gap.family == "Normal"
+    assert abs(float(gap.total + gap.elbo) - logsumexp(terms)) < 5 * float(gap.error)
+    assert 0 < float(gap.approximation) < float(gap.total) + 5 * float(gap.amortization_error)

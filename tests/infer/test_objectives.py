@@ -319,6 +319,13 @@ def test_patience_and_keep_judge_the_objective_after_the_warm_up():
     assert len(again.elbo) == 7  # a run that stopped stays stopped
 
 
+def within(start, x, options, steps):
+    """Runs that go on from within an epoch."""
+    for state in (steps[0], steps[3], steps[-1]):
+        other = copy.deepcopy(start)
+        yield other, fit(other, x, **options, resume=state)
+
+
 RUNS = [
     {"elbo": "ImportanceWeighted", "particles": 3, "optimizer": "SGD", "momentum": 0.9, "schedule": "cosine-restarts"},
     {"elbo": "Renyi", "alpha": 0.5, "particles": 3, "gradient": "dreg", "optimizer": "Adamax"},
@@ -346,15 +353,19 @@ def test_each_is_captured_and_resumed_to_the_last_bit(options, monkeypatch, capl
     options = {"epochs": 4, "batch_size": 6, "learning_rate": 0.05, "validation": x, **options}
     for capture, later in (("auto", "auto"), ("graph", "off")):
         saved.clear()
-        whole, part = copy.deepcopy(start), copy.deepcopy(start)
+        whole, part, steps = copy.deepcopy(start), copy.deepcopy(start), []
         keep = {"on_epoch": lambda epoch, state: saved.append(copy.deepcopy(state.save()))}
+        keep["on_step"] = lambda state, steps=steps: steps.append(copy.deepcopy(state.save()))
         a = fit(whole, x, **options, capture=capture, **keep)
+        assert [len(one["place"]["losses"]) for one in steps] == [1, 2] * 4  # between the three steps of each epoch
         b = fit(part, x, **options, resume=saved[0], capture=later)
         assert (a.capture, b.capture) == ({"auto": "fast"}.get(capture, capture), {"auto": "fast"}.get(later, later))
         assert not caplog.records  # which would say why there was no graph
-        for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
-            assert getattr(a, key) == getattr(b, key)
-        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), part.parameters(), strict=True))
+        for resumed, c in ((part, b), *within(start, x, {**options, "capture": capture}, steps)):
+            for key in ("objective", "elbo", "validation", "validation_objective", "learning_rate"):
+                assert getattr(a, key) == getattr(c, key)
+            pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
 
 
 # What is refused

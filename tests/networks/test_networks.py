@@ -275,17 +275,22 @@ def _spread(picture: Any, layer: Any, shape: tuple[int, int]) -> Any:
     return answer if layer.bias is None else answer + layer.bias.detach().numpy()[:, None, None]
 
 
+@pytest.mark.parametrize("others", [0, 2])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 4, 6)], ids=str)
-def test_an_encoder_is_convolutions_then_layers(shape: tuple[int, ...], kernel: int) -> None:
+def test_an_encoder_is_convolutions_then_layers(shape: tuple[int, ...], kernel: int, others: int) -> None:
+    """What is given beside the picture joins behind the convolutions."""
     network: Any = Conv(shape, channels=[2, 3], kernel=kernel, hidden=[4], activation="tanh")
-    network.build(math.prod(shape), torch.randn(5))
-    network.centre(torch.randn(math.prod(shape)), torch.tensor(2.0))
-    context = torch.randn(math.prod(shape))
+    network.others, pixels = others, math.prod(shape)
+    network.build(pixels + others, torch.randn(5))
+    network.centre(torch.randn(pixels + others), torch.tensor(2.0))
+    context = torch.randn(pixels + others)
     first, second, dense, last = (layer for layer in network.layers if hasattr(layer, "weight"))
-    picture = ((context - network.shift) / 2).numpy().reshape(-1, *shape[-2:])
+    standard = ((context - network.shift) / 2).numpy()
+    picture = standard[:pixels].reshape(-1, *shape[-2:])
     picture = np.tanh(_convolved(np.tanh(_convolved(picture, first)), second))
-    answer = last.weight.detach().numpy() @ np.tanh(_affine(dense, picture.flatten())) + network.bias.detach().numpy()
+    joined = np.concatenate([picture.flatten(), standard[pixels:]])
+    answer = last.weight.detach().numpy() @ np.tanh(_affine(dense, joined)) + network.bias.detach().numpy()
     np.testing.assert_allclose(network(context).detach(), answer, rtol=1e-9, atol=1e-11)
 
 

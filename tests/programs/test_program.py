@@ -24,6 +24,7 @@ from ppl_vae import VAE, Conditional, Program, fit, log_weights, unique_name
 from ppl_vae._seeds import fork_rng
 from ppl_vae.families import Bernoulli, ExactNormal, Family, FullNormal, MixtureNormal, Normal, StandardNormal
 from ppl_vae.networks import MLP, Linear, Table
+from ppl_vae.programs import learned_params
 from ppl_vae.programs.program import load_program
 from ppl_vae.programs.sites import structure
 from ppl_vae.programs.traces import check_batch
@@ -171,8 +172,10 @@ def test_bare_parameters_of_one_name_are_each_programs_own() -> None:
 def test_a_parameter_of_that_name_in_the_store_stays_as_it_was() -> None:
     pyro.param("loc", torch.tensor(-1.0))
     program, x = _bare(), 3 + torch.randn(50, 1)
-    _train(program, x, 5)
+    rising = _train(program, x, 200)
     assert _params() == {"loc": -1.0}
+    assert rising[0] + 1 < rising[-1]  # it begins there, and learns all the same
+    assert learned_params(program)["loc"].item() == pytest.approx(x.mean().item(), abs=0.1)
 
 
 def test_the_store_is_left_alone_when_a_program_fails() -> None:

@@ -171,6 +171,19 @@ def test_mixed_columns_in_their_own_units_and_words(show, tmp_path):
     assert word in ("red", "<b>green</b>", "blue")
 
 
+def test_missing_cells_are_shown_as_such(show, tmp_path):
+    lines = ["a,b", *(f"{k % 7}.5,{'' if k % 3 == 0 else ('x', 'y')[k % 2]}" for k in range(40))]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    data = load(tmp_path / "t.csv", missing="model")
+    page = show(vae(data, Mixed(2, data.columns), MLP(hidden=[4]), latents=2), data)
+    missing = int((~data.test["mask"][:, 1]).nonzero()[0])
+    page(f"explorer.choose({missing})")
+    row = page("[...document.querySelectorAll('#table tbody tr')].map(r => [...r.children].map(c => c.textContent))")
+    assert row[1][2] == "–"
+    assert row[1][1] in ("x", "y")
+    assert float(row[0][2]) == pytest.approx(data.test["x"][missing, 0].item(), rel=1e-3)
+
+
 def test_standardised_columns_are_shown_in_their_own_units(show):
     program = vae(WINE, normal, Linear(), latents=2)
     page = show(program, WINE)

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from browser import CHROMIUM, browser
 
 from ppl_vae import Program
 from ppl_vae.evaluation import check_guide
@@ -256,3 +257,26 @@ def test_the_page_of_a_sweep_has_the_chosen_setting(chosen):
     assert ("No setting is chosen" in doubts) == (chosen is None)
     assert "<b> failed: no luck" in doubts
     assert [e["text"] for e in found.all("td")][0].startswith("model.latent = 1")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_in_a_browser_nothing_overflows_and_tables_sort(made):
+    with browser() as page:
+        for width in (390, 1440):
+            page.open(made.path / "report.html", width=width, dark=width == 390)
+            page("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
+            assert page("document.documentElement.scrollWidth") == width
+        first = "[...document.querySelectorAll('#section-the-strangest-rows')][0].closest('details')"
+        column = f"[...{first}.querySelectorAll('tbody tr')].map(row => row.cells[1].textContent)"
+        as_they_are = page(column)
+        values = [float(cell.replace("\N{MINUS SIGN}", "-")) for cell in as_they_are]
+        assert values == sorted(values)
+        button = f"{first}.querySelectorAll('th button')[1]"
+        page(f"{button}.click(), {button}.click()")
+        assert page(column) == as_they_are[::-1]
+        assert page(f"{button}.parentElement.getAttribute('aria-sort')") == "descending"
+        page(f"{button}.click()")
+        assert page(column) == as_they_are
+        page("location.hash = document.querySelector('a.term').getAttribute('href')")
+        assert page("document.querySelector('.glossary div:target dd').textContent.length") > 20
+        assert not page.errors

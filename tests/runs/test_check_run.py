@@ -115,7 +115,7 @@ def test_a_state_that_cannot_be_kept_does_not_stop_the_training(tmp_path, monkey
     monkeypatch.setattr(storage, "write_state", full)
     settings = {"svi.epochs": 3, "evaluation.samples": 30, "svi.checkpoint": "1 epoch"}
     made = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run", say=said.append)
-    assert any("after epoch 1 cannot be kept, and training goes on: No space" in text for text in said)
+    assert any("after epoch 1 of 3 cannot be kept, and training goes on: No space" in text for text in said)
     assert made.report["train"]["epochs"] == 3
     assert not (made.path / "state.safetensors").exists()
 
@@ -157,7 +157,7 @@ def test_a_training_that_fails_keeps_the_last_whole_epoch(tmp_path, monkeypatch)
         patch.setattr(run, "fit", failing)
         with pytest.raises(ValueError, match="finite loss"):
             fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "run", say=said.append)
-    assert f"the training failed after epoch 2; its state is in {tmp_path / 'run'}" in said[-1]
+    assert f"the training failed after epoch 2 of 3; its state is in {tmp_path / 'run'}" in said[-1]
     assert fit_spec(tmp_path / "run").report["train"]["epochs"] == 3
 
 

@@ -219,3 +219,18 @@ def test_covariates_of_new_rows_are_read_by_name(table: Path, tmp_path: Path) ->
         run.encode(frame.drop(columns="sex"))
     with pytest.raises(ValueError, match=r"words of column 'sex' .* got 'mal'"):
         run.encode(frame.replace("male", "mal"))
+
+
+def test_convolutions_take_a_label_beside_the_picture(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    conv = {"family": "Conv", "channels": [2], "hidden": [4]}
+    # Two parameters of 32 latents are as many as the pixels, which makes no decoder of it.
+    tables = {**TABLES, "data": {"name": "digits"}, "model": {"latent": 32, "given": "y"}}
+    for role in ("likelihood", "posterior"):
+        tables[role] = {**TABLES[role], "network": conv}
+    run = fit_spec(Spec.from_dict(tables), out=tmp_path / "run")
+    program, x = load_run(run.path).program, run.spec.load_data().test["x"][:3]
+    one, other = (program.approximate(x, y=torch.full((3,), label)) for label in (0, 1))
+    assert program.posterior.network.layers[-2].__class__.__name__ == "ReLU"
+    assert one.mean.shape == (3, 32)
+    assert not torch.allclose(one.mean, other.mean)

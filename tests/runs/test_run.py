@@ -199,6 +199,30 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers_to_the_bit(settings, whe
         fit_spec(part)
 
 
+def test_a_run_goes_on_from_within_a_long_epoch_to_the_same_bits(tmp_path, monkeypatch):
+    """The state is kept after a step of the first epoch and one of the second, and the run killed a step later."""
+    changes = {**SHORT, "svi.batch_size": 200, "svi.checkpoint": "1 s"}
+    whole, said, steps = fit_spec(MODELS / "ppca.toml", changes, out=tmp_path / "whole"), [], []
+
+    def due(self):
+        steps.append(len(steps))
+        if len(steps) in (4, 13):
+            raise KeyboardInterrupt
+        return len(steps) in (3, 12)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Pace, "is_due_within", due)
+        with pytest.raises(KeyboardInterrupt, match=r"after epoch 0 of 3 and 3 steps; its state is in .* Go on with"):
+            fit_spec(MODELS / "ppca.toml", changes, out=tmp_path / "part", say=said.append)
+        assert any("after epoch 0 of 3 and 3 steps and every 1 s" in text for text in said)
+        with pytest.raises(KeyboardInterrupt, match="after epoch 1 of 3 and [0-9] steps"):
+            fit_spec(tmp_path / "part")
+    resumed = fit_spec(tmp_path / "part", say=said.append)
+    assert "goes on after epoch 1 of 3 and" in said[-2]
+    assert same(tensors(resumed.path), tensors(whole.path))
+    assert timeless(resumed.report) == timeless(whole.report)
+
+
 def test_an_interrupt_in_the_first_epoch_leaves_nothing(tmp_path, monkeypatch):
     def stopped(*given, **more):
         raise KeyboardInterrupt

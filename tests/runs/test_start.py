@@ -7,6 +7,7 @@ import pyro
 import pytest
 import safetensors.torch
 import torch
+from small import small_spec
 
 from ppl_vae import Target, load_run
 from ppl_vae.programs.param_store import own_params
@@ -15,27 +16,7 @@ from ppl_vae.runs import storage
 from ppl_vae.runs.run import evaluate_run, fit_spec
 from ppl_vae.runs.start import frozen, learned_by, take_weights
 
-SPEC = """
-[data]
-name = "iris"
-scaling = "standardize"
-[model]
-latent = 2
-[prior]
-family = "StandardNormal"
-[likelihood]
-family = "Normal"
-scale = "shared"
-network = { family = "Linear" }
-[posterior]
-family = "Normal"
-network = { family = "Linear" }
-[svi]
-epochs = 2
-learning_rate = 0.02
-[evaluation]
-samples = 30
-"""
+IRIS = {"data.name": "iris", "data.scaling": "standardize", "model.latent": 2, "svi.batch_size": 100}
 MLP = {"posterior.network": {"family": "MLP", "hidden": [4]}}
 PROGRAM = """
 import pathlib, pyro, torch
@@ -58,9 +39,7 @@ class Own:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    path = tmp_path_factory.mktemp("specs") / "iris.toml"
-    path.write_text(SPEC)
-    return path
+    return small_spec(tmp_path_factory.mktemp("specs"), IRIS)
 
 
 @pytest.fixture(scope="module")

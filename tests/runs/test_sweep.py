@@ -5,45 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from small import small_spec
 
 from ppl_vae.runs import storage
 from ppl_vae.runs.run import fit_spec, load_run
 from ppl_vae.runs.sweep import Member, parse_grid, run_sweep, summarise, told
 
-SPEC = """
-[data]
-name = "iris"
-scaling = "standardize"
-validation_fraction = 0.2
-
-[model]
-latent = 1
-
-[prior]
-family = "StandardNormal"
-
-[likelihood]
-family = "Normal"
-scale = "shared"
-network = { family = "Linear" }
-
-[posterior]
-family = "Normal"
-network = { family = "Linear" }
-
-[svi]
-epochs = 2
-
-[evaluation]
-samples = 20
-"""
-
 
 @pytest.fixture
 def spec(tmp_path):
-    path = tmp_path / "iris.toml"
-    path.write_text(SPEC)
-    return path
+    return small_spec(tmp_path / "project", {"data.validation_fraction": 0.2})
 
 
 def test_grids_are_read_from_text_and_files(tmp_path):
@@ -119,25 +90,24 @@ def test_the_best_by_test_data_is_not_chosen(tmp_path):
 
 
 def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on(spec, tmp_path):
-    grid, out, other = {"data.name": ["iris", str(tmp_path / "other.npy")]}, tmp_path / "out", tmp_path / "other.npy"
-    text = spec.read_text().replace("[data]\n", "[data]\ntest_fraction = 0.2\n")
-    spec.write_text(text.replace("validation_fraction = 0.2\n", ""))
+    out, other = tmp_path / "out", tmp_path / "other.npy"
+    grid = {"data.name": ["table.npy", str(other)]}
     found = run_sweep(spec, grid, out, workers=1)
     (name,) = found["failed"]
-    assert name != "data.name=iris"
+    assert name != "data.name=table.npy"
     assert "no such file" in found["failed"][name]
-    assert [row["values"] for row in found["settings"]] == [{"data.name": "iris"}]
-    first = out / "data.name=iris"
+    assert [row["values"] for row in found["settings"]] == [{"data.name": "table.npy"}]
+    first = out / "data.name=table.npy"
     before = (first / "report.json").stat().st_mtime_ns
     np.save(other, np.random.default_rng(0).normal(size=(40, 3)))
     again = run_sweep(spec, grid, out)
-    assert [row["values"]["data.name"] for row in again["settings"]] == ["iris", str(other)]
+    assert [row["values"]["data.name"] for row in again["settings"]] == ["table.npy", str(other)]
     assert not again["failed"]
     assert (first / "report.json").stat().st_mtime_ns == before
     names = {path.name for path in out.iterdir()}
     assert names == {"sweep.json", "sweep.md", "sweep.html", "sweep.png", first.name, name}
     torch.set_default_dtype(torch.float32)
-    alone = fit_spec(spec, {"data.name": "iris"}, out=tmp_path / "alone")
+    alone = fit_spec(spec, out=tmp_path / "alone")
     assert load_run(first).report["test"] == alone.report["test"]  # to the bit, in whatever process
 
 

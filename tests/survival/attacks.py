@@ -4,6 +4,7 @@ The quick tests take a few cases of each; `soak.py` takes them all and counts.
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import shutil
 import signal
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from cases import (
     weights,
 )
 
-from ppl_vae import load_run, load_spec
+from ppl_vae import fit, load_run, load_spec
 from ppl_vae.data import load
 from ppl_vae.runs import storage, trained
 
@@ -130,12 +131,21 @@ def _stop_after(epochs: int) -> Any:
     return hook
 
 
-def random_kills(world: World, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+def _keep_each_step() -> None:
+    """Keep the state of a training after each of its steps."""
+    from ppl_vae.runs import run
+
+    run.Pace.is_due_within = lambda self: True  # type: ignore[method-assign]
+
+
+def random_kills(
+    world: World, count: int, seed: int = 0, before: Callable[[], Any] = lambda: None
+) -> Iterator[tuple[str, str]]:
     """Kill a training at a random moment, go on, and compare with one that was never killed."""
     draw = random.Random(seed)
     for number in range(count):
         place = world.fresh("run")
-        process = child(["fit", world.spec, "--out", place], world.log)
+        process = child(["fit", world.spec, "--out", place], world.log, before)
         time.sleep(draw.uniform(0.0, 0.6))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -148,6 +158,22 @@ def random_kills(world: World, count: int, seed: int = 0) -> Iterator[tuple[str,
         status, said = command(arguments, world.log)
         whole = status == 0 and same(place, world.whole)
         yield f"random kill {number} ({state})", "" if whole else _told(status, said)
+
+
+def memory_is_flat(world: World, steps: int) -> Iterator[tuple[str, str]]:
+    """Train by captured steps, and look at the memory of the process after each thousand of them."""
+    data, page, seen = load_spec(world.spec).load_data(), os.sysconf("SC_PAGE_SIZE"), []
+    spec = load_spec(world.spec, {"svi.epochs": -(-steps // 3)})  # of three steps each
+
+    def look(epoch: int, state: Any) -> None:
+        if state.history.steps % 999 == 0:
+            gc.collect()
+            seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20)
+
+    fit(spec.build(data), data, **spec.training, on_epoch=look, progress=False)
+    for number, size in enumerate(seen[1:], 2):
+        grown = size - seen[0]
+        yield f"after {number} thousand steps", "" if grown < 2 else f"{grown:.1f} MiB more than after one thousand"
 
 
 def signals(world: World, names: Iterable[str] = SIGNALS, doubles: Iterable[bool] = (False, True)) -> Iterator[Any]:
@@ -513,6 +539,10 @@ ALL = {
         world, "resume", range(1, 10_000)
     ),
     "kill -9 at random moments": lambda world: random_kills(world, 200),
+    "kill -9 at random moments, with the state kept at each step": lambda world: random_kills(
+        world, 40, 1, _keep_each_step
+    ),
+    "memory over 10,000 captured steps": lambda world: memory_is_flat(world, 10_000),
     "signals, single and double": signals,
     "signals that were ignored": ignored_signals,
     "flips and cuts": lambda world: flips_and_cuts(world, 500),
@@ -526,9 +556,11 @@ ALL = {
 QUICK = {
     "kills in fit": lambda world: kills_while_writing(world, "fit", (9, 40, 77)),
     "kills in fit --force": lambda world: kills_while_writing(world, "force", (60,)),
-    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 74, 75, 76)),
+    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 90, 95, 99)),
     "kills in a resumed fit": lambda world: kills_while_writing(world, "resume", (35,)),
     "random kills": lambda world: random_kills(world, 2),
+    "random kills within epochs": lambda world: random_kills(world, 1, 1, _keep_each_step),
+    "memory over captured steps": lambda world: memory_is_flat(world, 2_000),
     "signals": lambda world: signals(world, ("SIGINT", "SIGHUP"), (True,)),
     "ignored signals": lambda world: ignored_signals(world, ("SIGHUP",)),
     "flips and cuts": lambda world: flips_and_cuts(world, 60),

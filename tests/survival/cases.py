@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 import safetensors.torch
+import small
 import torch
 import torch._dynamo  # which Adam loads
 
@@ -25,28 +26,7 @@ from ppl_vae.runs import run, schema, stops, storage
 
 schema.sections()
 
-SPEC = """
-[data]
-name = "table.npy"
-[model]
-latent = 1
-[prior]
-family = "StandardNormal"
-[likelihood]
-family = "Normal"
-scale = "shared"
-network = { family = "Linear" }
-[posterior]
-family = "Normal"
-network = { family = "Linear" }
-[svi]
-epochs = 6
-batch_size = 16
-learning_rate = 0.05
-checkpoint = "1 epoch"
-[evaluation]
-samples = 26
-"""
+SPEC = small.SPEC.replace("epochs = 2", 'epochs = 6\ncheckpoint = "1 epoch"')
 PROGRAM = """
 import pathlib, pyro, torch
 import pyro.distributions as dist
@@ -73,10 +53,9 @@ class Own(torch.nn.Module):
 
 def project(folder: Path) -> Path:
     """Write a spec and its data, and give the spec."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "table.npy", np.random.default_rng(0).normal(size=(60, 3)))
-    (folder / "spec.toml").write_text(SPEC)
-    return folder / "spec.toml"
+    path = small.small_spec(folder)
+    path.write_text(SPEC)
+    return path
 
 
 def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: None) -> int:
@@ -260,4 +239,8 @@ def hostile_states(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "a schedule of words", changed(schedule={**state["schedule"], "last_epoch": "x"})
     yield "a schedule's method", changed(schedule={**state["schedule"], "step": 1})
     yield "groups without their tensors", changed(optimizer={**state["optimizer"], "param_groups": []})
+    noise = [torch.zeros(3, dtype=torch.uint8)]
+    yield "a place of words", changed(place="here")
+    yield "a place without losses", changed(place={"losses": torch.zeros(3), "generators": noise})
+    yield "generators of another kind", changed(place={"losses": torch.zeros(1, 2), "generators": noise})
     yield "no optimizer", {key: value for key, value in state.items() if key != "optimizer"}

@@ -19,7 +19,7 @@ def test_nothing_is_lost():
     done = soak("--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(re.findall(r"^\| (.*) \| ([\d,]+) \| 0 \|$", done.stdout, re.MULTILINE))
-    assert len(counts) == 15
+    assert len(counts) == 17
     assert all(int(count) > 0 for count in counts.values())
 
 
