@@ -1,6 +1,6 @@
 """Speed beside stock Pyro, NumPyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
 
-python benchmarks/speed.py [--rounds 10] [--numpyro .bench/bin/python] [--out results.json] [--page docs/speed.md]
+python benchmarks/speed.py [--rounds 8] [--numpyro .bench/bin/python] [--out results.json] [--page docs/speed.md]
 
 All of it is on one thread, but for the last part. NumPyro runs in an environment of its own, and is left out without.
 """
@@ -30,6 +30,7 @@ from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.programs import products as products_by
 
+BATCHES = 20  # in an epoch
 WARM_UP = 60  # steps of `fit` before it is timed: by then a step has been captured
 
 
@@ -88,7 +89,7 @@ class NumPyro:
 def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int, capture: str) -> dict[str, Any]:
     """Time a training step: this library, stock Pyro's SVI on the same program, NumPyro, and PyTorch by hand."""
     features, hidden, latent = sizes
-    x = (torch.rand(10 * batch, features) < 0.13).float()
+    x = (torch.rand(BATCHES * batch, features) < 0.13).float()
     ours, stock = pair(features, [hidden], latent), pair(features, [hidden], latent)
     svi = SVI(stock.model, stock.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     batches = x.split(batch)
@@ -118,14 +119,14 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
         peers["PyTorch by hand, compiled"] = by_hand(True)
     if numpyro:
         steps = NumPyro(numpyro, *sizes, batch)
-        peers["NumPyro"] = lambda: steps(10)
+        peers["NumPyro"] = lambda: steps(BATCHES)
     peers["products alone"] = products(batch, sizes)
     peers["PyTorch by hand"] = by_hand(False)
     return in_turn(ours, x, peers, batch, rounds, capture)
 
 
 def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
-    """Ten times the matrix products of a step, by `mm`: what no step can be faster than with that library."""
+    """The matrix products of an epoch, by `mm`: what no step can be faster than with that library."""
     features, hidden, latent = sizes
     work = []
     for inputs, outputs in ((features, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, features)):
@@ -133,7 +134,7 @@ def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
         work += [(a, w.t()), (g.t(), a)] + ([] if inputs == features else [(g, w)])
 
     def run() -> None:
-        for one, other in work * 10:
+        for one, other in work * BATCHES:
             torch.mm(one, other)
 
     return run
@@ -325,7 +326,7 @@ def memory(samples: int) -> dict[str, Any]:
 def main() -> None:
     """Run all and print a table; write it as JSON and as a page where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--samples", type=int, default=20_000, help="of the memory measurement")
     parser.add_argument("--numpyro", help="a Python that has NumPyro")
     parser.add_argument("--out", help="a JSON file")
@@ -333,7 +334,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    few, found = max(given.rounds // 5, 1), {}
+    few, found = max(given.rounds // 4, 1), {}
     for sizes, batch in (((784, 400, 20), 128), ((64, 200, 10), 100), ((784, 400, 20), 2048)):
         for capture in ("auto", "compile"):
             title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {capture}"
@@ -373,7 +374,7 @@ def page(found: dict[str, Any]) -> str:
         "# Speed",
         "",
         f"On one thread of {machine['processor']}, torch {machine['torch']}: time of the processor, medians of",
-        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest of a round.",
+        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest round.",
         "`make bench` measures them anew.",
         "",
         "| work | | microseconds | ratio | from | to |",

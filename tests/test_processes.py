@@ -17,19 +17,37 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def together(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run something in two processes of one thread each."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
-    return subprocess.run([*TORCHRUN, *options.pop("more", ()), *words], env=env, capture_output=True, text=True)
+SPEC = """
+[data]
+name = "digits"
+[model]
+latent = 2
+[prior]
+family = "StandardNormal"
+[likelihood]
+family = "Normal"
+scale = "shared"
+network = { family = "Linear" }
+[posterior]
+family = "Normal"
+network = { family = "Linear" }
+[svi]
+epochs = 2
+[evaluation]
+samples = 20
+"""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes have come to."""
-    out = tmp_path_factory.mktemp("two") / "found.pt"
-    done = together(str(HERE / "two_processes.py"), str(out))
+    """What two processes of one thread each have come to."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "spec.toml").write_text(SPEC)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    command = [*TORCHRUN, str(HERE / "two_processes.py"), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(out)
+    return {**torch.load(folder / "found.pt", weights_only=False), "folder": folder}
 
 
 def test_without_noise_they_follow_one_process_to_rounding(found):
@@ -60,37 +78,12 @@ def test_what_they_cannot_do_is_refused(found):
     assert found["few"] == "Expected at most as many processes as data in a batch, 1; got 2."
 
 
-SPEC = """
-[data]
-name = "digits"
-[model]
-latent = 2
-[prior]
-family = "StandardNormal"
-[likelihood]
-family = "Normal"
-scale = "shared"
-network = { family = "Linear" }
-[posterior]
-family = "Normal"
-network = { family = "Linear" }
-[svi]
-epochs = 2
-[evaluation]
-samples = 20
-"""
-
-
-def test_the_first_of_two_writes_the_run_and_a_mistake_is_told_once(tmp_path):
-    spec = tmp_path / "spec.toml"
-    spec.write_text(SPEC)
-    done = together("-m", "ppl_vae", "fit", str(spec), "--out", str(tmp_path / "run"), "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert (report["train"]["processes"], report["train"]["steps"]) == (2, 30)
-    assert report["test"]["n"] == 297
-    assert done.stderr.count("parameters ") == 1
-    wrong = together("-m", "ppl_vae", "fit", str(spec), "--set", "svi.epochs=0", "--out", str(tmp_path / "other"))
-    assert wrong.returncode == 1  # of torchrun, which says itself that a process has failed with 2
-    assert wrong.stderr.count("svi.epochs") == 1
-    assert not (tmp_path / "other").exists()
+def test_the_first_of_two_writes_the_run_and_tells_of_a_mistake(found):
+    first, second = found["runs"]
+    assert (first["report"]["train"]["processes"], first["report"]["train"]["steps"]) == (2, 30)
+    assert first["report"]["test"]["n"] == 297
+    assert any("parameters " in text for text in first["said"])
+    assert json.loads((found["folder"] / "run" / "report.json").read_text())["train"]["processes"] == 2
+    assert "svi.epochs" in first["mistake"]
+    assert (second["report"], second["said"], second["mistake"]) == (None, [], "SystemExit(2)")
+    assert not (found["folder"] / "other").exists()

@@ -10,6 +10,7 @@ from ppl_vae import PPCA, VAE, Conditional, data, fit, log_evidence
 from ppl_vae import _processes as processes
 from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.networks import Linear, Table
+from ppl_vae.runs.run import fit_spec
 
 OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "device": "cpu", "progress": False}
 
@@ -38,7 +39,19 @@ def trained(vae: VAE, **options: Any) -> tuple[list[float], torch.Tensor]:
     return history.elbo, torch.cat([one.detach().flatten() for one in vae.parameters()])
 
 
-def main(out: str) -> None:
+def runs(folder: Path) -> dict[str, Any]:
+    """What a run of a spec in the folder leaves, and what is said of a mistake in it, in each process."""
+    said: list[str] = []
+    run = fit_spec(folder / "spec.toml", out=folder / "run", device="cpu", say=said.append)
+    found: dict[str, Any] = {"report": None if run is None else run.report, "said": said}
+    try:
+        fit_spec(folder / "spec.toml", {"svi.epochs": 0}, out=folder / "other", device="cpu", say=said.append)
+    except (ValueError, SystemExit) as error:
+        found["mistake"] = repr(error)
+    return found
+
+
+def main(folder: Path) -> None:
     """Train, evaluate and try what is refused."""
     found: dict[str, Any] = {}
     found["exact"] = trained(exact(), epochs=8, batch_size=32, clip=1.0)  # its last batch of an epoch has six data
@@ -63,12 +76,15 @@ def main(out: str) -> None:
             trained(program, epochs=1, **options)
         except ValueError as error:
             found[name] = str(error)
+    torch.set_default_dtype(torch.float32)
+    torch.distributed.all_gather_object(gathered, runs(folder))
+    found["runs"] = gathered
     if not processes.rank():
-        torch.save(found, Path(out))
+        torch.save(found, folder / "found.pt")
 
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     with processes.group("cpu"):
-        main(sys.argv[1])
+        main(Path(sys.argv[1]))
     processes.leave(0)
