@@ -135,7 +135,8 @@ def state_of(folder: Path) -> str:
         load_run(folder)
     except ValueError as error:
         if "was interrupted" not in str(error):
-            return "nothing" if not folder.exists() or not any(folder.iterdir()) else f"unreadable: {error}"
+            held = [path.name for path in folder.iterdir()] if folder.exists() else []
+            return f"unreadable: {error}" if set(held) - {"metrics.jsonl"} else "nothing"  # but the figures so far
         storage.check_folder(folder, finished=False)
         storage.read_state(folder / storage.STATE)
         return "interrupted"
