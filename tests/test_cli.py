@@ -26,6 +26,7 @@ from ppl_vae.runs.console import diagnostic_lines, headline
 MODELS = Path(__file__).parents[1] / "models"
 SHORT = ["--set", "svi.epochs=2", "--set", "evaluation.samples=30"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "MPLBACKEND": "Agg"}
+ENVIRONMENT["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # tests run without a shell around them
 PPCA = str(MODELS / "ppca.toml")
 
 

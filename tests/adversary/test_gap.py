@@ -115,4 +115,4 @@ def rates(count: int, seed: int = 0) -> dict[str, float]:
 
 
 def test_the_parts_of_the_gap_are_those_of_the_closed_form() -> None:
-    assert rates(10)["beyond_5"] == 0
+    assert rates(7)["beyond_5"] == 0
