@@ -387,14 +387,13 @@ def page(found: dict[str, Any]) -> str:
                 cells = f"{one['processor_microseconds']:,.1f} | {one['processor_ratio']:.2f} | {low:.2f} | {high:.2f}"
                 lines.append(f"| {title} | {name} | {cells} |")
                 title = ""
-    two, memory = found["two processes, 784-400-20, batch 512 in each"], found["memory"]
+    two = found["two processes, 784-400-20, batch 512 in each"]
     lines += ["", "| start-up | processor seconds |", "|---|---|"]
     lines += [f"| {name} | {one['processor_seconds']:.2f} |" for name, one in found["start-up"].items()]
     lines += [
         "",
         f"Two processes of one thread, with 512 data a step in each, train {two['throughput']:.2f} times as many data",
         "in a second as one.",
-        f"The evidence of 100 images by {memory['samples']:,} draws adds {memory['added_mib']:.0f} MiB to the process.",
         "",
     ]
     return "\n".join(lines)

@@ -195,7 +195,8 @@ def read_array(path: Path, array: str | None, label: str | None, others: Sequenc
         for key, value in {"array": array, "label": label or array}.items():
             if value not in keys:
                 known = ", ".join(map(repr, keys)) or "it is empty"
-                raise ValueError(f"Expected `{key}` to be a key of {path} ({known}); got {value!r}.")
+                remedy = f"Try --set data.{key}=NAME."
+                raise ValueError(f"Expected `{key}` to be a key of {path} ({known}); got {value!r}. {remedy}")
         loaded, where = _load(path, array), f"{path}:{array}"
         if labelled in keys and labelled != array:
             labels = _load(path, labelled)

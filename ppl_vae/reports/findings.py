@@ -221,7 +221,8 @@ def _doubt_predictions(block: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
-    count, names = len(test["collapsed"]), ", ".join(f"z{latent}" for latent in test["collapsed"])
+    count, names = len(test["collapsed"]), ", ".join(f"z{latent}" for latent in test["collapsed"][:8])
+    names += f" and {count - 8} more" if count > 8 else ""
     if count:
         are, means = (
             ("is", f"mean of {names} hardly varies") if count == 1 else ("are", f"means of {names} hardly vary")
