@@ -299,7 +299,7 @@ def step(row: Row, networks: Callable[[], Any], hand: Hand, batch: int, rounds: 
             loss.backward()
             optimizer.step()
 
-    return in_turn(vae, x, {"PyTorch by hand": by_hand}, batch, rounds)
+    return in_turn(vae, x, {"PyTorch by hand": by_hand}, batch, rounds, "auto")
 
 
 def main() -> None:
