@@ -144,7 +144,8 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
     title, _, rest = text.partition("\n")
     listed = "\n".join(f"- {doubt}" for doubt in doubts)
     whole = f"{title}\n" + (f"## What to distrust\n{listed}\n" if doubts else "") + f"## Settings\n{rest}"
-    about = f"{len(rows)} settings, each trained with {min(row['seeds'] for row in rows)} seeds or more."
+    settings = f"{len(rows)} settings, each" if len(rows) > 1 else "One setting,"
+    about = f"{settings} trained with {min(row['seeds'] for row in rows)} seeds or more."
     caption = "log evidence of each setting, best above."
     return page(whole, about=about, numbers=numbers, pictures=[_picture(sweep_results(found), caption)])
 

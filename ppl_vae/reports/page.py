@@ -97,7 +97,9 @@ def _about(report: Mapping[str, Any]) -> str:
         what = f"A variational autoencoder with {report['test']['latents']} latents, likelihood {families[0]} and "
         what += f"approximate posterior {families[1]},"
     kept = report["train"].get("kept_epoch")
-    ended = f"{report['train']['epochs']} epochs" + (f", of which the best, epoch {kept}, was kept" if kept else "")
+    epochs = report["train"]["epochs"]
+    best = f", of which the best, epoch {kept}, was kept" if kept and epochs > 1 else ""
+    ended = f"{epochs} epoch{'s' * (epochs != 1)}{best}"
     of = f", {data['features']} features" + " each" * (not data.get("whole")) if data["features"] else ""
     held = f", {data['n_test']:,} held out" if data["n_test"] else ""
     return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}{of}; {ended}."
