@@ -89,13 +89,13 @@ def telling() -> Iterator[None]:
 
 
 def tell(value: Any) -> None:
-    """Give the others what they wait for."""
+    """Send the others what they wait for."""
     _TOLD.append(True)
     share(value)
 
 
 def same(tensors: list[Tensor]) -> None:
-    """Give tensors the values that they have in the first process."""
+    """Copy the values that tensors have in the first process to the others."""
     if size() > 1:
         with torch.no_grad():
             for one in tensors:

@@ -14,7 +14,7 @@ DEPTH, LARGEST = 20, 2**20  # tables and lists in one another, and bytes, of a s
 
 
 def quiet(message: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
