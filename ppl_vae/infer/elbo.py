@@ -6,10 +6,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
+from torch.overrides import TorchFunctionMode
 
 from ppl_vae.programs.traces import Batch, batch_of, drawn_sites, plain_sites
 
@@ -81,17 +83,17 @@ class Elbo:
 
     def __init__(self, elbo: Any, beta: Beta | None = None, free_bits: float = 0.0, per: Per = "latent") -> None:
         self.elbo, self.beta, self.free_bits, self.per = elbo, beta, free_bits, per
-        self.capturable = hasattr(elbo, "_differentiable_loss_particle")
 
     def __call__(self, program: Any, batch: Batch) -> Terms:
         """The bound of a batch."""
-        if not self.capturable:
-            whole = self.elbo.differentiable_loss(program.model, guide_of(program), **batch)
-            return Terms(torch_item(whole), whole, torch_item(whole))
         sums: Any = (0.0, 0.0, 0.0)
         particles = self.elbo.num_particles
         stock = self.beta is None and not self.free_bits
-        for traces in self.elbo._get_traces(program.model, guide_of(program), (), batch):
+        pairs = self.elbo._get_traces(program.model, guide_of(program), (), batch)
+        if isinstance(self.elbo, TraceEnum_ELBO):
+            whole = sum(map(_summed_out, pairs)) / -particles
+            return Terms(torch_item(whole), whole, torch_item(whole))
+        for traces in pairs:
             with torch.set_grad_enabled(stock and torch.is_grad_enabled()):
                 plain = self.elbo._differentiable_loss_particle(*traces)
             parts = plain if stock else self._changed(traces)
@@ -122,6 +124,24 @@ class Elbo:
                     _scale(trace.nodes[name], self.beta.value)
         loss, surrogate = self.elbo._differentiable_loss_particle(*traces)
         return (loss + torch_item(free), surrogate + free) if self.free_bits else (loss, surrogate)
+
+
+def _summed_out(traces: tuple[Trace, Trace]) -> Any:
+    """The ELBO of one pair of traces, with the sums over enumerated sites, as `TraceEnum_ELBO` has it."""
+    with _ZerosStay():
+        return _compute_dice_elbo(*traces)
+
+
+class _ZerosStay(TorchFunctionMode):
+    """Sums costs weighted by probabilities in one shape: where a probability is 0, which Pyro leaves out, a 0 stands.
+
+    So the operations are the same whatever the probabilities are.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all:  # whether there is nothing to leave out
+            return False
+        return args[0].where(args[1], 0) if func is Tensor.masked_select else func(*args, **(kwargs or {}))
 
 
 def guide_of(program: Any) -> Callable[..., Any]:

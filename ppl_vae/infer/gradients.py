@@ -8,6 +8,7 @@ import pyro
 import torch
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae._checks import check_choice
@@ -74,8 +75,6 @@ class Gradients:
         self.tried: set[Any] = set()  # batches whose graph has been held against Pyro once
         self.settings: dict[str, Any] = {}
         self.held: list[Tensor] = []
-        if self.mode != "off" and not objective.capturable:
-            self._stop("this objective reads values")
 
     def look(self) -> None:
         """Forget what was recorded if an attribute of the program has changed since."""
@@ -149,7 +148,7 @@ class Gradients:
                 self.mode = "graph"
                 self.graphs.clear()
         except Exception as error:  # of the program, which may do anything
-            self._stop(f"{type(error).__name__}: {error}")
+            self._stop(f"{type(error).__name__}: {error}".split("\n")[0])
         finally:
             set_random_state(end, device)
         return answer
@@ -174,7 +173,7 @@ class Gradients:
 
     def _by_operations(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What `_by_pyro` gives, without looking at a value: Pyro sums the loss over sites in Python's floats."""
-        with torch.enable_grad(), _ItemsAreTensors(), pyro.validation_enabled(False):
+        with torch.enable_grad(), _NothingIsRead(), pyro.validation_enabled(False):
             loss, surrogate, bound = self.objective(self.program, batch)
             value = (loss + (surrogate - torch_item(surrogate))).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)
@@ -191,11 +190,18 @@ def _difference(one: Answer, other: Answer, end: list[Tensor], other_end: list[T
     return ""
 
 
-class _ItemsAreTensors(TorchFunctionMode):
-    """Keeps `item()`, by which Pyro's objectives read the loss, a tensor of the precision of Python's floats."""
+class _NothingIsRead(TorchFunctionMode):
+    """Keeps `item()`, by which Pyro's objectives read the loss, a tensor of the precision of Python's floats.
+
+    Codes are spelled out by `one_hot` without its look at their values.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].detach().double() if func is Tensor.item else func(*args, **(kwargs or {}))
+        if func is Tensor.item:
+            return args[0].detach().double()
+        if func is one_hot and len(args) == 2 and args[1] > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(args[1], device=args[0].device)).long()
+        return func(*args, **(kwargs or {}))
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

@@ -55,7 +55,6 @@ class ImportanceWeighted:
     alpha: float = 0.0
     gradient: Gradient = "plain"
     beta: ClassVar = None
-    capturable: ClassVar = True
 
     def __post_init__(self) -> None:
         self.plate = pyro.plate("particles", self.particles, dim=-1 - self.structure.nesting)

@@ -133,7 +133,7 @@ def _simplify(module: GraphModule, given: Sequence[Tensor], precision: torch.dty
                 stored = graph.create_node("get_attr", f"known_{number}")
             value[stored], known[stored] = value[node], True
             node.replace_all_uses_with(stored)
-    _replace(graph, value, known, changed, lambda node: _simpler(node, value, known))
+    _replace(graph, value, known, changed, lambda node: _simpler(node, value, known, precision is None))
     if precision is not None and all(one.device.type == "cpu" for one in value.values() if isinstance(one, Tensor)):
         _replace(graph, value, known, changed, partial(faster, value=value, precision=precision))
         _replace(graph, value, known, changed, _cheaper)
@@ -281,12 +281,14 @@ def _cheaper(node: Node) -> Node:
     return node
 
 
-def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool]) -> Node:
-    """A node that has the same value for less work, or the node itself."""
+def _simpler(node: Node, value: dict[Node, Any], known: dict[Node, bool], exact: bool) -> Node:
+    """A node that has the same value for less work, if exact in the same layout of memory, or the node itself."""
     target, args, result = node.target, node.args, value[node]
 
     def fits(other: Any) -> bool:
-        return isinstance(other, Node) and value[other].shape == result.shape and value[other].dtype == result.dtype
+        if not isinstance(other, Node) or value[other].shape != result.shape or value[other].dtype != result.dtype:
+            return False
+        return not exact or value[other].stride() == result.stride()  # by which sums have their order
 
     def always(other: Any, number: float) -> bool:
         given = value[other] if isinstance(other, Node) and known[other] else other

@@ -153,6 +153,28 @@ def test_program_files(name, sizes, linear, calls):
     assert was_captured(calls, 20)
 
 
+ENUMERATED: dict[str, Any] = {
+    "mixture": ((5,), {"components": 3}, lambda: torch.randn(30, 5)),
+    "hidden_markov": ((8,), {"steps": 4, "states": 3}, lambda: torch.randn(30, 8)),
+    "dirichlet_allocation": ((7,), {"topics": 3, "words": 6}, lambda: torch.randint(0, 4, (30, 7)).double()),
+    "semi_supervised": (
+        (5, 2),
+        {"classes": 3, "hidden": 4},
+        lambda: {"x": torch.randn(30, 5), "y": torch.arange(30).remainder(4) - 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_sums_over_discrete_latents(name, particles, calls):
+    sizes, options, data = ENUMERATED[name]
+    torch.manual_seed(0)
+    program: Any = load_program(str(MODELS / f"{name}.py"))(*sizes, **options)
+    assert_same(program, data(), elbo="TraceEnum_ELBO", particles=particles)
+    assert was_captured(calls, 20)
+
+
 def model(x: Tensor) -> None:
     loc = pyro.param("loc", lambda: torch.tensor(0.0))
     with pyro.plate("data", len(x), dim=-1):

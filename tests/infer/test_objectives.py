@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 from twins import MODELS, draws
 
@@ -154,6 +154,31 @@ def test_beta_scales_the_latent_sites_of_a_stranger_and_nothing_else():
         torch.testing.assert_close(found[name][0], truth, rtol=1e-9, atol=1e-12)
     assert float(loss) == pytest.approx(float(known.detach()), rel=1e-12)
     assert float(bound) == pytest.approx(unscaled, rel=1e-12)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_sums_over_a_guides_classes_are_those_of_stock_pyro_where_a_probability_is_0_too(zero):
+    """To the last bit; with a class that has probability 0, and log density minus infinity, to rounding."""
+    x, shift = draws(6), torch.tensor([0.0, 0.4, -math.inf if zero else 1.3]).double().requires_grad_()
+    slope = torch.tensor([0.3, -0.2, 0.1]).double().requires_grad_()
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.Categorical(logits=shift), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(slope[y], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            logits = x.unsqueeze(-1) * slope + shift
+            pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    program = Program(model, guide)
+    ours = make_objective(Target(program, {"x": x}), [slope], elbo="TraceEnum_ELBO")(program, {"x": x})
+    stock = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide, x=x)
+    pairs = [(ours.surrogate, stock), *zip(*(torch.autograd.grad(one, slope) for one in (ours[1], stock)), strict=True)]
+    assert ours.loss == ours.bound == pytest.approx(stock.item(), rel=1e-12)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-12 * zero, atol=1e-12 * zero)
 
 
 def test_beta_with_draws_that_have_no_gradient():
