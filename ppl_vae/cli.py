@@ -335,7 +335,8 @@ def plainly() -> Iterator[TextIO]:
     except (MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in NO_MEMORY):
             raise
-        _refuse(MEMORY.format((str(error) or type(error).__name__).splitlines()[0]))
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        _refuse(text if text.startswith("Expected") else MEMORY.format(text))
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         _refuse(

@@ -20,7 +20,8 @@ from ppl_vae._checks import check_choice, check_int
 from ppl_vae._progress import track
 from ppl_vae.evaluation.nested import inner_draws
 from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
-from ppl_vae.evaluation.weights import Draws, Precision, weight_blocks
+from ppl_vae.evaluation.weights import Draws, weight_blocks
+from ppl_vae.programs.precision import Precision
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import Batch
 

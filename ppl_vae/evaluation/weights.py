@@ -5,25 +5,25 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ppl_vae._checks import is_out_of_memory
 from ppl_vae._seeds import fork_rng
 from ppl_vae.evaluation.nested import Nested
 from ppl_vae.programs.capture import close, record
 from ppl_vae.programs.enumeration import Weights
+from ppl_vae.programs.precision import Precision
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import trace_pair
 
-Precision = Literal["full", "bfloat16"]
 _LOG = logging.getLogger(__name__)
 _MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 _WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
@@ -180,8 +180,7 @@ def _fitting(draw: Callable[..., Draws], k: int, key: tuple[int, ...], room: lis
         try:
             draws = draw(k, key)
         except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if k == 1 or not (known or any(words in str(error) for words in _NO_MEMORY)):
+            if k == 1 or not is_out_of_memory(error):
                 raise
             room[0] = k // 2
         else:

@@ -15,10 +15,12 @@ from ppl_vae._checks import check_choice
 from ppl_vae._seeds import random_state, set_random_state
 from ppl_vae.programs.capture import close, record
 from ppl_vae.programs.compiler import Replay, compiled, has_compiler, replay
+from ppl_vae.programs.precision import Precision, lowered
 from ppl_vae.programs.traces import Batch
 
 EAGER = 50  # steps of a run before any is captured, which takes about as long
 LONG = 40_000  # steps of a run that repay half a minute of compilation
+_ROUNDING = {"full": 1e-6, "bfloat16": 2**-6}  # of gradients, as a share of the largest entry
 _LOG = logging.getLogger(__name__)
 Capture = Literal["auto", "off", "graph", "compile"]
 MODES = ("off", "graph", "fast", "compile")
@@ -51,6 +53,7 @@ class Gradients:
             `compile` in runs of `LONG` steps on machines with a compiler, and what it can otherwise.
         steps: of the run.
         mode: that `auto` has come to before, in a run that is resumed.
+        precision: of the products of networks (see `lowered`).
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Gradients:
         capture: Capture = "auto",
         steps: int = 0,
         mode: str | None = None,
+        precision: Precision = "full",
     ) -> None:
         self.program, self.objective, self.learned, self.whole = program, objective, learned, whole
+        self.precision: Precision = precision
         self.auto, self.reason = capture == "auto", ""
         self.start = EAGER if self.auto else 1  # by the first step a program has set itself up
         self.mode: str = capture
@@ -112,7 +117,8 @@ class Gradients:
         return self._checked(kind, batch)
 
     def _by_pyro(self, batch: Batch) -> Answer:
-        loss, bound = self.loss(batch)
+        with lowered(self.precision):
+            loss, bound = self.loss(batch)
         losses = torch.stack([loss.detach(), torch.as_tensor(bound, dtype=loss.dtype, device=loss.device)])
         return losses, [*torch.autograd.grad(loss, self.learned, allow_unused=True)]
 
@@ -139,7 +145,7 @@ class Gradients:
                     self.graphs[kind] = self._recorded(batch, given, answer[0].dtype)
                     set_random_state(start, device)
                 replayed = _replayed(self.graphs[kind], given)
-                wrong = _difference(answer, replayed, end, random_state(device))
+                wrong = _difference(answer, replayed, end, random_state(device), _ROUNDING[self.precision])
                 if not wrong:
                     (self.tried.add if first else self.tried.discard)(kind)
                     return replayed
@@ -174,18 +180,20 @@ class Gradients:
     def _by_operations(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What `_by_pyro` gives, without looking at a value: Pyro sums the loss over sites in Python's floats."""
         with torch.enable_grad(), _NothingIsRead(), pyro.validation_enabled(False):
-            loss, surrogate, bound = self.objective(self.program, batch)
+            with lowered(self.precision):
+                loss, surrogate, bound = self.objective(self.program, batch)
             value = (loss + (surrogate - torch_item(surrogate))).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)
         return torch.stack([value.detach(), (bound / self._data(batch)).to(dtype)]), *gradients
 
 
-def _difference(one: Answer, other: Answer, end: list[Tensor], other_end: list[Tensor]) -> str:
+def _difference(one: Answer, other: Answer, end: list[Tensor], other_end: list[Tensor], rounding: float) -> str:
     """How the answer of a step and its random state differ from those of another, if they do."""
     if not all(map(torch.equal, end, other_end)):
         return "the draws are not those of a step by Pyro"
-    pairs = [(one[0], other[0]), *zip(one[1], other[1], strict=True)]
-    if not all(a is b if a is None or b is None else close(b, a) for a, b in pairs):
+    pairs = zip(one[1], other[1], strict=True)
+    same = all(a is b if a is None or b is None else close(b, a, rounding) for a, b in pairs)
+    if not (same and close(other[0], one[0])):
         return "the loss or a gradient is not that of a step by Pyro"
     return ""
 

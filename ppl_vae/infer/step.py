@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_vae import _processes as processes
+from ppl_vae._checks import is_out_of_memory
 from ppl_vae._seeds import fork_rng, random_state, set_random_state
 from ppl_vae.data.batches import minibatches
 from ppl_vae.infer.gradients import Gradients
@@ -151,6 +152,7 @@ class Trainer:
         parts: where the whole data set counts as one datum, the steps of an epoch: one on all data, or several on parts
             of `batch_size` that the program's own plate takes. 0 otherwise.
         on_step: called with the state between two steps of an epoch.
+        smaller: settings by which a step takes less memory, in words.
     """
 
     gradients: Gradients
@@ -161,6 +163,7 @@ class Trainer:
     shuffle: bool = True
     parts: int = 0
     on_step: Callable[[State], None] | None = None
+    smaller: str = ""
     former: Any = None  # gradients of the step before
 
     def epoch(self, data: Target, number: int, *, check: bool) -> tuple[float, float]:
@@ -176,9 +179,11 @@ class Trainer:
 
         Raises:
             ValueError: If a step leaves anything that is not finite. The state is then the one before that step.
+            MemoryError: If a step does not fit into memory. The state is then the one before the epoch.
         """
         good = self.state.good = self.state.good or self.state.save()
         self.gradients.look()
+        lacking = ""
         try:
             with self._drawing(data, number) as losses:
                 first = len(losses)
@@ -192,6 +197,18 @@ class Trainer:
         except KeyboardInterrupt:
             self.state.load(good)
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+        if lacking:  # by now what the step held has been given back
+            step, self.former = self.state.history.steps + 1, None
+            self.gradients.graphs.clear()
+            self.state.load(good)
+            raise MemoryError(
+                f"Expected steps that fit into memory; step {step} (epoch {number + 1}) did not: {lacking}. The "
+                f"program keeps the state before that epoch. Try {self.smaller}."
+            )
         self.state.history.capture, self.state.history.capture_reason = self.gradients.mode, self.gradients.reason
         processes.same([one for one in self.state.tensors()[len(self.state.learned) :] if one.is_floating_point()])
         values = torch.stack(losses)

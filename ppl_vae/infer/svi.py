@@ -24,6 +24,7 @@ from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_sett
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import claim, scope
+from ppl_vae.programs.precision import Precision
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
@@ -34,7 +35,7 @@ Keep = Literal["last", "best"]
 OBJECTIVE = ("elbo", "alpha", "gradient", "particles", "free_bits", "free_bits_per")
 RATE = ("weight_decay", "momentum", "betas", "epsilon")
 SETTINGS: tuple[str, ...] = (*OBJECTIVE, "beta", "warm_up", "cycles", "epochs", "batch_size", "optimizer", *RATE)
-SETTINGS += ("learning_rate", "schedule", "restarts", "clip", "keep", "patience", "capture")
+SETTINGS += ("learning_rate", "schedule", "restarts", "clip", "keep", "patience", "capture", "precision")
 
 
 def fit(
@@ -64,6 +65,7 @@ def fit(
     keep: Keep = "last",
     patience: int = 0,
     capture: Capture = "auto",
+    precision: Precision = "full",
     seed: int = 0,
     device: str = "auto",
     validation: Any = None,
@@ -129,6 +131,8 @@ def fit(
             `off`; `graph`, the same numbers to the last bit; `compile`, equal to rounding, by a C++ compiler, which
             takes half a minute; `auto`, equal to rounding, compiled in long runs, and `off` where a program cannot be
             captured, which the log and the history say.
+        precision: of the products in linear layers and convolutions, but for small ones: `full`, that of the data, or
+            `bfloat16`, with log densities, gradients and parameters in single precision. Validation is in full.
         seed: of the order of the data and of all draws; the global random state is left alone.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`; the program is moved there.
         validation: data as `x`, whose bound is recorded after each epoch.
@@ -146,6 +150,7 @@ def fit(
         ValueError: If settings or data do not fit, a row has nothing observed, the program does not allow the
             objective, its guide keeps one row per datum by place and `batch_size` is below n, or a loss turns NaN. The
             message then names step and site, and the program keeps its last good state.
+        MemoryError: If a step does not fit into memory; the program keeps the state of the last whole epoch.
     """
     settings = {key: value for key, value in locals().items() if key in (*SETTINGS, "validation")}
     check_settings(**settings)
@@ -196,6 +201,12 @@ def fit(
         objective = make_objective(target, learned, beta=weight, **keys)
         if not learned:
             raise ValueError("Expected a program with something to learn; it has no parameters that take gradients.")
+        double = any(one.dtype == torch.float64 for one in (*learned, *target.batch.values()))
+        if double and precision != "full":
+            raise ValueError(
+                f"Expected data and parameters in single precision for precision = {precision!r}; got double. Convert "
+                'both by .float(), or use precision = "full".'
+            )
         optim = make_optimizer(optimizer, learned, learning_rate, **{key: settings[key] for key in RATE})
         scheduler = make_schedule(schedule, optim, learning_rate, epochs * steps, restarts)
         state = State(learned, optim, scheduler, module=program)
@@ -203,9 +214,12 @@ def fit(
         if resume is not None:
             state.load(resume)
         shuffle = sites.rows is None and not sites.whole
-        how: Any = {"whole": sites.whole, "capture": capture, "steps": epochs * steps, "mode": state.history.capture}
+        how: Any = {"whole": sites.whole, "capture": capture, "precision": precision}
+        how |= {"steps": epochs * steps, "mode": state.history.capture}
         gradients = Gradients(program, objective, learned, **how)
-        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts, on_step)
+        size = batch_size if parts > 1 else shuffle * min(batch_size, target.n)
+        smaller = smaller_steps(size, particles, "double" if double else precision, capture)
+        trainer = Trainer(gradients, state, batch_size, clip, seed, shuffle, parts, on_step, smaller)
         history, done = state.history, len(state.history.elbo)
         before = time.perf_counter() - (history.seconds[-1] if done else 0.0)
         hidden = None if progress is None else not progress
@@ -264,7 +278,7 @@ def check_settings(**given: Any) -> None:
     """
     choices: dict[str, Any] = {"elbo": tuple(OBJECTIVES), "schedule": get_args(Schedule), "keep": get_args(Keep)}
     choices |= {"gradient": get_args(Gradient), "free_bits_per": get_args(Per), "optimizer": get_args(Name)}
-    choices |= {"capture": get_args(Capture)}
+    choices |= {"capture": get_args(Capture), "precision": get_args(Precision)}
     least = {"epochs": 1, "batch_size": 1, "particles": 1, "cycles": 1, "restarts": 1, "warm_up": 0, "patience": 0}
     for key, value in given.items():
         if key in choices and value is not None and not callable(value):
@@ -289,6 +303,14 @@ def check_settings(**given: Any) -> None:
     if judges and "validation" in given and given["validation"] is None:
         one, other = ('keep = "best"', 'keep = "last"') if given.get("keep") == "best" else ("patience", "patience = 0")
         raise ValueError(f"Expected validation data with {one}; got none. Pass `validation` or {other}.")
+
+
+def smaller_steps(batch_size: int, particles: int, precision: str, capture: str) -> str:
+    """Settings by which a step takes less memory, in words."""
+    numbers = {"batch_size": batch_size // 2, "particles": particles // 2}
+    settings = [f"{key} = {value}" for key, value in numbers.items() if value]
+    settings += ['precision = "bfloat16"'] * (precision == "full") + ['capture = "off"'] * (capture != "off")
+    return " or ".join(settings or ["smaller networks"])
 
 
 def parameters_of(target: Target) -> list[Tensor]:

@@ -100,10 +100,10 @@ def record(
     return graph
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to rounding, relative to the largest entry."""
+def close(a: Tensor, b: Tensor, share: float = 1e-6) -> bool:
+    """Whether two tensors are equal to rounding, which may be a share of the largest entry."""
     scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).amax()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
+    return torch.allclose(a, b, rtol=1e-5, atol=share * scale, equal_nan=True)
 
 
 def _values(module: GraphModule, given: Sequence[Tensor]) -> dict[Node, Any]:

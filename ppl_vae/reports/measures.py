@@ -15,10 +15,10 @@ from ppl_vae.evaluation.evidence import Evidence, log_evidence
 from ppl_vae.evaluation.guide_check import GuideCheck, check_guide
 from ppl_vae.evaluation.latents import active_units, rates
 from ppl_vae.evaluation.predictive import PredictiveCheck, predictive_check
-from ppl_vae.evaluation.weights import Precision
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.closed_form import exact_log_evidence
 from ppl_vae.programs.linear_models import PPCA
+from ppl_vae.programs.precision import Precision
 from ppl_vae.programs.rows import indexed, numbered
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE

@@ -18,12 +18,12 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.data.datasets import check_name
 from ppl_vae.data.loading import load
 from ppl_vae.evaluation.class_evidence import PRIORS
-from ppl_vae.evaluation.weights import Precision
 from ppl_vae.families.conditional import Conditional
 from ppl_vae.infer.svi import SETTINGS, check_settings, fit
 from ppl_vae.networks.encoding import WORDS
 from ppl_vae.programs.given import KEYS
 from ppl_vae.programs.given import ROLES as ROLES
+from ppl_vae.programs.precision import Precision
 from ppl_vae.runs.pace import Pace
 
 SECTIONS = ("data", "model", *ROLES, "svi", "evaluation")
