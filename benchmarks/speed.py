@@ -86,7 +86,9 @@ class NumPyro:
         return float(wall), float(cpu)
 
 
-def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int, capture: str) -> dict[str, Any]:
+def training(
+    sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int, capture: str, precision: Any = "full"
+) -> dict[str, Any]:
     """Time a training step: this library, stock Pyro's SVI on the same program, NumPyro, and PyTorch by hand."""
     features, hidden, latent = sizes
     x = (torch.rand(BATCHES * batch, features) < 0.13).float()
@@ -122,7 +124,7 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
         peers["NumPyro"] = lambda: steps(BATCHES)
     peers["products alone"] = products(batch, sizes)
     peers["PyTorch by hand"] = by_hand(False)
-    return in_turn(ours, x, peers, batch, rounds, capture)
+    return in_turn(ours, x, peers, batch, rounds, capture=capture, precision=precision)
 
 
 def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
@@ -141,7 +143,7 @@ def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
 
 
 def in_turn(
-    program: Any, x: Tensor, peers: dict[str, Callable[[], Any]], batch_size: int, rounds: int, capture: str
+    program: Any, x: Tensor, peers: dict[str, Callable[[], Any]], batch_size: int, rounds: int, **options: Any
 ) -> dict[str, Any]:
     """Time the epochs of one call of `fit`, once it has warmed up, and between them an epoch of each peer."""
     steps = math.ceil(len(x) / batch_size)
@@ -161,8 +163,7 @@ def in_turn(
             times[name].append(own) if own else add(name, since)
         began = clocks()
 
-    options: dict[str, Any] = {"learning_rate": 1e-3, "device": "cpu", "progress": False}
-    options["capture"] = capture
+    options |= {"learning_rate": 1e-3, "device": "cpu", "progress": False}
     fit(program, x, epochs=skipped + rounds + 1, batch_size=batch_size, on_epoch=on_epoch, **options)
     return figures({name: each[-rounds:] for name, each in times.items()}, steps)
 
@@ -336,9 +337,10 @@ def main() -> None:
     torch.manual_seed(0)
     few, found = max(given.rounds // 4, 1), {}
     for sizes, batch in (((784, 400, 20), 128), ((64, 200, 10), 100), ((784, 400, 20), 2048)):
-        for capture in ("auto", "compile"):
-            title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {capture}"
-            found[title] = training(sizes, batch, given.numpyro, given.rounds if batch < 1000 else few, capture)
+        rounds = given.rounds if batch < 1000 else few
+        for how in (("auto",), ("compile",), ("auto", "bfloat16")):
+            title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {', '.join(how)}"
+            found[title] = training(sizes, batch, given.numpyro, rounds, *how)
             show(title, found[title])
     found["weight of evidence, 784-200-200-50, K = 5,000"] = evidence(200, 5000, few)
     show(*list(found.items())[-1])

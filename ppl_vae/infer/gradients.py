@@ -205,11 +205,12 @@ class _NothingIsRead(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is Tensor.item:
             return args[0].detach().double()
-        if func is one_hot and len(args) == 2 and args[1] > 0:
-            return (args[0].unsqueeze(-1) == torch.arange(args[1], device=args[0].device)).long()
-        return func(*args, **(kwargs or {}))
+        if func is one_hot and (classes := [*args[1:], *kwargs.values()]) and classes[0] > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(classes[0], device=args[0].device)).long()
+        return func(*args, **kwargs)
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

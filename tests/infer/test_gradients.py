@@ -294,6 +294,8 @@ class Branching(nn.Module):
                 self.last = z.detach()
             if self.kind == "item":
                 z = z + self.slope.exp().item()
+            if self.kind == "codes":
+                z = z + self.slope * nn.functional.one_hot((x[:, 0] > 0).long(), num_classes=2)[:, 1]
             pyro.sample("x", dist.Normal(self.weight * z, 1.0), obs=x[:, 0])
 
     def guide(self, x: Tensor) -> None:
@@ -325,8 +327,9 @@ def test_what_cannot_be_captured_goes_on_by_pyro_and_the_log_says_why_once(kind,
         assert int(program.norm.num_batches_tracked) == 16
 
 
-def test_numbers_that_are_read_stay_numbers_of_the_step(calls):
-    assert_same(Branching("item"), torch.randn(30, 1))
+@pytest.mark.parametrize("kind", ["item", "codes"])
+def test_numbers_that_are_read_stay_numbers_of_the_step(kind, calls):
+    assert_same(Branching(kind), torch.randn(30, 1))
     assert was_captured(calls, 20)
 
 

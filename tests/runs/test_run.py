@@ -155,14 +155,16 @@ def test_the_spec_of_a_run_reproduces_it(finished, tmp_path):
     [
         {"svi.schedule": "constant", "svi.particles": 2, "svi.epochs": 5},  # in the end from a captured graph
         {"svi.schedule": "one-cycle", "svi.keep": "best", "data.validation_fraction": 0.2},
-        {"svi.schedule": "cosine", "svi.clip": 1.0, "data.dequantization": "uniform"},
+        {"svi.schedule": "cosine", "svi.clip": 1.0, "data.dequantization": "uniform", "svi.precision": "bfloat16"},
     ],
     ids=lambda settings: settings["svi.schedule"],
 )
 @pytest.mark.parametrize("when", ["training", "evaluation"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers_to_the_bit(settings, when, tmp_path, monkeypatch):
     settings = {**SHORT, **settings}
+    monkeypatch.setattr("ppl_vae.programs.precision.LEAST", 1)
     whole = fit_spec(MODELS / "ppca.toml", settings, out=tmp_path / "whole")
+    assert whole.report["spec"]["svi"]["precision"] == settings.get("svi.precision", "full")
     part = tmp_path / "part"
 
     def stopped(*given, **more):
