@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PATIENCE = timedelta(days=1)  # with what one process does alone, as NUTS; one that ends is noticed at once
 _LED: list[Any] = []  # the program whose evaluation this process, the first, shares out
 
 
@@ -51,10 +52,13 @@ def group(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # type: ignore[attr-defined]
     own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
-    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": timedelta(minutes=30)}
+    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": _PATIENCE}
     dist.init_process_group("nccl" if gpu else "gloo", **options)
     yield
-    dist.barrier()  # an orderly end, without which gloo's threads may abort a process
+    try:
+        dist.barrier()  # an orderly end, without which gloo's threads may abort a process
+    except RuntimeError:  # another has failed, and says why
+        raise SystemExit(1) from None
     gc.collect()
     dist.destroy_process_group()
 
