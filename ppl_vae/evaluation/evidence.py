@@ -8,6 +8,7 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -287,6 +288,12 @@ def estimate_evidence(
         moved = weights.logsumexp(0) - (weights - lowered).logsumexp(0)
         change = {"mean": float(moved.mean()), "largest": float(moved.abs().amax())}
         change |= {"samples": len(weights), "n": len(moved)}
+    elif precision != "full":
+        warnings.warn(
+            f"Products stay in full precision: {precision!r} takes a CPU and a program whose operations can be "
+            "recorded, without enumerated or nested sites.",
+            stacklevel=5,  # the caller of `log_evidence`
+        )
     if target.structure.enumerated and not target.structure.latents:  # then nothing was drawn
         figures |= {name: torch.zeros_like(figures[name]) for name in ("mc_se", "bias", "elbo_mc_se", "shift")}
     figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
