@@ -18,13 +18,17 @@ from typing import Any
 
 import pyro
 import torch
-from clock import in_turn, pair, ratios, record, show
+from clock import WARM_UP, in_turn, pair, ratios, record, show
 from growth import growth, table
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from ppl_vae import PPCA, log_evidence
+from ppl_vae import PPCA, VAE, log_evidence
+from ppl_vae.infer.gradients import Gradients
+from ppl_vae.infer.objectives import make_objective
+from ppl_vae.infer.optimizers import make_optimizer, take_step
+from ppl_vae.programs.target import Target
 
 BATCHES = 20  # in an epoch
 
@@ -100,6 +104,7 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
 
     peers: dict[str, Any] = {}
     if capture == "auto":
+        peers["its bare steps, on a batch"] = bare_steps(pair(features, [hidden], latent), batches[0])
         peers["stock Pyro"] = by_stock
     else:
         peers["PyTorch by hand, compiled"] = by_hand(True)
@@ -109,6 +114,19 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
     peers["products alone"] = products(batch, sizes)
     peers["PyTorch by hand"] = by_hand(False)
     return in_turn(ours, x, peers, batch, rounds, capture)
+
+
+def bare_steps(program: VAE, x: Tensor) -> Callable[[], None]:
+    """The captured steps of an epoch on one batch, without the epoch around them."""
+    learned = [*program.parameters()]
+    objective = make_objective(Target(program, x), learned, elbo="Trace_ELBO")
+    gradients, optimizer = Gradients(program, objective, learned), make_optimizer("Adam", learned, 1e-3)
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            take_step(optimizer, learned, gradients({"x": x}, WARM_UP)[1])
+
+    return run
 
 
 def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
@@ -194,9 +212,9 @@ def start_up(rounds: int) -> dict[str, Any]:
     spec = str(Path(__file__).parents[1] / "models" / "digits.toml")
     here = str(Path(__file__).parent)
     first = (
-        f"import sys, time; sys.path.insert(0, {here!r}); import speed, torch; torch.set_num_threads(1); "
-        "p = speed.pair(784, [400], 20); x = torch.rand(256, 784).round(); b = time.process_time(); "
-        "speed.fit(p, x, epochs=3, batch_size=128, device='cpu', progress=False, capture='graph'); "
+        f"import sys, time; sys.path.insert(0, {here!r}); import clock, torch; torch.set_num_threads(1); "
+        "p = clock.pair(784, [400], 20); x = torch.rand(256, 784).round(); b = time.process_time(); "
+        "clock.fit(p, x, epochs=3, batch_size=128, device='cpu', progress=False, capture='graph'); "
         "print(time.process_time() - b)"
     )
     words = {
