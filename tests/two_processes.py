@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
             except ValueError as error:
                 found["fails"] = str(error)
             found["estimates"] = estimates(vae)
-    odd, program = rows()[:50], picky()
+    odd, program = rows()[:70], picky()  # a program is tried on the first 64
     odd[-1, 0] = 99
     if processes.rank():
         processes.follow(program)
