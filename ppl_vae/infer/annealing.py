@@ -82,7 +82,7 @@ class Annealing:
         latents: where each chain ended, (k, n, z): weighted draws from p(z|x).
         acceptance: mean rate of accepted moves, (n,).
         floor: what importance sampling from prior or guide finds log p(x) to be at least, four errors below its
-            estimate, (n,) in nats; None if it was not asked.
+            estimate, (n,) in nats; None of a single chain.
     """
 
     log_weights: Tensor
@@ -232,7 +232,8 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
     target, how = Target.of(program, x), AnnealingSettings(**settings)
     parts = in_parts(target, _annealed, _sizes(target, how)[0], how, seed)
     weights, latents, rates, floors = zip(*(block for blocks in parts for block in blocks), strict=True)
-    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), torch.cat(floors))
+    floor = None if how.chains == 1 else torch.cat(floors)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), floor)
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
@@ -280,14 +281,15 @@ def _blocks(
         yield Joint(block), sizes, (seed, number)
 
 
-def _annealed(target: Target, first: int, how: AnnealingSettings, seed: int) -> list[tuple[Tensor, ...]]:
+def _annealed(target: Target, first: int, how: AnnealingSettings, seed: int) -> list[tuple[Any, ...]]:
     """The fields of an `Annealing`, block by block."""
-    blocks: list[tuple[Tensor, ...]] = []
+    blocks: list[tuple[Any, ...]] = []
     for joint, sizes, key in _blocks(target, first, how, seed):
         with unvalidated(joint, *key):
             climbed = _climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes)
             size = how.entries // ((joint.target.features + joint.size) * joint.n)
-            blocks.append((*climbed, _floor(joint, max(1, size))))
+            floor = None if how.chains == 1 else _floor(joint, max(1, size))  # a single chain never settles
+            blocks.append((*climbed, floor))
     return blocks
 
 
