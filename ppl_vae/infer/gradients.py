@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -15,7 +16,7 @@ from ppl_vae._checks import check_choice
 from ppl_vae._seeds import random_state, set_random_state
 from ppl_vae.programs.capture import close, record
 from ppl_vae.programs.compiler import Replay, compiled, has_compiler, replay
-from ppl_vae.programs.precision import Precision, lowered
+from ppl_vae.programs.precision import Lowered, Precision
 from ppl_vae.programs.traces import Batch
 
 EAGER = 50  # steps of a run before any is captured, which takes about as long
@@ -53,7 +54,7 @@ class Gradients:
             `compile` in runs of `LONG` steps on machines with a compiler, and what it can otherwise.
         steps: of the run.
         mode: that `auto` has come to before, in a run that is resumed.
-        precision: of the products of networks (see `lowered`).
+        precision: of the products of networks (see `Lowered`).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Gradients:
     ) -> None:
         self.program, self.objective, self.learned, self.whole = program, objective, learned, whole
         self.precision: Precision = precision
+        self.lowered: Any = nullcontext() if precision == "full" else Lowered()
         self.auto, self.reason = capture == "auto", ""
         self.start = EAGER if self.auto else 1  # by the first step a program has set itself up
         self.mode: str = capture
@@ -117,7 +119,7 @@ class Gradients:
         return self._checked(kind, batch)
 
     def _by_pyro(self, batch: Batch) -> Answer:
-        with lowered(self.precision):
+        with self.lowered:
             loss, bound = self.loss(batch)
         losses = torch.stack([loss.detach(), torch.as_tensor(bound, dtype=loss.dtype, device=loss.device)])
         return losses, [*torch.autograd.grad(loss, self.learned, allow_unused=True)]
@@ -180,7 +182,7 @@ class Gradients:
     def _by_operations(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What `_by_pyro` gives, without looking at a value: Pyro sums the loss over sites in Python's floats."""
         with torch.enable_grad(), _NothingIsRead(), pyro.validation_enabled(False):
-            with lowered(self.precision):
+            with self.lowered:
                 loss, surrogate, bound = self.objective(self.program, batch)
             value = (loss + (surrogate - torch_item(surrogate))).to(dtype) / self._data(batch)
             gradients = torch.autograd.grad(value, self.learned, allow_unused=True)

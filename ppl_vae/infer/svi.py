@@ -2,6 +2,7 @@ r"""Stochastic variational inference: the only training loop, and the only minus
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from ppl_vae.infer.objectives import OBJECTIVES, Objective, check_objective_sett
 from ppl_vae.infer.optimizers import Name, Schedule, check_optimizer_settings, make_optimizer, make_schedule
 from ppl_vae.infer.step import History, State, Trainer
 from ppl_vae.programs.param_store import claim, scope
-from ppl_vae.programs.precision import Precision
+from ppl_vae.programs.precision import LEAST, Precision
 from ppl_vae.programs.rows import indexed, keywords, numbered, remember
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
@@ -245,6 +246,12 @@ def fit(
                 on_epoch(epoch, state)
         if state.best is not None:
             state.set_values(state.best)
+    if precision != "full" and len(history.elbo) > done and not gradients.lowered.used:
+        warnings.warn(
+            f"Products stayed in full precision: no linear layer or convolution has the {LEAST:,} multiplications in a "
+            f"step that {precision!r} takes.",
+            stacklevel=2,
+        )
     if sites.whole and ignores_data(program, target.batch, seed):
         remember(program, target.batch)
     target.refresh()

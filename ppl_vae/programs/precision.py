@@ -1,6 +1,5 @@
 """Products of networks in a lower precision, with everything around them as it is."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,20 +13,23 @@ _LAYERS: set[Any] = {linear, torch.conv1d, torch.conv2d, torch.conv3d}
 _LAYERS |= {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 
 
-def lowered(precision: Precision) -> AbstractContextManager[Any]:
-    """Run the linear layers and convolutions within, those of PyTorch's modules and functions, in a precision.
+class Lowered(TorchFunctionMode):
+    """Runs the linear layers and convolutions within, those of PyTorch's modules and functions, in bfloat16.
 
-    Inputs, weights and biases are rounded to it, and so are the gradients that come back through them; what they give
-    is in single precision again. So densities, losses, parameters and their gradients are. Small products and those of
+    Inputs, weights and biases are rounded, and so are the gradients that come back through them; what they give is in
+    single precision again. So densities, losses, parameters and their gradients are. Small products and those of
     other functions, such as the products of densities, stay as they are.
+
+    Attributes:
+        used: whether anything was rounded.
     """
-    return nullcontext() if precision == "full" else _Lowered()
 
+    used = False
 
-class _Lowered(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LAYERS and _is_large(*[one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)][:2]):
+            self.used = True
             kwargs = {key: _rounded(value) for key, value in kwargs.items()}
             return func(*map(_rounded, args), **kwargs).float()
         return func(*args, **kwargs)

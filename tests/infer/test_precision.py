@@ -20,7 +20,7 @@ from ppl_vae.networks import MLP, Conv
 from ppl_vae.programs import precision
 from ppl_vae.programs.compiler import has_compiler
 from ppl_vae.programs.param_store import scope
-from ppl_vae.programs.precision import lowered
+from ppl_vae.programs.precision import Lowered
 
 OPTIONS: dict[str, Any] = {"epochs": 3, "batch_size": 10, "learning_rate": 0.01, "device": "cpu", "progress": False}
 OPTIONS |= {"precision": "bfloat16"}
@@ -63,7 +63,7 @@ def test_a_layer_rounds_its_factors_and_gives_single_precision():
     layers = {"linear": nn.Linear(5, 4), "conv": nn.Conv2d(2, 3, 3, stride=2), "back": nn.ConvTranspose2d(2, 3, 3)}
     for layer in layers.values():
         x = torch.randn(7, 5) if isinstance(layer, nn.Linear) else torch.randn(7, 2, 5, 5)
-        with lowered("bfloat16"):
+        with Lowered():
             y = layer(x.requires_grad_())
         plain = copy.deepcopy(layer).bfloat16()
         assert y.dtype == torch.float32
@@ -78,7 +78,7 @@ def test_a_layer_rounds_its_factors_and_gives_single_precision():
 
 def test_small_products_other_functions_and_double_precision_are_left_alone(monkeypatch):
     x, layer = torch.randn(6, 5), nn.Linear(5, 4)
-    with lowered("bfloat16"):
+    with Lowered():
         product, wide = x @ layer.weight.T, copy.deepcopy(layer).double()(x.double())
         monkeypatch.setattr(precision, "LEAST", 6 * 5 * 4)
         large = layer(x)
@@ -174,13 +174,22 @@ def test_steps_are_captured_and_resumed_to_the_last_bit(elbo, monkeypatch):
         assert other != full.elbo
 
 
+def test_a_run_whose_products_are_all_small_says_so(monkeypatch):
+    monkeypatch.setattr(precision, "LEAST", 2**21)
+    ours, other, x = pair(), pair(), ones()
+    other.load_state_dict(ours.state_dict())
+    with pytest.warns(UserWarning, match="stayed in full precision: no linear layer or convolution has the 2,097,152"):
+        a = fit(ours, x, **OPTIONS)
+    assert a.elbo == fit(other, x, **{**OPTIONS, "precision": "full"}).elbo
+
+
 def test_validation_is_in_full_precision():
     x, program = ones(), pair()
-    history = fit(program, x, **{**OPTIONS, "learning_rate": 1e-30}, validation=x)
-    assert (
-        history.validation
-        == fit(program, x, **{**OPTIONS, "learning_rate": 1e-30, "precision": "full"}, validation=x).validation
-    )
+    options = {**OPTIONS, "learning_rate": 1e-30, "validation": x}
+    known = fit(program, x, **{**options, "precision": "full"})
+    history = fit(program, x, **options)
+    assert history.validation == known.validation
+    assert history.elbo != known.elbo
 
 
 def test_training_ends_at_the_evidence_of_single_precision():
