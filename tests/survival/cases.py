@@ -58,6 +58,23 @@ class Own(torch.nn.Module):
 """
 
 
+DISCRETE = PROGRAM.replace("pathlib.Path(MARK).touch()", "").replace(
+    """            pyro.sample("x", dist.Normal(self.decoder(z), 5.0)""",
+    """            c = pyro.sample("c", dist.Categorical(x.new_ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(self.decoder(z) + c.unsqueeze(-1), 5.0)""",
+)
+
+
+def own_program(world: Any, text: str, name: str = "own") -> Path:
+    """A spec of the same training of a program of one's own."""
+    folder = world.folder / name
+    folder.mkdir(exist_ok=True)
+    (folder / "own.py").write_text(text)
+    spec = SPEC.partition("[prior]")[0] + 'program = "own.py"\n[svi]' + SPEC.partition("[svi]")[2]
+    (folder / "own.toml").write_text(spec.replace('"table.npy"', f'"{world.spec.with_name("table.npy")}"'))
+    return folder / "own.toml"
+
+
 def project(folder: Path) -> Path:
     """Write a spec and its data, and give the spec."""
     path = small.small_spec(folder)

@@ -23,6 +23,7 @@ from cases import (
     damages,
     hostile_states,
     mutated,
+    own_program,
     stop_after,
     told,
     weights,
@@ -271,15 +272,11 @@ def _strange_entries(world: World) -> Iterator[tuple[str, str]]:
 
 def programs(world: World) -> Iterator[tuple[str, str]]:
     """A stranger's run with a program: nothing runs without leave, and with leave it is told before it runs."""
-    folder = world.folder / "theirs"
-    folder.mkdir(exist_ok=True)
-    mark = folder / "mark"
-    (folder / "own.py").write_text(PROGRAM.replace("MARK", repr(str(mark))))
-    text = SPEC.partition("[prior]")[0] + 'program = "own.py"\n[svi]' + SPEC.partition("[svi]")[2]
-    (folder / "own.toml").write_text(text.replace('"table.npy"', f'"{world.spec.with_name("table.npy")}"'))
+    mark = world.folder / "mark"
+    spec = own_program(world, PROGRAM.replace("MARK", repr(str(mark))), "theirs")
     for verb, hook in (("evaluate", None), ("fit", stop_after(2))):
         place = world.fresh("run")
-        status, said = command(["fit", folder / "own.toml", "--out", place], world.log, hook or (lambda: None))
+        status, said = command(["fit", spec, "--out", place], world.log, hook or (lambda: None))
         assert status == (130 if hook else 0), said
         mark.unlink()
         for more, wanted in (([], 2), (["--trust-code"], 0)):

@@ -179,7 +179,8 @@ def main() -> int:
     minutes = (time.perf_counter() - began) / 60
     where = f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}"
     how = "system calls, by strace" if STRACE else "Python's own steps"
-    ends = f"\n{sum(cases.values()):,} cases in {minutes:.0f} minutes, {given.workers} at a time ({where}); {len(losses)} lost. "
+    ends = f"\n{sum(cases.values()):,} cases in {minutes:.0f} minutes, {given.workers} at a time ({where}); "
+    ends += f"{len(losses)} lost. "
     ends += f"Writing steps are {how}.\n"
     ends += "".join(f"\n- {name}: {case}: {what.strip().splitlines()[-1]}" for name, case, what in losses)
     if given.page:
