@@ -181,7 +181,8 @@ def main() -> int:
     how = "system calls, by strace" if STRACE else "Python's own steps"
     ends = f"\n{sum(cases.values()):,} cases in {minutes:.0f} minutes, {given.workers} at a time ({where}); "
     ends += f"{len(losses)} lost. "
-    ends += f"Writing steps are {how}.\n"
+    ends += f"Writing steps are {how}.\nA run that is killed before its first state is kept leaves at most "
+    ends += "`metrics.jsonl` with the figures so far, which the next fit there replaces.\n"
     ends += "".join(f"\n- {name}: {case}: {what.strip().splitlines()[-1]}" for name, case, what in losses)
     if given.page:
         given.page.write_text(HEAD + text + ends, encoding="utf-8")
