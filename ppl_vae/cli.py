@@ -108,6 +108,8 @@ def evaluate(
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
+        if new is None:  # as in all but the first of several processes
+            return
         show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)
