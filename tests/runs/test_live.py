@@ -86,7 +86,7 @@ def test_what_a_killed_first_try_left_is_no_obstacle_and_other_files_are(tmp_pat
         assert [line["epoch"] for line in lines(out)] == [0]
         shutil.rmtree(out)
         out.mkdir()
-    for text in ('{"loss": 1}\n', json.dumps({**row, "note": "mine"}) + "\n", "dear diary\n", '{"epoch":0}'):
+    for text in ('{"loss": 1}\n', json.dumps({**row, "note": "mine"}) + "\n", "dear diary\n", '{"epoch": 5, "x"'):
         other = tmp_path / str(len(text))
         other.mkdir()
         (other / "metrics.jsonl").write_text(text)
