@@ -192,7 +192,7 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
         )
         named = f"The weights of {counted(worst['n'])} are bad; the worst are in rows {rows}. "
         if worst["mean_without"] is not None:
-            named += f"Without the bad ones the mean is {figure(worst['mean_without'])}. "
+            named += f"Without them the mean is {figure(worst['mean_without'])} nats per datum. "
     if value["kind"] == "lower bound":
         reason = named + "What they may hide could move the mean beyond any interval."
         if shape["median"] is None:

@@ -75,9 +75,10 @@ def _of_guide(
     """What brings the guide, or the evidence that is weighed by it, nearer to the truth."""
     test, spec, apart = report["test"], report.get("spec", {}), distance(report)
     bound = test["log_evidence"]["kind"] == "lower bound"
+    trust = " --trust-code" * any("program" in table for table in spec.values() if isinstance(table, Mapping))
     biased = not bound and abs(test["log_evidence"]["bias"]) > max(test["log_evidence"]["mc_se"], 0.01)
     if bound or biased:
-        draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}`"
+        draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}{trust}`"
         yield f"More samples {'tighten the bound' if bound else 'make the bias smaller'}: {draws}."
     miscalibrated = (report.get("calibration") or {}).get("verdict") == "miscalibrated"
     off = (apart is not None and apart[0] > 0.1) or (miscalibrated and apart is None)
@@ -96,4 +97,4 @@ def _of_guide(
             yield "Longer training of the guide comes closer to the posterior, a richer family little."
     if (bound or miscalibrated) and "reference" not in report:
         method = "nuts" if whole else "ais"
-        yield f"A reference does not rely on the guide: `ppl-vae evaluate RUN --reference {method}`."
+        yield f"A reference does not rely on the guide: `ppl-vae evaluate RUN --reference {method}{trust}`."

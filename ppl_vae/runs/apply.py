@@ -261,11 +261,11 @@ class Applied:
 
 
 def latent_names(target: Target) -> list[str]:
-    """Names of the entries of a latent vector: the site's, numbered from 1 where it has several."""
+    """Names of the entries of a latent vector: the site's, numbered from 0 where it has several."""
     names = []
     for name, inner, event in target.layout.sites:
         size = inner.numel() // target.n * event.numel()
-        names += [name] if size == 1 else [f"{name}{j}" for j in range(1, size + 1)]
+        names += [name] if size == 1 else [f"{name}{j}" for j in range(size)]
     return names
 
 

@@ -1,6 +1,7 @@
 """The page of a report: one file that asks for nothing, in which every figure, picture and term is explained."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from browser import CHROMIUM, browser
+from matplotlib.figure import Figure
 
 from ppl_vae import Program
 from ppl_vae.evaluation import check_guide
@@ -182,6 +184,23 @@ def test_formulas_are_drawn_and_can_be_read():
     assert found.all("code")[0]["text"] == "\\nonsense{"
 
 
+def test_pictures_on_a_ground_of_their_own_are_told_from_transparent_ones():
+    pictures = []
+    for ground in ("white", "none"):
+        figure, file = Figure((2, 1), facecolor=ground), io.BytesIO()
+        figure.add_subplot()
+        figure.savefig(file)
+        pictures.append(html_page.Picture("A picture.", file.getvalue()))
+    found = Page(html_page.page("# A\n", about="x", pictures=pictures))
+    assert [e["attrs"].get("class") for e in found.all("img")] == ["chart", None]
+
+
+def test_options_in_code_are_not_broken():
+    found = Page(html_page.page("# A\n\n`ppl-vae evaluate <RUN> --samples 10`\n", about="x"))
+    assert [e["text"] for e in found.all("span")] == ["--samples"]
+    assert found.all("code")[0]["text"] == "ppl-vae evaluate <RUN> --samples 10"
+
+
 def test_terms_are_found_whole_and_explained_in_a_sentence():
     assert [term for _, term in terms.split("generate the approximate posterior at a rate of 2 nats") if term] == [
         "guide",
@@ -237,7 +256,7 @@ def test_the_page_of_a_comparison_has_the_best_first(best, apart):
     assert found.all("td")[0]["text"] == "runs/<b>|"
     doubts = "".join(e["text"] for e in found.all("section", class_="doubts"))
     assert ("cannot be told apart" in doubts) == (not apart)
-    assert ("only a lower bound" in doubts) == (best > -9)
+    assert ("Only a lower bound" in doubts) == (best > -9)
 
 
 @pytest.mark.parametrize("chosen", [None, 1])
