@@ -55,7 +55,7 @@ def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False)
     Args:
         path: the run directory.
         program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
-            weights, which become those of the run.
+            weights, which become those of the run; or what builds it, "file.py:name".
         trust_code: whether the run's copy of a program file may run.
 
     Raises:
@@ -321,6 +321,7 @@ def evaluate_run(
     samples: int | None = None,
     diagnostics: Diagnostics = Diagnostics(),  # noqa: B008  frozen
     device: str = "auto",
+    program: Any = None,
     trust_code: bool = False,
     say: Say = quiet,
 ) -> Run:
@@ -331,6 +332,7 @@ def evaluate_run(
         samples: importance samples per datum, by default as in the spec.
         diagnostics: what the report includes beside the evidence.
         device: `auto`, `cpu` or `cuda`.
+        program: as of `load_run`.
         trust_code: whether the run's copy of a program file may run.
         say: takes messages for the user.
 
@@ -342,7 +344,7 @@ def evaluate_run(
     places.mend(Path(path), say)
     storage.check_folder(Path(path), finished=True)
     with stops.listening(), reporting(say), places.claimed(Path(path), say=say) as place:
-        run = read_run(place.path, trust_code, say)
+        run = read_run(place.path, trust_code, say, program)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
             protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])

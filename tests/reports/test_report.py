@@ -95,7 +95,7 @@ def check_whole(folder):
     assert bounded == (">= " in text)
     assert bounded == (test["log_evidence"]["jackknife"] is None)
     assert bounded == ("jackknife; no bound" not in text)
-    samples = f"--samples {10 * test['samples']}`"
+    samples = f"--samples {10 * test['samples']}"
     assert bounded == all(remedy in text for remedy in (samples, "--reference ais"))
     line = next(line for line in text.splitlines() if line.startswith("| log evidence |"))
     assert bounded == ("±" not in line)
