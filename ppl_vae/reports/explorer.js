@@ -212,7 +212,7 @@ function drawBase() {
   c.fillText(`z${sub(state.axes[0])}`, view.pad + room() / 2, room() + 29);
   c.textAlign = "right";
   if (state.axes[1] >= 0) {
-    for (const v of ticks(view.y - view.half, view.y + view.half)) { c.beginPath(); c.moveTo(view.pad, py(v)); c.lineTo(size, py(v)); c.stroke(); c.fillText(fmt(v), view.pad - 4, py(v) + 4); }
+    for (const v of ticks(view.y - view.half, view.y + view.half)) { c.beginPath(); c.moveTo(view.pad, py(v)); c.lineTo(size, py(v)); c.stroke(); if (py(v) > 24) c.fillText(fmt(v), view.pad - 4, py(v) + 4); }
     c.fillText(`z${sub(state.axes[1])}`, view.pad - 12, 14);
   }
   c.fillStyle = colour("--prior");

@@ -59,7 +59,7 @@ def latent_scatter(
         ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
-    look: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    look: dict[str, Any] = {"s": area, "lw": 0.4 * (len(points) <= 1000), "ec": "0.2"}
     across, up = points.T
     if values is None:
         ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)

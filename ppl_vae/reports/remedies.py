@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, rise
+from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, still_rising
 
 _RICHER = {
     "Normal": "FullNormal or MixtureNormal",
@@ -37,13 +37,15 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
         yield "Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
         return
     whole, fits = data.get("whole", False), overfitted(report)
-    learning = fits is None and (len(history) < 2 or rise(history) is not None)
+    learning = fits is None and (len(history) < 2 or still_rising(report, history) is not None)
+    built = spec.get("model", {}).get("built", False)
     worse, collapsed = behind_ppca(report), len(test["collapsed"])
     lost = 2 * collapsed >= test["latents"] and collapsed > 0
     if worse and spec.get("data", {}).get("scaling") == "none" and data.get("columns", {}).get("names"):
         yield 'Standardise the columns: `data.scaling = "standardize"`.'
     if learning:
-        yield f"Train longer: raise `svi.epochs`, now {svi.get('epochs', len(history))}. The rest may mend itself."
+        epochs = "more epochs than the" if built else "raise `svi.epochs`, now"
+        yield f"Train longer: {epochs} {svi.get('epochs', len(history))}. The rest may mend itself."
     if worse and lost:
         free = svi.get("warm_up") and not svi.get("free_bits")
         yield (
@@ -76,6 +78,7 @@ def _of_guide(
     test, spec, apart = report["test"], report.get("spec", {}), distance(report)
     bound = test["log_evidence"]["kind"] == "lower bound"
     trust = " --trust-code" * any("program" in table for table in spec.values() if isinstance(table, Mapping))
+    trust = " --program FILE.py:NAME" if spec.get("model", {}).get("built") else trust
     biased = not bound and abs(test["log_evidence"]["bias"]) > max(test["log_evidence"]["mc_se"], 0.01)
     if bound or biased:
         draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}{trust}`"

@@ -455,6 +455,13 @@ EVERYTHING = {**BOUND, "calibration": WRONG, "baseline": WORSE, "test__collapsed
             [],
         ),
         ({**EVERYTHING, **MEMORISES}, RISING, ["keep", "Fewer hidden units"], ["longer", "larger"]),
+        ({"train__kept_epoch": 2, **BOUND}, RISING, ["--samples"], ["longer"]),
+        (
+            {**BOUND, "spec": {"model": {"built": True, "program": "A"}}},
+            RISING,
+            ["more epochs", "--program FILE.py:NAME"],
+            ["svi", "trust"],
+        ),
         ({"test__log_evidence__mean": None, **MEMORISES}, FLAT, ["learning_rate"], ["keep", "hidden"]),
     ],
 )
