@@ -33,7 +33,8 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 REACH = """addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("p.caption[role=heading]").forEach((one) => one.setAttribute("aria-level", "2"));
-  document.querySelectorAll("pre, .table-wrapper, .output, math[display=block]").forEach((one) => { one.tabIndex = 0; });
+  const wide = "pre, .table-wrapper, .output, math[display=block]";
+  document.querySelectorAll(wide).forEach((one) => { one.tabIndex = 0; });
   document.querySelectorAll("aside.sidebar-drawer").forEach((one) => one.setAttribute("aria-label", "Pages"));
   document.querySelectorAll("aside.toc-drawer").forEach((one) => one.setAttribute("aria-label", "On this page"));
 });"""  # what scrolls can be reached by keys, and what is a heading has a level

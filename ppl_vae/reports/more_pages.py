@@ -92,7 +92,7 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
         *_table(pairs),
     ]
     unit, own = "nats per datum", evidence_numbers(runs[0]["test"], runs[0]["data"])[0]
-    doubt = "error not known: of a single datum" if se is None else f"± {figure(se)} standard error, paired"
+    doubt = "error not known: a single datum" if se is None else f"± {figure(se)} standard error, paired"
     numbers = [
         Number(f"log evidence of {best}", *own[1:]),
         Number(

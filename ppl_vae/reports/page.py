@@ -123,16 +123,18 @@ def first_numbers(report: Mapping[str, Any]) -> list[Number]:
     elif classes := report.get("classes"):
         share = f"share of {counted(classes['n'])}"
         numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
-    elif not whole:
+    elif not whole and "bits_per_dim" in test:
         doubt, how = (unknown, "upper bound") if bound else (_errors(test["bits_per_dim_se"]), kind)
         value = "<= " * bound + figure(test["bits_per_dim"])
         numbers.append(Number("bits per dimension", value, doubt, "bits per feature", how))
     elif (shape := test["pareto_k"]["max"]) is not None:
         doubt, unit = (
-            _errors(float(shape_error(torch.tensor(shape), test["samples"])), None, ""),
+            _errors(float(shape_error(torch.tensor(max(shape, -0.5)), test["samples"])), None, ""),
             "no unit; unreliable above 0.7",
         )
-        numbers.append(Number("tail shape k of the weights", figure(shape), doubt, unit, "estimate"))
+        numbers.append(
+            Number("tail shape k of the weights" + ", largest" * (not whole), figure(shape), doubt, unit, "estimate")
+        )
     return numbers
 
 
@@ -154,7 +156,7 @@ def _errors(over: float | None, own: float | None = None, of: str = " over the d
     """A standard error and a Monte Carlo error in words, as far as they are known."""
     parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
     parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
-    return "; ".join(parts) or "error not known: of a single datum or draw"
+    return "; ".join(parts) or "error not known: a single datum or draw"
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:

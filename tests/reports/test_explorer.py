@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, browser
 from torch import nn
 
 from ppl_vae import VAE, Conditional, exact_posterior
@@ -31,7 +30,6 @@ from ppl_vae.programs.program import load_program
 from ppl_vae.reports import explorer_page
 
 MODELS = Path(__file__).parents[2] / "models"
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 DIGITS, WINE = load("digits", scaling="unit"), load("wine", scaling="standardize")
 
 
@@ -39,14 +37,6 @@ DIGITS, WINE = load("digits", scaling="unit"), load("wine", scaling="standardize
 def _single_precision():
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def page():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with browser() as one:
-        yield one
 
 
 @pytest.fixture

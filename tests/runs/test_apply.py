@@ -165,6 +165,8 @@ def test_missing_cells_are_filled_as_by_gaussian_conditioning(run):
         there, weight = part(z), part.network.weight.double().numpy()
     mean, scale = there.mean[0].double().numpy(), data.transform.scale
     covariance = weight @ weight.T + np.diag(there.variance[0].double().numpy())
+    with pytest.raises(ValueError, match="Expected rows with missing cells, to be imputed; got none"):
+        run.impute()
     found = run.impute(frame, 2000)
     for row, gone in ((3, [0]), (4, [1]), (5, [0, 1, 2])):
         seen = [j for j in range(3) if j not in gone]
