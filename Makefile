@@ -29,9 +29,10 @@ soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/survival/soak.py --page docs/survival.md
 
 bench: .venv/installed .bench/installed
-	$(BIN)/python benchmarks/speed.py --numpyro .bench/bin/python --out benchmarks/results/speed.json --page docs/speed.md
-	$(BIN)/python benchmarks/vectorised.py
-	$(BIN)/python benchmarks/hierarchical.py
+	$(BIN)/python benchmarks/speed.py --numpyro .bench/bin/python --out benchmarks/results/speed.json --page docs/speed.md \
+		--also benchmarks/results/speed_zen4.json
+	$(BIN)/python benchmarks/vectorised.py --out benchmarks/results/vectorised.json
+	$(BIN)/python benchmarks/hierarchical.py --out benchmarks/results/hierarchical.json
 
 .bench/installed:
 	$(PYTHON) -m venv .bench

@@ -20,7 +20,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from speed import record
+from clock import record
 from torch import Tensor
 
 from ppl_vae import Program, Target, log_evidence

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speed import record
+from clock import record
 
 from ppl_vae import fit, load_spec, log_evidence
 from ppl_vae.evaluation.gap import inference_gap

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import record
+from clock import record
 from torch import Tensor
 
 from ppl_vae import PPCA, VAE, Conditional, fit, impute, load_spec, log_evidence

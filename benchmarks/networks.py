@@ -16,7 +16,7 @@ from typing import Any
 import by_hand
 import torch
 from by_hand import COMPONENTS, FEATURES, HIDDEN, LATENT, LEVELS, RANK, TRIALS
-from speed import in_turn, record
+from clock import in_turn, record
 from torch import Tensor, nn
 
 from ppl_vae import VAE, Conditional

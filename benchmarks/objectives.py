@@ -11,7 +11,7 @@ from typing import Any
 
 import pyro
 import torch
-from speed import pair, record
+from clock import pair, record
 from torch import Tensor
 
 from ppl_vae import Target

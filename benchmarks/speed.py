@@ -1,46 +1,36 @@
 """Speed beside stock Pyro, NumPyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
 
-python benchmarks/speed.py [--rounds 8] [--numpyro .bench/bin/python] [--out results.json] [--page docs/speed.md]
+python benchmarks/speed.py [--rounds 8] [--numpyro .bench/bin/python] [--out results.json] [--page page.md --also ...]
 
 All of it is on one thread, but for the last part. NumPyro runs in an environment of its own, and is left out without.
 """
 
 import argparse
 import json
-import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from clock import WARM_UP, in_turn, pair, ratios, record, show
+from growth import growth, table
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from ppl_vae import PPCA, VAE, Conditional, fit, log_evidence
-from ppl_vae.families import Bernoulli, Normal, StandardNormal
-from ppl_vae.networks import MLP
-from ppl_vae.programs import products as products_by
+from ppl_vae import PPCA, VAE, log_evidence
+from ppl_vae.infer.gradients import Gradients
+from ppl_vae.infer.objectives import make_objective
+from ppl_vae.infer.optimizers import make_optimizer, take_step
+from ppl_vae.programs.target import Target
 
 BATCHES = 20  # in an epoch
-WARM_UP = 60  # steps of `fit` before it is timed: by then a step has been captured
-
-
-def pair(features: int, hidden: list[int], latent: int) -> VAE:
-    """Give a VAE of binary data."""
-    return VAE(
-        prior=Conditional(StandardNormal(latent)),
-        likelihood=Conditional(Bernoulli(features), MLP(hidden=hidden)),
-        posterior=Conditional(Normal(latent), MLP(hidden=hidden)),
-    )
 
 
 class Plain(nn.Module):
@@ -114,6 +104,7 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
 
     peers: dict[str, Any] = {}
     if capture == "auto":
+        peers["its bare steps, on a batch"] = bare_steps(pair(features, [hidden], latent), batches[0])
         peers["stock Pyro"] = by_stock
     else:
         peers["PyTorch by hand, compiled"] = by_hand(True)
@@ -123,6 +114,19 @@ def training(sizes: tuple[int, int, int], batch: int, numpyro: str, rounds: int,
     peers["products alone"] = products(batch, sizes)
     peers["PyTorch by hand"] = by_hand(False)
     return in_turn(ours, x, peers, batch, rounds, capture)
+
+
+def bare_steps(program: VAE, x: Tensor) -> Callable[[], None]:
+    """The captured steps of an epoch on one batch, without the epoch around them."""
+    learned = [*program.parameters()]
+    objective = make_objective(Target(program, x), learned, elbo="Trace_ELBO")
+    gradients, optimizer = Gradients(program, objective, learned), make_optimizer("Adam", learned, 1e-3)
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            take_step(optimizer, learned, gradients({"x": x}, WARM_UP)[1])
+
+    return run
 
 
 def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
@@ -138,38 +142,6 @@ def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
             torch.mm(one, other)
 
     return run
-
-
-def in_turn(
-    program: Any, x: Tensor, peers: dict[str, Callable[[], Any]], batch_size: int, rounds: int, capture: str
-) -> dict[str, Any]:
-    """Time the epochs of one call of `fit`, once it has warmed up, and between them an epoch of each peer."""
-    steps = math.ceil(len(x) / batch_size)
-    skipped = WARM_UP // steps + 2
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("ppl_vae", *peers)}
-    began = clocks()
-
-    def add(name: str, since: tuple[float, float]) -> None:
-        times[name].append((clocks()[0] - since[0], clocks()[1] - since[1]))
-
-    def on_epoch(epoch: int, state: Any) -> None:
-        nonlocal began
-        add("ppl_vae", began)
-        for name, run in peers.items() if epoch >= skipped else ():
-            since = clocks()
-            own = run()  # of another process
-            times[name].append(own) if own else add(name, since)
-        began = clocks()
-
-    options: dict[str, Any] = {"learning_rate": 1e-3, "device": "cpu", "progress": False}
-    options["capture"] = capture
-    fit(program, x, epochs=skipped + rounds + 1, batch_size=batch_size, on_epoch=on_epoch, **options)
-    return figures({name: each[-rounds:] for name, each in times.items()}, steps)
-
-
-def clocks() -> tuple[float, float]:
-    """Read the time on the wall and that of the processor, which other programs on the machine disturb less."""
-    return time.perf_counter(), time.process_time()
 
 
 def evidence(n: int, samples: int, rounds: int) -> dict[str, Any]:
@@ -240,9 +212,9 @@ def start_up(rounds: int) -> dict[str, Any]:
     spec = str(Path(__file__).parents[1] / "models" / "digits.toml")
     here = str(Path(__file__).parent)
     first = (
-        f"import sys, time; sys.path.insert(0, {here!r}); import speed, torch; torch.set_num_threads(1); "
-        "p = speed.pair(784, [400], 20); x = torch.rand(256, 784).round(); b = time.process_time(); "
-        "speed.fit(p, x, epochs=3, batch_size=128, device='cpu', progress=False, capture='graph'); "
+        f"import sys, time; sys.path.insert(0, {here!r}); import clock, torch; torch.set_num_threads(1); "
+        "p = clock.pair(784, [400], 20); x = torch.rand(256, 784).round(); b = time.process_time(); "
+        "clock.fit(p, x, epochs=3, batch_size=128, device='cpu', progress=False, capture='graph'); "
         "print(time.process_time() - b)"
     )
     words = {
@@ -279,58 +251,14 @@ def processes() -> dict[str, Any]:
     return {"milliseconds_of_one": 1e3 * one, "milliseconds_of_two": 1e3 * two, "throughput": 2 * one / two}
 
 
-def ratios(work: dict[str, Callable[[], Any]], rounds: int, units: int, skipped: int = 1) -> dict[str, Any]:
-    """Run each in turn, round after round, and relate their medians to the last one's."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for round_ in range(rounds + skipped):
-        for name, run in work.items():
-            began = clocks()
-            run()
-            ended = clocks()
-            if round_ >= skipped:
-                seconds[name].append((ended[0] - began[0], ended[1] - began[1]))
-    return figures(seconds, units)
-
-
-def figures(seconds: dict[str, list[tuple[float, float]]], units: int) -> dict[str, Any]:
-    """Medians of times on the wall and of the processor, and their ratios to those of the last."""
-    found: dict[str, Any] = {}
-    for which, word in ((0, ""), (1, "processor_")):
-        medians = {name: statistics.median(one[which] for one in each) for name, each in seconds.items()}
-        base = seconds[list(seconds)[-1]]
-        for name, each in seconds.items():
-            beside = sorted(one[which] / other[which] for one, other in zip(each, base, strict=True))
-            own = found.setdefault(name, {})
-            own[f"{word}microseconds"] = 1e6 * medians[name] / units
-            own[f"{word}ratio"] = medians[name] / medians[list(seconds)[-1]]
-            own[f"{word}least_and_largest"] = [beside[0], beside[-1]]
-    return found
-
-
-def memory(samples: int) -> dict[str, Any]:
-    """Measure the memory that the evidence of 100 images takes with many samples, beyond what the process held."""
-    program, x = pair(784, [400], 20), (torch.rand(100, 784) < 0.13).float()
-    log_evidence(program, x, 100)
-    began = time.perf_counter()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    log_evidence(program, x, samples)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "samples": samples,
-        "peak_mib": after / 1024,
-        "added_mib": (after - before) / 1024,
-        "seconds": time.perf_counter() - began,
-    }
-
-
 def main() -> None:
     """Run all and print a table; write it as JSON and as a page where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=20_000, help="of the memory measurement")
     parser.add_argument("--numpyro", help="a Python that has NumPyro")
     parser.add_argument("--out", help="a JSON file")
-    parser.add_argument("--page", help="a page of Markdown")
+    parser.add_argument("--page", help="a page of Markdown that marks where the figures go")
+    parser.add_argument("--also", nargs="*", default=[], help="JSON files of other machines, for the page")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -346,82 +274,46 @@ def main() -> None:
         found[f"PPCA, {title}"] = rows
         show(f"PPCA, {title}", rows)
     found["start-up"] = start_up(few)
-    found["memory"] = memory(given.samples)
     found["two processes, 784-400-20, batch 512 in each"] = processes()
-    for title in list(found)[-3:]:
+    for title in list(found)[-2:]:
         print(title, json.dumps(found[title], indent=2))
+    found["growth"] = growth()
     record(found, given.out)
     if given.page:
-        Path(given.page).write_text(page(found))
+        others = [json.loads(Path(file).read_text()) for file in given.also]
+        before, start, rest = Path(given.page).read_text().partition("<!-- figures -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        Path(given.page).write_text(before + start + sections([found, *others]) + end + after)
 
 
-def show(title: str, rows: dict[str, Any]) -> None:
-    """Print the figures of one piece of work."""
-    print(title)
-    for name, one in rows.items():
-        low, high = one["processor_least_and_largest"]
-        print(
-            f"  {name:<26} {one['processor_microseconds']:10.2f} us of the processor "
-            f"{one['processor_ratio']:6.2f} x (from {low:.2f} to {high:.2f})",
-            flush=True,
-        )
-
-
-def page(found: dict[str, Any]) -> str:
-    """The page of the docs: one table of all."""
-    machine = found["machine"]
-    lines = [
-        "# Speed",
-        "",
-        f"On one thread of {machine['processor']}, torch {machine['torch']}: time of the processor, medians of",
-        "interleaved runs, and ratios to the last row of each piece of work, from the least to the largest round.",
-        "`make bench` measures them anew.",
-        "",
-        "| work | | microseconds | ratio | from | to |",
-        "|---|---|---|---|---|---|",
-    ]
-    for title, rows in found.items():
-        if all(isinstance(one, dict) and "processor_ratio" in one for one in rows.values()):
-            for name, one in rows.items():
-                low, high = one["processor_least_and_largest"]
-                cells = f"{one['processor_microseconds']:,.1f} | {one['processor_ratio']:.2f} | {low:.2f} | {high:.2f}"
-                lines.append(f"| {title} | {name} | {cells} |")
-                title = ""
-    two = found["two processes, 784-400-20, batch 512 in each"]
-    lines += ["", "| start-up | processor seconds |", "|---|---|"]
-    lines += [f"| {name} | {one['processor_seconds']:.2f} |" for name, one in found["start-up"].items()]
-    lines += [
-        "",
-        f"Two processes of one thread, with 512 data a step in each, train {two['throughput']:.2f} times as many data",
-        "in a second as one.",
-        "",
-    ]
+def sections(runs: list[dict[str, Any]]) -> str:
+    """A section of the docs' page for each machine."""
+    lines = []
+    for found in runs:
+        machine = found["machine"]
+        title = f"## {machine['processor']}, family {machine['family'][1]}, torch {machine['torch']}"
+        lines += [title, "", "| work | | microseconds | ratio | from | to |", "|---|---|---|---|---|---|"]
+        for title, rows in found.items():
+            if all(isinstance(one, dict) and "processor_ratio" in one for one in rows.values()):
+                for name, one in rows.items():
+                    ratio, (low, high) = one["processor_ratio"], one["processor_least_and_largest"]
+                    cells = f"{one['processor_microseconds']:,.1f} | {ratio:.2f} | {low:.2f} | {high:.2f}"
+                    lines.append(f"| {title} | {name} | {cells} |")
+                    title = ""
+        two = found["two processes, 784-400-20, batch 512 in each"]
+        lines += ["", "| start-up | processor seconds |", "|---|---|"]
+        lines += [f"| {name} | {one['processor_seconds']:.2f} |" for name, one in found["start-up"].items()]
+        lines += [
+            "",
+            f"Two processes of one thread, with 512 data a step in each, train {two['throughput']:.2f} times as many",
+        ]
+        lines += ["data in a second as one.", ""]
+        if "growth" in found:
+            lines += [
+                "How time and memory grow, for 784-200-200-z; memory is what the process held at most beyond what it"
+            ]
+            lines += ["held before:", "", *table(found["growth"]), ""]
     return "\n".join(lines)
-
-
-def record(found: dict[str, Any], out: str | None) -> None:
-    """Add the machine, and write all as JSON where asked to."""
-    found["machine"] = {
-        "processor": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            platform.machine(),
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor(),
-        "family": products_by.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-    }
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

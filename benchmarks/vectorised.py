@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from speed import pair, record
+from clock import pair, record
 from torch import Tensor, nn
 
 from ppl_vae import VAE, inference_gap

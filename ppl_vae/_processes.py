@@ -1,8 +1,10 @@
 """Processes that `torchrun` has started: they train one program together, and share out its evaluation."""
 
 import gc
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PATIENCE = timedelta(days=1)  # with what one process does alone, as NUTS; one that ends is noticed at once
 _LED: list[Any] = []  # the program whose evaluation this process, the first, shares out
 
 
@@ -49,10 +52,13 @@ def group(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))  # type: ignore[attr-defined]
     own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
-    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": timedelta(minutes=30)}
+    options: Any = {"store": own, "rank": number, "world_size": count, "timeout": _PATIENCE}
     dist.init_process_group("nccl" if gpu else "gloo", **options)
     yield
-    dist.barrier()  # an orderly end, without which gloo's threads may abort a process
+    try:
+        dist.barrier()  # an orderly end, without which gloo's threads may abort a process
+    except RuntimeError:  # another has failed, and says why
+        raise SystemExit(1) from None
     gc.collect()
     dist.destroy_process_group()
 
@@ -128,6 +134,9 @@ def parts(task: Callable[..., Any], batch: Mapping[str, Tensor], block: int, *gi
         batch: all data.
         block: data in a block.
         given: to the task.
+
+    Raises:
+        Exception: The first that the task raises in any process.
     """
     order, program = share((task, dict(batch), block, given)), _LED.pop()
     try:
@@ -161,11 +170,18 @@ def _work(program: Any, task: Any, batch: dict[str, Tensor], block: int, given: 
     made: Any = None
     try:
         made = task(program, rows, first, *given) if last > first else None
-    except Exception as error:  # it is raised in the first process
+    except Exception as error:  # it is raised in the first process, whatever it is
+        if rank():
+            error.add_note(f"In process {rank()}:\n{traceback.format_exc()}")
         made = error
-    found: list[Any] = [None] * size()
-    dist.gather_object(made, found if rank() == 0 else None, 0)
-    for one in found:
+    box, found = io.BytesIO(), [b""] * size()
+    torch.save(made, box)
+    dist.gather_object(box.getvalue(), found if rank() == 0 else None, 0)
+    if rank():
+        return []
+    device = next(iter(batch.values())).device  # of the first process; the others may have had GPUs of their own
+    loaded = [torch.load(io.BytesIO(one), map_location=device, weights_only=False) for one in found]
+    for one in loaded:
         if isinstance(one, Exception):
             raise one
-    return [one for one in found if one is not None]
+    return [one for one in loaded if one is not None]

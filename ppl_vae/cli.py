@@ -114,6 +114,8 @@ def evaluate(
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         about: Any = {"program": program, "trust_code": trust_code}
         new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, say=say, **about)
+        if new is None:  # as in all but the first of several processes
+            return
         show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
         if not new.report.get("reference", {}).get("converged", True):
             say(UNCHECKED)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import drawing, exact, rows, trained
+from two_processes import DIAGNOSTICS, drawing, estimates, exact, rows, trained
 
 from ppl_vae import log_evidence
+from ppl_vae.runs.run import evaluate_run
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -70,6 +71,31 @@ def test_evidence_that_is_shared_out_is_that_of_one_process(found):
     torch.testing.assert_close(found["evidence"], wanted, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(found["alone"], wanted, rtol=1e-12, atol=0.0)
     assert "64" in found["fails"]
+
+
+def test_annealing_and_gap_that_are_shared_out_are_those_of_one_process_bit_by_bit(found):
+    for name, wanted in estimates(drawing()).items():
+        for field, value in vars(wanted).items():
+            shared = getattr(found["estimates"][name], field)
+            if isinstance(value, str | bool | None):
+                assert shared == value
+            else:
+                torch.testing.assert_close(shared, value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_fails_in_one_process_is_raised_in_the_first(found):
+    message, notes = found["odd"]
+    assert message == "99 is too much"
+    assert "In process 1" in notes[0]
+    assert "in model" in notes[0]
+
+
+def test_a_run_is_evaluated_anew_by_two_processes_as_by_one(found):
+    alone = evaluate_run(found["folder"] / "run", diagnostics=DIAGNOSTICS, device="cpu").report
+    first, second = found["runs"]
+    assert {"reference", "gap"} <= alone.keys()
+    assert first["again"] == alone
+    assert second["again"] is None
 
 
 def test_what_they_cannot_do_is_refused(found):

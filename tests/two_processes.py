@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 
-from ppl_vae import PPCA, VAE, Conditional, data, fit, log_evidence
+from ppl_vae import PPCA, VAE, Conditional, Program, data, fit, log_evidence
 from ppl_vae import _processes as processes
+from ppl_vae.evaluation import inference_gap
 from ppl_vae.families import Normal, StandardNormal
+from ppl_vae.infer import annealed_importance, bidirectional
 from ppl_vae.networks import Linear, Table
-from ppl_vae.runs.run import fit_spec
+from ppl_vae.reports.diagnostics import Diagnostics
+from ppl_vae.runs.run import evaluate_run, fit_spec
 
 OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "device": "cpu", "progress": False}
+ANNEALING: dict[str, Any] = {"chains": 4, "temperatures": 12, "leapfrog": 3, "entries": 20 * 4 * 67}  # 20 data a block
+DIAGNOSTICS = Diagnostics(reference="ais", gap=True, max_data=20, temperatures=8, chains=4)
 
 
 def rows() -> torch.Tensor:
@@ -39,6 +44,29 @@ def trained(vae: VAE, **options: Any) -> tuple[list[float], torch.Tensor]:
     return history.elbo, torch.cat([one.detach().flatten() for one in vae.parameters()])
 
 
+def picky() -> Program:
+    """A program that does not take the number 99."""
+    vae = drawing()
+
+    def model(x: torch.Tensor) -> None:
+        if bool((x == 99).any()):
+            raise ArithmeticError("99 is too much")
+        vae.model(x=x)
+
+    return Program(model, vae.guide)
+
+
+def estimates(vae: VAE) -> dict[str, Any]:
+    """Evaluations whose blocks hold 20 of 50 data."""
+    x = rows()[:50]
+    return {
+        "gap": inference_gap(vae, x, draws=50, steps=30, entries=20 * 10 * 64, seed=1),
+        "gap to a bound": inference_gap(vae, x, log_evidence=x[:, 0], draws=9, steps=2, entries=20 * 10 * 64),
+        "annealing": annealed_importance(vae, x, seed=2, **ANNEALING),
+        "sandwich": bidirectional(vae, x, seed=3, **ANNEALING),
+    }
+
+
 def runs(folder: Path) -> dict[str, Any]:
     """What a run of a spec in the folder leaves, and what is said of a mistake in it, in each process."""
     said: list[str] = []
@@ -48,6 +76,8 @@ def runs(folder: Path) -> dict[str, Any]:
         fit_spec(folder / "spec.toml", {"svi.epochs": 0}, out=folder / "other", device="cpu", say=said.append)
     except (ValueError, SystemExit) as error:
         found["mistake"] = repr(error)
+    again = evaluate_run(folder / "run", diagnostics=DIAGNOSTICS, device="cpu", say=said.append)
+    found["again"] = None if again is None else again.report
     return found
 
 
@@ -71,6 +101,17 @@ def main(folder: Path) -> None:
                 log_evidence(vae, rows()[:, :5], 30)
             except ValueError as error:
                 found["fails"] = str(error)
+            found["estimates"] = estimates(vae)
+    odd, program = rows()[:70], picky()  # a program is tried on the first 64
+    odd[-1, 0] = 99
+    if processes.rank():
+        processes.follow(program)
+    else:
+        with processes.leading(program):
+            try:
+                annealed_importance(program, odd, **ANNEALING)
+            except ArithmeticError as error:
+                found["odd"] = str(error), error.__notes__
     for name, program, options in (("table", drawing(Table(230)), {}), ("few", drawing(), {"batch_size": 1})):
         try:
             trained(program, epochs=1, **options)

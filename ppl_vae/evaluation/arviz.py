@@ -8,11 +8,10 @@ library.
 import datetime
 import warnings
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine.trace_struct import Trace
@@ -24,6 +23,9 @@ from ppl_vae.evaluation.pareto import pareto_k, pareto_smoothed
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import Given, unscaled
+
+if TYPE_CHECKING:
+    import xarray
 
 _DRAWS = 100  # draws at a time
 _NUMBERS = 2**28  # numbers in the predictions, at the most
@@ -255,8 +257,10 @@ def _seen(target: Target, node: Any, mask: Tensor | None) -> Array:
 
 def _dataset(
     group: str, arrays: dict[str, Array], coords: dict[str, Any], attributes: dict[str, Any]
-) -> xarray.Dataset:
+) -> "xarray.Dataset":
     """Name the dimensions of a group's arrays."""
+    import xarray  # which brings pandas, as most runs need neither
+
     lead, variables = tuple(name for name in _DIMENSIONS[group] if name in coords), {}
     for name, array in arrays.items():
         shared = group == "sample_stats" and name in ("elbo", "pareto_k")
@@ -272,11 +276,12 @@ def _dataset(
     return xarray.Dataset(variables, {name: coords[name] for name in lead}, attributes)
 
 
-def _contain(groups: dict[str, xarray.Dataset]) -> Any:
+def _contain(groups: "dict[str, xarray.Dataset]") -> Any:
     """Put the groups in the container of the ArviZ that is installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import arviz
+        import xarray
 
         if arviz.__version__.startswith("0."):  # in 1.x the name InferenceData stands for a DataTree
             container: Any = arviz.InferenceData

@@ -8,24 +8,22 @@ at all (Pareto Smoothed Importance Sampling, Vehtari, Simpson, Gelman, Yao and G
 """
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ppl_vae import _processes as processes
 from ppl_vae._checks import check_choice, check_int
 from ppl_vae._progress import track
 from ppl_vae.evaluation.nested import inner_draws
-from ppl_vae.evaluation.pareto import pareto_k, shape_error, tail_length
+from ppl_vae.evaluation.pareto import shape_error
+from ppl_vae.evaluation.weight_sums import WeightSums
 from ppl_vae.evaluation.weights import Draws, Precision, weight_blocks
+from ppl_vae.programs.parts import in_parts
 from ppl_vae.programs.target import BLOCK, Target
-from ppl_vae.programs.traces import Batch
-
-_ROUNDING = 64  # steps of the floating type within which weights count as equal
-_LEFT_OUT = 64  # largest weights that the jackknife leaves out exactly, at the least
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class Evidence:
             True
         """
         weights = log_weights.double()
-        sums = _Sums(len(weights), _ROUNDING * torch.finfo(log_weights.dtype).eps)
+        sums = WeightSums(len(weights), log_weights.dtype)
         sums.add(weights, torch.full_like(weights, math.nan), weights)
         figures: dict[str, Any] = {**sums.figures()}
         return cls(**figures, rounding=torch.zeros_like(figures["bias"]), samples=len(weights))
@@ -278,43 +276,53 @@ def estimate_evidence(
     Blocks are numbered from `first`, so that a part of a data set has the draws that it has within the whole.
     """
     samples, inner = check_int("samples", samples), inner_draws(target, inner)
-    if look is None and processes.spread(target.program) and target.structure.rows is None and not first:
-        given = samples, seed, inner, precision
-        made: list[Evidence] = processes.parts(_part, target.batch, BLOCK, *given)
-        names = [one.name for one in fields(Evidence) if isinstance(getattr(made[0], one.name), Tensor)]
-        whole: Any = {name: torch.cat([getattr(part, name) for part in made]) for name in names}
-        return replace(made[0], **whole)
-    rounding = _ROUNDING * torch.finfo(target.dtype or torch.get_default_dtype()).eps
-    parts, lowered = [], None
-    blocked = enumerate(weight_blocks(target, samples, seed, inner, first, precision), first)
-    what = f"evidence by {samples:,} samples each: {{}} blocks of data"
-    for number, blocks in track(blocked, what, -(-target.n // BLOCK)):
-        sums = _Sums(samples, rounding)
-        for draws in blocks:
-            sums.add(draws.weights, draws.likelihood, draws.bounds)
-            lowered = draws if draws.lowered is not None else lowered
-            if look is not None:
-                look(number, draws)
-        parts.append(sums.figures())
-    figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    how = samples, seed, inner, precision
+    alone = look is not None or first > 0
+    made = [_figures(target, first, *how, look)] if alone else in_parts(target, _figures, BLOCK, *how)
+    figures = {name: torch.cat([part[name] for part, _ in made]) for name in made[0][0]}
     figures["rounding"] = _rounding(target, figures["log_evidence"], seed)
     change: Any = None
-    if lowered is not None and lowered.lowered is not None:
-        figures["rounding"] = figures["rounding"].hypot(lowered.lowered.square().mean().sqrt())
-        moved = lowered.weights.logsumexp(0) - (lowered.weights - lowered.lowered).logsumexp(0)
+    if (measured := made[0][1]) is not None:
+        weights, lowered = measured
+        figures["rounding"] = figures["rounding"].hypot(lowered.square().mean().sqrt())
+        moved = weights.logsumexp(0) - (weights - lowered).logsumexp(0)
         change = {"mean": float(moved.mean()), "largest": float(moved.abs().amax())}
-        change |= {"samples": len(lowered.weights), "n": len(moved)}
+        change |= {"samples": len(weights), "n": len(moved)}
+    elif precision != "full":
+        warnings.warn(
+            f"Products stay in full precision: {precision!r} takes a CPU and a program whose operations can be "
+            "recorded, without enumerated or nested sites.",
+            stacklevel=5,  # the caller of `log_evidence`
+        )
     if target.structure.enumerated and not target.structure.latents:  # then nothing was drawn
         figures |= {name: torch.zeros_like(figures[name]) for name in ("mc_se", "bias", "elbo_mc_se", "shift")}
     figures["mc_se"] = figures["mc_se"].hypot(figures["rounding"])
     return Evidence(**figures, samples=samples, inner=inner, lowered=change)
 
 
-def _part(program: Any, batch: Batch, first: int, *given: Any) -> Evidence:
-    """The evidence of some of the data of a set, as within the whole."""
-    samples, seed, inner, precision = given
-    with torch.no_grad():
-        return estimate_evidence(Target(program, batch), samples, seed, inner, first=first, precision=precision)
+@torch.no_grad()
+def _figures(
+    target: Target,
+    first: int,
+    samples: int,
+    seed: int,
+    inner: int,
+    precision: Precision,
+    look: Callable[[int, Draws], None] | None = None,
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """The fields of `Evidence` without rounding, and log weights with what lower precision added to them, if it did."""
+    parts, lowered = [], None
+    blocked = enumerate(weight_blocks(target, samples, seed, inner, first, precision), first)
+    what = f"evidence by {samples:,} samples each: {{}} blocks of data"
+    for number, blocks in track(blocked, what, -(-target.n // BLOCK)):
+        sums = WeightSums(samples, target.dtype or torch.get_default_dtype())
+        for draws in blocks:
+            sums.add(draws.weights, draws.likelihood, draws.bounds)
+            lowered = lowered if draws.lowered is None else (draws.weights, draws.lowered)
+            if look is not None:
+                look(number, draws)
+        parts.append(sums.figures())
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, lowered
 
 
 def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
@@ -332,74 +340,3 @@ def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
         error = 4 * torch.finfo(target.dtype).eps * weights
     size = weights.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))
-
-
-class _Sums:
-    """Running sums of weights in log space, and their largest, datum by datum."""
-
-    def __init__(self, samples: int, rounding: float) -> None:
-        self.samples, self.rounding = samples, rounding
-        self.tail = max(tail_length(samples) + 1, _LEFT_OUT)
-        self.started = False
-
-    def add(self, weights: Tensor, likelihood: Tensor, bounds: Tensor) -> None:
-        if not self.started:
-            self.started = True
-            self.origin = bounds.mean(0).nan_to_num(0.0, 0.0, 0.0)
-            self.log_powers = torch.full_like(self.origin, -math.inf).expand(4, -1)  # of the sums of w, ..., w^4
-            self.total = self.square = self.likelihood = torch.zeros_like(self.origin)
-            self.largest, self.least = weights[:0], torch.full_like(self.origin, math.inf)
-        powers = torch.stack([(power * weights).logsumexp(0) for power in range(1, 5)])
-        self.log_powers = torch.logaddexp(self.log_powers, powers)
-        self.total = self.total + (bounds - self.origin).sum(0)
-        self.square = self.square + (bounds - self.origin).square().sum(0)
-        self.likelihood = self.likelihood + likelihood.sum(0)
-        both = torch.cat([self.largest, weights])
-        self.largest = both.topk(min(self.tail, len(both)), 0).values
-        self.least = torch.minimum(self.least, weights.amin(0))
-
-    def figures(self) -> dict[str, Tensor]:
-        """The fields of `Evidence`, (n,) each."""
-        k = self.samples
-        unbiased = k / (k - 1) if k > 1 else math.nan
-        ess = (2 * self.log_powers[0] - self.log_powers[1]).exp().clamp(max=k)
-        chi2 = (k / ess - 1).clamp_min(0) * unbiased
-        variance = (self.square / k - (self.total / k) ** 2).clamp_min(0) * unbiased
-        tolerance = self.rounding * self.largest[0].nan_to_num(0.0, 0.0, 0.0).abs().clamp_min(1)
-        equal = self.largest[0] - self.least <= tolerance
-        shape = torch.where(equal, math.nan, pareto_k(self.largest, k, tolerance.clamp_min(1e-9)))
-        value, error = self.log_powers[0] - math.log(k), (chi2 / k).sqrt()
-        return {
-            "log_evidence": value,
-            "elbo": torch.minimum(self.origin + self.total / k, value),
-            "mc_se": error,
-            "bias": -chi2 / (2 * k),
-            "ess": ess,
-            "pareto_k": shape,
-            "elbo_mc_se": (variance / k).sqrt(),
-            "distortion": -self.likelihood / k,
-            "jackknife": self._jackknife(value) if k > 1 else torch.full_like(value, math.nan),
-            "shift": self._shift(shape, error, ess),
-        }
-
-    def _shift(self, shape: Tensor, error: Tensor, ess: Tensor) -> Tensor:
-        """What bad data may lie below log p(x), 0 for the others (see `Evidence.kind`)."""
-        doubt = shape_error(shape, self.samples)
-        share = (self.largest[0] - self.log_powers[0]).exp()
-        shift = torch.log1p(share / (1 - shape - doubt).clamp_min(0))
-        unknown = ~(error <= 0.5) | (shape.isnan() & (self.samples < 25) & (ess < self.samples * (1 - 1e-3)))
-        return torch.where(unknown, math.inf, torch.where(shape - 3 * doubt > 0.5, shift, 0.0))
-
-    def _jackknife(self, value: Tensor) -> Tensor:
-        r"""Leave out each sample: :math:`L_k - (k - 1) [\frac1k \sum_i \log(1 - u_i) - \log(1 - 1 / k)]`.
-
-        :math:`u_i` is the weight's share of the sum. The largest are left out exactly, the others, each at most one in
-        `_LEFT_OUT`, to the fourth power.
-        """
-        k = self.samples
-        shares = (self.largest - self.log_powers[0]).exp()
-        left = torch.log1p(-shares).sum(0)
-        for power, log_power in enumerate(self.log_powers, 1):
-            rest = (log_power - power * self.log_powers[0]).exp() - shares.pow(power).sum(0)
-            left -= rest.clamp_min(0) / power
-        return value - (k - 1) * (left / k - math.log1p(-1 / k))

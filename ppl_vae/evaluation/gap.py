@@ -13,7 +13,7 @@ own, with the model frozen.
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ppl_vae.programs.autoguides import family_of, normal_of
 from ppl_vae.programs.closed_form import gaussians
 from ppl_vae.programs.joint import Joint
 from ppl_vae.programs.param_store import own_params
+from ppl_vae.programs.parts import in_parts
 from ppl_vae.programs.sites import ignores_data
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
@@ -140,29 +141,53 @@ def inference_gap(
     if family is not None:
         check_choice("family", family, ("Normal", "FullNormal", "LowRankNormal"))
         kind, keys = family, (keys if family == kind else {})
-    target.layout  # noqa: B018  runs the guide once, so that lazy parameters are there
-    versions = _versions(target.program)
     size = max(1, min(_DATA, entries // (_PARTICLES * target.features)))
-    parts = []
-    for number, block in enumerate(target.blocks(size)):
-        rows = slice(number * size, (number + 1) * size)
-        known, key = None if truth is None else truth[rows], (seed, number)
-        if own:
-            search = Search(block, key, entries)
-            guide = _posterior(block, search)
-            here = search.log_weights(guide, guide.start, draws, "final")
-        elif kind is None:
-            parts.append(_total(block, known, error[rows], draws, seed))
-            continue
-        else:
-            search = Search(block, key, entries, Joint(block))
-            guide, exact = _member(block, search, getattr(families, kind)(search.event, **keys))
-            here = search.log_weights(guide, guide.start, draws, "final") if exact else None  # type: ignore[assignment]
-        parts.append(_gap(search, guide, here, known, error[rows], draws, steps))
-    if _versions(target.program) != versions:
-        raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
+    how = _How(size, kind, keys, own, truth, error, draws, steps, entries, seed)
+    parts = in_parts(target, _gaps, size, how)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Gap(**whole, family=kind, amortized=_amortized(target, seed))
+
+
+class _How(NamedTuple):
+    """What is asked of all blocks of data: the guide's family and its keywords, and arguments of `inference_gap`."""
+
+    size: int
+    kind: str | None
+    keys: dict[str, Any]
+    own: bool
+    truth: Tensor | None
+    error: Tensor
+    draws: int
+    steps: int
+    entries: int
+    seed: int
+
+
+def _gaps(target: Target, first: int, how: _How) -> dict[str, Tensor]:
+    """The gap of each datum of some blocks, numbered from `first`."""
+    target.layout  # noqa: B018  runs the guide once, so that lazy parameters are there
+    versions, parts = _versions(target.program), []
+    for number, block in enumerate(target.blocks(how.size), first):
+        begin, key = number * how.size, (how.seed, number)
+        rows = slice(begin, begin + block.n)
+        truth = None if how.truth is None else how.truth[rows].to(target.device)
+        known = truth, how.error[rows].to(target.device)
+        if how.own:
+            search = Search(block, key, how.entries)
+            guide = _posterior(block, search)
+            here = search.log_weights(guide, guide.start, how.draws, "final")
+        elif how.kind is None:
+            parts.append(_total(block, *known, how.draws, how.seed))
+            continue
+        else:
+            search = Search(block, key, how.entries, Joint(block))
+            family = getattr(families, how.kind)(search.event, **how.keys)
+            guide, exact = _member(block, search, family)
+            here = search.log_weights(guide, guide.start, how.draws, "final") if exact else None  # type: ignore[assignment]
+        parts.append(_gap(search, guide, here, *known, how.draws, how.steps))
+    if _versions(target.program) != versions:
+        raise RuntimeError("Expected the model to stay frozen; one of its parameters or buffers was written to.")
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _versions(program: Any) -> list[int]:
@@ -277,7 +302,7 @@ def _gap(
             warnings.warn(
                 f"The posteriors of {narrow} of {len(widths)} data are narrower than {least:.0e} in a latent variable, "
                 "too narrow for the scales of a family. Rescale the latent variables.",
-                stacklevel=3,
+                stacklevel=5,  # the caller of `inference_gap`
             )
     shared, there = here is not None, search.log_weights(guide, best, draws, "final")
     here = log_weights(search.target, samples=draws, inner=1, seed=search.key[0]) if here is None else here

@@ -24,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 _MANY = 50  # blocks of draws that repay a capture
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# of tracing; the program itself has just run
+_UNTRACEABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _WHOLE = 1000, 2**21  # draws and numbers in a block at the most where the whole data set is one datum
 
 
@@ -153,8 +155,9 @@ class _Weigher:
                     graph = record(weights, entries, precision=torch.bfloat16)
                 low = self._replayed(graph, block, key)
                 draws = low._replace(lowered=low.weights - draws.weights)
-        except Exception as error:  # of the program, which may do anything
-            _LOG.info("Weighing step by step, which is slower; no graph could be captured: %s", error)
+        except _UNTRACEABLE as error:
+            reason = f"{type(error).__name__}: {error}"
+            _LOG.info("Weighing step by step, which is slower; no graph could be captured: %s", reason)
             return draws
         self.graph, self.shapes = graph, shapes
         return draws

@@ -7,6 +7,7 @@ Its posterior and evidence are known in closed form (Pattern Recognition and Mac
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class LinearGaussian:
             A multivariate normal with that batch shape and event shape (z,).
         """
         _, projected, factor = self._solve(x, mask)
-        code = torch.cholesky_solve(projected, factor).squeeze(-1)
+        code = _by_row(torch.cholesky_solve, projected, factor)
         root = torch.linalg.solve_triangular(factor, self.scale_tril.mT.expand(factor.shape), upper=False)
         return MultivariateNormal(
             self.loc + (self.scale_tril @ code.unsqueeze(-1)).squeeze(-1),
@@ -58,14 +59,14 @@ class LinearGaussian:
             mask: Boolean, as `x`; the evidence is that of the entries where it is true.
         """
         residual, projected, factor = self._solve(x, mask)
-        half = torch.linalg.solve_triangular(factor, projected, upper=False).squeeze(-1)
+        half = _by_row(lambda b, lower: torch.linalg.solve_triangular(lower, b, upper=False), projected, factor)
         entry = math.log(2 * math.pi) + 2 * self.scale.log()
         count = entry.sum() if mask is None else torch.where(mask, entry, 0.0).sum(-1)
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (count + log_det + (residual**2).sum(-1) - (half**2).sum(-1))
 
     def _solve(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Residual :math:`r` in units of the noise, :math:`B^\top r` as a column, and the Cholesky factor of C."""
+        r"""Residual :math:`r` in units of the noise, :math:`B^\top r`, and the Cholesky factor of C."""
         whitened = self.weight @ self.scale_tril / self.scale.unsqueeze(-1)
         x = x if mask is None else torch.where(mask, x, 0.0)  # a NaN would poison gradients
         residual = (x - self.bias - self.loc @ self.weight.mT) / self.scale
@@ -73,4 +74,13 @@ class LinearGaussian:
             whitened, residual = torch.where(mask.unsqueeze(-1), whitened, 0.0), torch.where(mask, residual, 0.0)
         identity = torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
         factor = torch.linalg.cholesky(identity + whitened.mT @ whitened)
-        return residual, whitened.mT @ residual.unsqueeze(-1), factor
+        shared = whitened.dim() == 2
+        projected = residual @ whitened if shared else (whitened.mT @ residual.unsqueeze(-1)).squeeze(-1)
+        return residual, projected, factor
+
+
+def _by_row(solve: Callable[[Tensor, Tensor], Tensor], rows: Tensor, factor: Tensor) -> Tensor:
+    """Solve a system for each row (*batch, z), all at once where they share one factor."""
+    if factor.dim() > 2:
+        return solve(rows.unsqueeze(-1), factor).squeeze(-1)
+    return solve(torch.atleast_2d(rows).flatten(0, -2).mT, factor).mT.reshape(rows.shape)

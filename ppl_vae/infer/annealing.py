@@ -20,6 +20,7 @@ from ppl_vae._checks import check_choice, check_int
 from ppl_vae._progress import track
 from ppl_vae.infer.hmc import HMC, RATE, Chains, Path, Transition, unvalidated
 from ppl_vae.programs.joint import Joint
+from ppl_vae.programs.parts import in_parts
 from ppl_vae.programs.simulation import simulate_twice
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import Batch
@@ -81,7 +82,7 @@ class Annealing:
         latents: where each chain ended, (k, n, z): weighted draws from p(z|x).
         acceptance: mean rate of accepted moves, (n,).
         floor: what importance sampling from prior or guide finds log p(x) to be at least, four errors below its
-            estimate, (n,) in nats; None if it was not asked.
+            estimate, (n,) in nats; None of a single chain.
     """
 
     log_weights: Tensor
@@ -228,15 +229,11 @@ def annealed_importance(program: Any, x: Any = None, *, seed: int = 0, **setting
     Raises:
         ValueError: If the data do not fit, a setting is out of range, or a latent site has no gradient.
     """
-    how, blocks = AnnealingSettings(**settings), []
-    for joint, sizes, key in _blocks(Target.of(program, x), how, seed):
-        with unvalidated(joint, *key):
-            climbed = _climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes)
-            blocks.append(
-                (*climbed, _floor(joint, max(1, how.entries // ((joint.target.features + joint.size) * joint.n))))
-            )
-    weights, latents, rates, floors = zip(*blocks, strict=True)
-    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), torch.cat(floors))
+    target, how = Target.of(program, x), AnnealingSettings(**settings)
+    parts = in_parts(target, _annealed, _sizes(target, how)[0], how, seed)
+    weights, latents, rates, floors = zip(*(block for blocks in parts for block in blocks), strict=True)
+    floor = None if how.chains == 1 else torch.cat(floors)
+    return Annealing(torch.cat(weights, 1), torch.cat(latents, 1), torch.cat(rates), floor)
 
 
 def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any) -> Sandwich:
@@ -258,9 +255,48 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
     Raises:
         ValueError: As `annealed_importance`, or if the observed sites are not entries of the batch.
     """
-    how = AnnealingSettings(**settings)
-    parts, batches = [], []
-    for given, sizes, key in _blocks(Target.of(program, x), how, seed):
+    target, how = Target.of(program, x), AnnealingSettings(**settings)
+    parts = in_parts(target, _both_ways, _sizes(target, how)[0], how, seed)
+    bounds, batches = zip(*(block for blocks in parts for block in blocks), strict=True)
+    whole = len(batches) == 1  # whose entries need no leading size
+    joined = batches[0] if whole else {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    lower, upper, lower_error, upper_error = (torch.cat(part) for part in zip(*bounds, strict=True))
+    return Sandwich(lower, upper, lower_error, upper_error, joined)
+
+
+def _sizes(target: Target, how: AnnealingSettings) -> tuple[int, list[int]]:
+    """Data in a block, and the sizes of the blocks of their chains."""
+    features = target.features + Joint(target.rows(slice(0, 1))).size
+    side = max(1, min(how.chains, how.entries // features))
+    sizes = [min(side, how.chains - start) for start in range(0, how.chains, side)]
+    return max(1, how.entries // (features * side)), sizes
+
+
+def _blocks(
+    target: Target, first: int, how: AnnealingSettings, seed: int
+) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
+    """Blocks of data, numbered from `first`, the sizes of the blocks of their chains, and a key for the draws."""
+    rows, sizes = _sizes(target, how)
+    for number, block in enumerate(target.blocks(rows), first):
+        yield Joint(block), sizes, (seed, number)
+
+
+def _annealed(target: Target, first: int, how: AnnealingSettings, seed: int) -> list[tuple[Any, ...]]:
+    """The fields of an `Annealing`, block by block."""
+    blocks: list[tuple[Any, ...]] = []
+    for joint, sizes, key in _blocks(target, first, how, seed):
+        with unvalidated(joint, *key):
+            climbed = _climb(_tuned(Path(joint, how.start), how, sizes[0]), how, sizes)
+            size = how.entries // ((joint.target.features + joint.size) * joint.n)
+            floor = None if how.chains == 1 else _floor(joint, max(1, size))  # a single chain never settles
+            blocks.append((*climbed, floor))
+    return blocks
+
+
+def _both_ways(target: Target, first: int, how: AnnealingSettings, seed: int) -> list[tuple[tuple[Tensor, ...], Batch]]:
+    """The bounds of a `Sandwich` with their errors, and the simulated data, block by block."""
+    blocks = []
+    for given, sizes, key in _blocks(target, first, how, seed):
         with unvalidated(given, *key, "bidirectional"):
             with torch.no_grad():
                 batch, z = simulate_twice(given.target, *key, "simulate")
@@ -271,22 +307,9 @@ def bidirectional(program: Any, x: Any = None, *, seed: int = 0, **settings: Any
             ends = [path.at(truth.expand(k, -1, -1)) for k in sizes]
             down = torch.cat([anneal(end, how.betas, move, reverse=True)[0] for end in ends])
         count = math.log(how.chains)
-        parts.append((up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down)))
-        batches.append(batch)
-    whole = len(batches) == 1  # whose entries need no leading size
-    joined = batches[0] if whole else {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    lower, upper, lower_error, upper_error = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Sandwich(lower, upper, lower_error, upper_error, joined)
-
-
-def _blocks(target: Target, how: AnnealingSettings, seed: int) -> Iterator[tuple[Joint, list[int], tuple[int, int]]]:
-    """Blocks of data, the sizes of the blocks of their chains, and a key for the draws of each."""
-    features = target.features + Joint(target.rows(slice(0, 1))).size
-    side = max(1, min(how.chains, how.entries // features))
-    rows = max(1, how.entries // (features * side))
-    sizes = [min(side, how.chains - start) for start in range(0, how.chains, side)]
-    for number, block in enumerate(target.blocks(rows)):
-        yield Joint(block), sizes, (seed, number)
+        bounds: tuple[Tensor, ...] = (up.logsumexp(0) - count, count - (-down).logsumexp(0), _delta(up), _delta(-down))
+        blocks.append((bounds, batch))
+    return blocks
 
 
 def _tuned(path: Path, how: AnnealingSettings, most: int) -> HMC:

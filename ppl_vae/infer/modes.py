@@ -1,5 +1,6 @@
 """Modes of the posterior of each datum, and the Gaussians that touch it there."""
 
+import itertools
 import math
 
 import torch
@@ -14,11 +15,11 @@ _PRIOR, _GUIDE = 384, 64  # draws among which the starts are chosen
 
 def points_of(size: int) -> int:
     """How many points per datum the search evaluates together, for so many latent variables."""
-    return max(_STARTS * (1 + 2 * size), _PRIOR + _GUIDE)
+    return max(_STARTS * (1 + 2 * size), _PRIOR + _GUIDE + (3 * _STARTS // 4) * size)
 
 
 def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Climb to modes from the guide's mean and draws of guide and prior.
+    """Climb to modes from the guide's mean, draws of guide and prior, and points that mix coordinates of several draws.
 
     Returns:
         The modes (s, n, z), the log mass of a Gaussian at each (s, n), none where an earlier one is the same mode, and
@@ -28,7 +29,9 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     both = torch.cat([prior, guide])
     spread = both.std(0).clamp_min(1e-6)
     with torch.no_grad():
-        heights = torch.stack(joint.log_probs(both)).sum(0).nan_to_num(-math.inf)
+        heights = _heights(joint, both)
+        if joint.size > 1:
+            both, heights = _exchanged(joint, both, heights, spread)
     start = _peaks(heights, both, spread).unsqueeze(-1).expand(-1, -1, joint.size)
     u = torch.cat([guide.mean(0, keepdim=True), prior[: _STARTS - len(start) - 1], both.gather(0, start)])
     state = [u, *_look(joint, u, spread), torch.ones_like(u[..., 0])]  # and the radius within which to trust them
@@ -56,6 +59,30 @@ def laplace(joint: Joint) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scaled = spread.unsqueeze(-1) * vectors
     covariance = scaled @ (1 / values).diag_embed() @ scaled.mT
     return u, mass.masked_fill(known, -math.inf), covariance, both, heights
+
+
+def _heights(joint: Joint, u: Tensor) -> Tensor:
+    return torch.stack(joint.log_probs(u)).sum(0).nan_to_num(-math.inf)
+
+
+def _exchanged(joint: Joint, draws: Tensor, heights: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """The draws, and points that take each coordinate from the draw whose own suits the others best.
+
+    So modes are found that lie far out in several coordinates at a time, which hardly any single draw does; and beside
+    the best of them others that differ from it in one coordinate.
+    """
+    best = draws.gather(0, heights.argmax(0)[None, :, None].expand_as(draws[:1]))
+    points, found = [draws], [heights]
+    for turn, axis in itertools.product(range(2), range(joint.size)):
+        mixed = best.expand_as(draws).clone()
+        mixed[..., axis] = draws[..., axis]
+        height = _heights(joint, mixed)
+        best = mixed.gather(0, height.argmax(0)[None, :, None].expand_as(best))
+        if turn:
+            peaks = _peaks(height, mixed, spread)
+            points.append(mixed.gather(0, peaks.unsqueeze(-1).expand(-1, -1, joint.size)))
+            found.append(height.gather(0, peaks))
+    return torch.cat(points), torch.cat(found)
 
 
 def _peaks(height: Tensor, draws: Tensor, spread: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class Reference:
             tolerance in evidence and moments, and `moment_error`, the estimated error of mean and covariance in
             standard deviations; the errors of the others are large or infinite. With one latent variable it searches
             three times the range of 448 draws of prior and guide in 4,000 steps or more. With two or three it searches
-            around the modes to which climbs from these draws lead, and the draws that matter: it can miss an isolated
-            mode that none of them comes near, or one much narrower than those found. Annealing has `settled`, the data
+            around the modes to which climbs from these draws lead, and from points that mix coordinates of several, and
+            the draws that matter: it can miss an isolated mode that none of them comes near, or one much narrower than
+            those found. Annealing has `settled`, the data
             whose chains agree well enough (`Annealing.settled`); the evidence of the others is too low on average, by
             more than its error. Sampling has `ess`; annealing also `acceptance`; NUTS also `ess_tail` (of the 5 % and
             95 % quantiles), `r_hat` (rank-normalised and folded, the worst of a datum), `divergences`, `bfmi` (how much

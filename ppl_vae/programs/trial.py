@@ -92,9 +92,22 @@ def by_place(program: Any, batch: Mapping[str, Tensor], shapes: dict[str, torch.
         try:
             with torch.no_grad(), trial(program, double=exact) as twin, pyro.validation_enabled(False):
                 return _moves(twin, double if exact else batch, seed, 1e-7 if exact else 1e-3)
-        except Exception:  # of any kind, as in a flow that cannot be inverted: then there is no telling
+        except _Failed:  # then there is no telling
             continue
     return False
+
+
+class _Failed(Exception):
+    """A program failed in a trial."""
+
+
+@contextmanager
+def _trying() -> Iterator[None]:
+    """Turn whatever a program raises in double precision or under disturbed parameters into one exception."""
+    try:
+        yield
+    except Exception as error:  # of any kind, as in a flow that cannot be inverted
+        raise _Failed from error
 
 
 def _moves(program: Any, batch: Batch, seed: int, tolerance: float) -> bool:
@@ -108,18 +121,22 @@ def _moves(program: Any, batch: Batch, seed: int, tolerance: float) -> bool:
         with fork_rng(seed, "probe", device=device):
             for part in (program.guide, program.model):
                 scored = enumerating(poutine.condition(part, data=values), names, left)
-                rows.append(_scored(poutine.trace(scored).get_trace(**batch_of(part, batch)), n))
+                with _trying():
+                    rows.append(_scored(poutine.trace(scored).get_trace(**batch_of(part, batch)), n))
         return torch.stack(rows)
 
-    pair = traces_of(program, batch, seed)
+    with _trying():
+        pair = traces_of(program, batch, seed)
     names, left = enumerated_sites(*pair)[0], -1 - nesting_of(pair)
     with fork_rng(seed, "probe", device=device), _disturbed(parameters_of(program, *pair)):
-        guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
+        with _trying():
+            guide = poutine.trace(program.guide).get_trace(**batch_of(program.guide, batch))
         drawn: dict[str, Any] = {
             name: guide.nodes[name] for name in plain_sites(guide, guide.stochastic_nodes) if name not in names
         }
         values = {name: node["value"] for name, node in drawn.items()}
-        moved = {name: node["value"].index_select(-1 - node["fn"].event_dim, order) for name, node in drawn.items()}
+        with _trying():  # a value may lack the dim of the data
+            moved = {name: node["value"].index_select(-1 - node["fn"].event_dim, order) for name, node in drawn.items()}
         here, again = scores(batch, values, seed), scores(batch, values, seed + 1)
         there = scores({key: value[order] for key, value in batch.items()}, moved, seed)
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pandas import DataFrame
 from torch import Tensor
 
 from ppl_vae.data.columns import Columns
@@ -77,6 +76,8 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
     shown = [j for j in range(columns.count) if len(np.unique(data[:, j])) > _BARS]
     if len(shown) < 2:
         return None
+    from pandas import DataFrame
+
     ranks = DataFrame(data[:, shown]).corr("spearman").abs().fillna(0.0).to_numpy() - np.eye(len(shown))
     chosen = np.argsort(-ranks.max(0), kind="stable")[:most]
     shown = sorted(shown[j] for j in chosen)

@@ -96,7 +96,7 @@ def fit_spec(
         ValueError: If spec, data or `out` will not do; nothing is written then.
         KeyboardInterrupt: After the state of the last whole epoch was kept, with how to go on.
     """
-    with stops.listening(), reporting(say), processes.group(device):
+    with stops.listening(), processes.group(device), reporting(quiet if processes.rank() else say):
         if out is not None and processes.restarted() and (Path(out) / storage.STATE).exists():
             source, overrides, out = out, None, None
         if processes.rank():
@@ -339,11 +339,16 @@ def evaluate_run(
     Raises:
         ValueError: If the path is no finished run, its data have changed, or `samples` or the diagnostics will not do.
     """
-    if samples is not None:
-        check_int("samples", samples)
-    places.mend(Path(path), say)
-    storage.check_folder(Path(path), finished=True)
-    with stops.listening(), reporting(say), places.claimed(Path(path), say=say) as place:
+    with stops.listening(), processes.group(device), contextlib.ExitStack() as stack:
+        if processes.rank():
+            return _assist(Path(path), pick_device(device), trust_code, program)
+        stack.enter_context(processes.telling())
+        stack.enter_context(reporting(say))
+        if samples is not None:
+            check_int("samples", samples)
+        places.mend(Path(path), say)
+        storage.check_folder(Path(path), finished=True)
+        place = stack.enter_context(places.claimed(Path(path), say=say))
         run = read_run(place.path, trust_code, say, program)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
@@ -356,7 +361,20 @@ def evaluate_run(
         with blamed(run.spec.programs), place.replacing(**records) as partial:
             for name in storage.trained_files(place.path):
                 (partial / name).write_bytes(storage.read_file(place.path / name))
-            return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
+            processes.tell("evaluate")
+            with processes.leading(run.program):
+                return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
+
+
+def _assist(path: Path, device: torch.device, trust_code: bool, program: Any = None) -> Any:
+    """Take a share of the evaluation of a run; nothing is written or said."""
+    if processes.share() is None:
+        raise SystemExit(2)  # the first has failed, and says why
+    program = load_run(path, program=program, trust_code=trust_code).program
+    if isinstance(program, nn.Module):
+        program.to(device)
+    processes.follow(program)
+    return None
 
 
 def _write_report(

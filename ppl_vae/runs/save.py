@@ -48,6 +48,7 @@ def save_run(
         ValueError: If the history is empty, the data do not fit the program, or the folder holds something else.
 
     Example:
+        >>> from tempfile import TemporaryDirectory
         >>> from ppl_vae import VAE, Conditional, fit, save_run
         >>> from ppl_vae.data import load
         >>> from ppl_vae.families import Normal, StandardNormal
@@ -56,9 +57,11 @@ def save_run(
         >>> def part(family):
         ...     return Conditional(family, Linear())
         >>> vae = VAE(Conditional(StandardNormal(2)), part(Normal(13, scale="shared")), part(Normal(2)))
-        >>> run = save_run(vae, wine, fit(vae.initialise(wine.train), wine, epochs=5), "runs/wine")  # doctest: +SKIP
-        >>> run.report["test"]["log_evidence"]["kind"]  # doctest: +SKIP
-        'estimate'
+        >>> history = fit(vae.initialise(wine.train), wine, epochs=5)
+        >>> with TemporaryDirectory() as folder:
+        ...     run = save_run(vae, wine, history, f"{folder}/wine")
+        >>> run.report["data"]["part"], run.report["train"]["epochs"]
+        ('test', 5)
     """
     if not history.elbo or len(history.seconds) != len(history.elbo):
         raise ValueError(

@@ -348,7 +348,7 @@ def test_to_moves_every_tensor() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_a_gpu_sees_the_same_order() -> None:
     data = load("digits", binarization="dynamic")
     there = data.to("cuda")

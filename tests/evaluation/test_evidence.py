@@ -949,11 +949,14 @@ def test_replayed_blocks_have_the_draws_and_weights_of_those_by_pyro(dtype, monk
     torch.testing.assert_close(replayed, by_pyro, rtol=rtol, atol=0.0)
 
 
-def test_a_program_that_branches_on_values_is_weighed_by_pyro(monkeypatch, caplog):
-    class Branching(VAE):
-        def model(self, x: Tensor, **others: Any) -> Any:
-            return super().model(x + 0 if bool(x.sum() > 0) else x, **others)
+class Branching(VAE):
+    """A program whose operations cannot be recorded."""
 
+    def model(self, x: Tensor, **others: Any) -> Any:
+        return super().model(x + 0 if bool(x.sum() > 0) else x, **others)
+
+
+def test_a_program_that_branches_on_values_is_weighed_by_pyro(monkeypatch, caplog):
     caplog.set_level("INFO", "ppl_vae")
     plain, x = nonlinear(), binary(20)
     vae = Branching(plain.prior, plain.likelihood, plain.posterior)
@@ -961,6 +964,15 @@ def test_a_program_that_branches_on_values_is_weighed_by_pyro(monkeypatch, caplo
     monkeypatch.setattr(weight_draws, "_MANY", 1)
     assert torch.equal(log_weights(vae, x, 250), wanted)
     assert "Weighing step by step" in caplog.text
+
+
+def test_lower_precision_without_effect_is_told_of():
+    plain, x = nonlinear(), binary(20)
+    vae = Branching(plain.prior, plain.likelihood, plain.posterior)
+    with pytest.warns(UserWarning, match="stay in full precision: 'bfloat16' takes a CPU"):
+        low = log_evidence(vae, x, 50, precision="bfloat16")
+    assert low.lowered is None
+    assert torch.equal(low.log_evidence, log_evidence(vae, x, 50).log_evidence)
 
 
 def test_lower_precision_of_products_is_measured_and_counts_as_rounding(monkeypatch):

@@ -449,3 +449,16 @@ def test_shares_with_enumerated_sites_beside_them() -> None:
     assert gap.family == "Normal"
     assert abs(float(gap.total + gap.elbo) - logsumexp(terms)) < 5 * float(gap.error)
     assert 0 < float(gap.approximation) < float(gap.total) + 5 * float(gap.amortization_error)
+
+
+def test_a_guide_with_one_row_for_each_datum_takes_more_data_than_a_block_holds() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+    program, x = Program(model, "AutoNormal"), torch.linspace(-2, 2, 12).unsqueeze(1)
+    fit(program, x, epochs=2, batch_size=12, progress=False)
+    gap = inference_gap(program, x, draws=20, steps=20, entries=1)
+    exact = stats.norm(0.0, math.sqrt(2)).logpdf(x[:, 0].numpy())
+    assert torch.allclose(gap.best_elbo, torch.from_numpy(exact), atol=1e-6)  # the family holds the posterior

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from twins import array, draws
 
 from ppl_vae import fit, log_weights
-from ppl_vae.infer.objectives import OBJECTIVES
 from ppl_vae.programs.program import load_program
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -107,7 +106,6 @@ def test_labelled_data_train_the_classifier_by_its_term_alone(weight: float) -> 
     assert torch.equal(log_weights(program, batch, 2), before)  # the evidence is free of the term
 
 
-@pytest.mark.skipif("TraceEnum_ELBO" not in OBJECTIVES, reason="no enumeration")
 def test_takes_a_step_on_data_of_which_some_have_labels() -> None:
     program = load_program(str(MODELS / "semi_supervised.py"))(SIZE, LATENT, classes=CLASSES, hidden=4)
     batch = {"x": draws(8, SIZE), "y": torch.tensor([0, 1, 2, -1, -1, -1, -1, -1])}

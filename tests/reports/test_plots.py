@@ -144,7 +144,7 @@ def test_tensors_of_any_type_that_require_gradients(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_on_a_gpu_the_pictures_are_the_cpus() -> None:
     here, there = _vae(), _vae().cuda()
     for draw in (

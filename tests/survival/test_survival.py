@@ -14,7 +14,7 @@ def soak(*options):
     return subprocess.run([sys.executable, SOAK, *options], capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
 def test_nothing_is_lost():
     done = soak("--quick")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -23,7 +23,7 @@ def test_nothing_is_lost():
     assert all(int(count) > 0 for count in counts.values())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
 def test_a_run_that_is_written_in_two_steps_is_found_out():
     done = soak("--quick", "--only", "kills in evaluate", "--broken")
     assert done.returncode == 1, done.stdout + done.stderr
