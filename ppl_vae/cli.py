@@ -343,6 +343,8 @@ def plainly() -> Iterator[TextIO]:
     except ValueError as error:
         _refuse(str(error))
     except (MemoryError, OverflowError, RuntimeError) as error:
+        if "Symlink loop" in str(error):  # of Path.resolve
+            _refuse(f"Expected paths that lead somewhere; got a link that leads to itself ({error}). Mend the link.")
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in NO_MEMORY):
             raise
         _refuse(MEMORY.format((str(error) or type(error).__name__).splitlines()[0]))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_path
 
-from ppl_vae.data import annotated, images, pieces, tables
+from ppl_vae.data import annotated, cache, images, pieces, tables
 from ppl_vae.data.files import RawData, flatten, in_memory, read_array, read_cells
 from ppl_vae.data.tables import Roles, Table
 
@@ -126,9 +126,14 @@ def read_dataset(
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
     text = [name for name in (roles.id, roles.label, *(roles.categories or ())) if name]
-    if 8 * path.stat().st_size > in_memory():
-        return pieces.read_in_pieces(path, roles, text)
-    return tables.choose(tables.read_table(path, roles.separator, text), roles)
+    large = 8 * path.stat().st_size > in_memory()
+
+    def read() -> RawData:
+        if large:
+            return pieces.read_in_pieces(path, roles, text)
+        return tables.choose(tables.read_table(path, roles.separator, text), roles)
+
+    return cache.remember(path, (path.suffix.lower(), roles), read, mapped=large)
 
 
 def _read_bundled(name: str, roles: Roles) -> RawData:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ppl_vae.data.batches import check_finite
 
 LARGEST = "PPL_VAE_LARGEST"  # the variable with the size, in bytes, that data may take once they are unpacked
+CACHE = "PPL_VAE_CACHE"  # the variable with the folder for what can be made anew
 IN_MEMORY = "PPL_VAE_IN_MEMORY"  # the variable with the size, in bytes, up to which numbers are held in memory
 _AT_ONCE = 2**22  # numbers that are looked at together
 _BLOWN_UP = 100  # times that a file may grow when it is unpacked to more than a gibibyte
@@ -67,10 +68,17 @@ def in_memory() -> float:
     return float(os.environ.get(IN_MEMORY) or pages / 2)
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made anew, by the variable PPL_VAE_CACHE or the platform; made if need be."""
+    chosen = os.environ.get(CACHE)
+    folder = Path(chosen).expanduser() if chosen else user_cache_path("ppl_vae", appauthor=False, opinion=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def scratch() -> Any:
     """A file in the cache folder without a name of its own; a map of it outlives its end."""
-    folder = user_cache_path("ppl_vae", appauthor=False, opinion=False, ensure_exists=True)
-    return tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-")
+    return tempfile.NamedTemporaryFile(dir=cache_folder(), prefix="scratch-")
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -190,7 +190,8 @@ def load(
     last axis, and not the second, has 1 or 3 entries. Words in a table become codes 0, 1, ... in sorted order.
     A `.npy` file or a table of numbers that would take more than half of memory, or than the bytes in the variable
     PPL_VAE_IN_MEMORY, is mapped, and so is what is made of it, by files in the cache folder that vanish with the
-    process: the data are the same, but need not fit into memory.
+    process: the data are the same, but need not fit into memory. A table that took more than a second to read is kept
+    there for the next time (`docs/scale.md`).
     Intensities have a known maximum: 16 for digits, 255 for MNIST and for uint8
     arrays, 1 for values in [0, 1] (a uint8 array of zeros and ones too).
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ppl_vae.runs.console import comparison
 from ppl_vae.runs.places import mend
-from ppl_vae.runs.storage import check_folder, read_metadata, read_report, read_tensors, steadily
+from ppl_vae.runs.storage import check_folder, read_metadata, read_report, read_tensors, reading, steadily
 
 
 def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
@@ -52,9 +53,13 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
     check_folder(path, finished=True)
     read_metadata(path / "model.safetensors")  # a run with damaged weights is no measure
     report, file = read_report(path), path / "evidence.safetensors"
-    run = {"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}}
+    with reading(path / "report.json", "a report"):  # whatever of it is told below
+        run = {"path": str(path), **{key: report[key] for key in ("data", "train", "test", "exact", "baseline")}}
+        list(_measures(run["data"], run["data"]))
+        comparison({"runs": [run], "differences": []})
+        n = int(report["test"]["n"])
     values = read_tensors(file).get("log_evidence")
-    if values is None or values.shape != (report["test"]["n"],):
+    if values is None or values.shape != (n,):
         raise ValueError(f"Expected {file} to hold the evidence of each datum; it is damaged. Fit again.")
     return run, values.double()
 

@@ -20,7 +20,7 @@ from ppl_vae.programs.program import build_program
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of
 from ppl_vae.reports.measures import evaluation_split
-from ppl_vae.runs import storage
+from ppl_vae.runs import places, storage
 from ppl_vae.runs.apply import Applied
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.built import Built
@@ -155,6 +155,24 @@ class Run:
     def _table(self, what: str, *given: Any, **options: Any) -> "DataFrame":
         tables = [one.table for one in getattr(Applied.of(self), what)(*given, **options)]
         return importlib.import_module("pandas").concat(tables)  # type: ignore[no-any-return]
+
+
+def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
+    """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
+
+    Args:
+        path: the run directory.
+        program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
+            weights, which become those of the run; or what builds it, "file.py:name".
+        trust_code: whether the run's copy of a program file may run.
+
+    Raises:
+        ValueError: If the folder is no run, or an unfinished, damaged or newer one, if it has a program file and
+            `trust_code` is not given, or if `program` is missing, not asked for, or has other weights.
+    """
+    path = Path(path)
+    places.mend(path)
+    return storage.steadily(path, lambda: read_run(path, trust_code, program=program))
 
 
 def read_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None) -> Run:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+FIRST = b'{"epoch": 0, "elbo": '  # how it begins
 METRICS = ("elbo", "validation", "objective", "validation_objective", "learning_rate", "seconds")
 
 

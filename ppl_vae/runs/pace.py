@@ -3,7 +3,8 @@
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 SHARE = 0.01  # of the time of training that keeping its state may take
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -52,3 +53,10 @@ class Pace:
         finally:
             self.began, self.epochs, self.kept = time.monotonic(), 0, self.kept + 1
             self.cost = self.began - start
+
+
+def reached(state: Mapping[str, Any], epochs: int) -> str:
+    """How far a training state is, in words."""
+    place = state.get("place")
+    steps = "" if place is None else f" and {len(place['losses'])} steps"
+    return f"epoch {len(state['history']['elbo'])} of {epochs}{steps}"

@@ -37,34 +37,18 @@ from ppl_vae.reports.page import markdown, run_page
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.built import Built
-from ppl_vae.runs.loaded import Run, read_run
+from ppl_vae.runs.loaded import Run, load_run, read_run
 from ppl_vae.runs.machine import machine
 from ppl_vae.runs.metrics import append_metrics, trim_metrics
-from ppl_vae.runs.pace import Pace
+from ppl_vae.runs.pace import Pace, reached
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import Say, quiet
-from ppl_vae.runs.start import begin, learned_by
+from ppl_vae.runs.start import begin, settings_of
 from ppl_vae.runs.trained import check_same_data, pick_place, read_spec, trained_on, write_trained
 
+__all__ = ["evaluate_run", "fit_spec", "load_run", "write_run"]
+
 OnEpoch = Callable[[int, State], None]
-
-
-def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False) -> Run:
-    """Load a finished run; neither the original spec, nor the data, nor any pickle is read.
-
-    Args:
-        path: the run directory.
-        program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
-            weights, which become those of the run; or what builds it, "file.py:name".
-        trust_code: whether the run's copy of a program file may run.
-
-    Raises:
-        ValueError: If the folder is no run, or an unfinished, damaged or newer one, if it has a program file and
-            `trust_code` is not given, or if `program` is missing, not asked for, or has other weights.
-    """
-    path = Path(path)
-    places.mend(path)
-    return storage.steadily(path, lambda: read_run(path, trust_code, program=program))
 
 
 def fit_spec(
@@ -148,19 +132,11 @@ def _follow(
         data = spec.load_data()
         program: Any = spec.build(data)
         spec = spec if resumed else begin(spec, program)[0]
-        fit(program, data.to(device), **_settings(spec, program, data, device), resume=start["state"], progress=False)
+        fit(program, data.to(device), **settings_of(spec, program, data, device), resume=start["state"], progress=False)
     except ValueError:  # which the first process meets too
         raise SystemExit(2) from None
     processes.follow(program)
     return None
-
-
-def _settings(spec: Spec, program: Any, data: Data, device: torch.device) -> dict[str, Any]:
-    """What `fit` is told in each process."""
-    settings = {**spec.training, "device": str(device), "validation": data.validation}
-    if spec.svi.freeze is not None:
-        settings["parameters"] = learned_by(program, spec.svi.freeze)
-    return settings
 
 
 def _train(
@@ -243,7 +219,7 @@ def _train(
 
     history = None
     try:
-        settings = {**_settings(spec, program, data, device), "resume": start, "on_epoch": note}
+        settings = {**settings_of(spec, program, data, device), "resume": start, "on_epoch": note}
         processes.tell({"state": start})
         settings["on_step"] = lambda state: look(state, pace.is_due_within)
         with blamed(spec.programs):
@@ -273,13 +249,6 @@ def _train(
     finally:
         if place.known is None:  # no state was kept
             (place.folder / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def reached(state: Mapping[str, Any], epochs: int) -> str:
-    """How far a training state is, in words."""
-    place = state.get("place")
-    steps = "" if place is None else f" and {len(place['losses'])} steps"
-    return f"epoch {len(state['history']['elbo'])} of {epochs}{steps}"
 
 
 def write_run(

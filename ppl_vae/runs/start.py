@@ -130,3 +130,11 @@ def _shaped(tensors: dict[str, Tensor]) -> list[str]:
 def _listed(names: Iterable[str]) -> str:
     known = [*names]
     return ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "") or "nothing"
+
+
+def settings_of(spec: Any, program: Any, data: Any, device: torch.device) -> dict[str, Any]:
+    """What `fit` is told in each process."""
+    settings = {**spec.training, "device": str(device), "validation": data.validation}
+    if spec.svi.freeze is not None:
+        settings["parameters"] = learned_by(program, spec.svi.freeze)
+    return settings

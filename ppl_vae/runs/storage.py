@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ppl_vae.programs.param_store import own_params
-from ppl_vae.runs.metrics import METRICS, lines_of
+from ppl_vae.runs.metrics import FIRST, METRICS, lines_of
 
 T = TypeVar("T")
 FORMAT = "2"  # 1 had no manifest
@@ -120,10 +120,9 @@ def own_files(folder: Path) -> dict[str, str | None]:
         metadata = read_metadata(folder / "model.safetensors", checked=False)
     if "format_version" not in metadata:
         with contextlib.suppress(ValueError, OSError, AttributeError):
-            if lines_of(
-                plain_bytes(folder / "metrics.jsonl"), alone=True
-            ):  # of a training that was killed before its first state
-                return {"metrics.jsonl": None}
+            held = plain_bytes(folder / "metrics.jsonl")
+            if lines_of(held, alone=True) or FIRST.startswith(held[: len(FIRST)]):
+                return {"metrics.jsonl": None}  # of a training that was killed before its first state
         return {}
     report = folder / "report.md"
     figures = (

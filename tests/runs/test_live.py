@@ -1,6 +1,7 @@
 """A training is seen while it goes on: lines of metrics, words every ten seconds, trackers."""
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -79,10 +80,13 @@ def test_what_a_killed_first_try_left_is_no_obstacle_and_other_files_are(tmp_pat
     out = tmp_path / "run"
     out.mkdir()
     row = {"epoch": 0, **dict.fromkeys(METRICS, 1.0)}
-    (out / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"epo')
-    fit_spec(PPCA_SPEC, {**SHORT, "svi.epochs": 1}, out=out)
-    assert [line["epoch"] for line in lines(out)] == [0]
-    for text in ('{"loss": 1}\n', json.dumps({**row, "note": "mine"}) + "\n", "dear diary\n", ""):
+    for torn in (json.dumps(row) + "\n" + '{"epo', '{"epo', json.dumps(row), ""):  # "": between opening and writing
+        (out / "metrics.jsonl").write_text(torn)
+        fit_spec(PPCA_SPEC, {**SHORT, "svi.epochs": 1}, out=out, force=True)
+        assert [line["epoch"] for line in lines(out)] == [0]
+        shutil.rmtree(out)
+        out.mkdir()
+    for text in ('{"loss": 1}\n', json.dumps({**row, "note": "mine"}) + "\n", "dear diary\n", '{"epoch": 5, "x"'):
         other = tmp_path / str(len(text))
         other.mkdir()
         (other / "metrics.jsonl").write_text(text)

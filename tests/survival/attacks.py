@@ -5,100 +5,71 @@ The quick tests take a few cases of each; `soak.py` takes them all and counts.
 
 import contextlib
 import gc
-import json
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cases import (
-    PROGRAM,
-    SPEC,
+    DISCRETE,
+    World,
     child,
     command,
-    damages,
     finish,
-    hostile_states,
-    kill_at,
+    killed,
     left_over,
-    mutated,
-    project,
+    own_program,
     same,
     state_of,
-    weights,
+    stop_after,
+    told,
+    until,
+    writing_steps,
 )
 
-from ppl_vae import fit, load_run, load_spec
-from ppl_vae.data import load
-from ppl_vae.runs import storage, trained
+from ppl_vae import fit, load_spec
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-
-
-def _told(status: int, said: str) -> str:
-    return f"status {status}: {said[-300:]}"
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGQUIT", "SIGALRM")
+UNHEARD = ("SIGQUIT", "SIGALRM")  # which end a process at once
 
 
-class World:
-    """A spec with its data, the run that it leads to, and what is in the middle of training."""
+def kills_while_writing(world: World, verb: str, chosen: slice = slice(None)) -> Iterator[tuple[str, str]]:  # noqa: B008
+    """Kill a command at its writing steps; then the run is whole, and the same command ends as it would have."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.spec, self.log = folder, project(folder), folder / "log"
-        status, said = command(["fit", self.spec, "--out", folder / "whole"], self.log)
-        assert status == 0, said
-        self.whole, self.part = folder / "whole", folder / "part"
-        number = child(["fit", self.spec, "--out", self.part, "--set", "svi.epochs=100000"], self.log)
-        while state_of(self.part) != "interrupted":
-            time.sleep(0.02)
-        os.kill(number, signal.SIGTERM)
-        assert finish(number) == 143, self.log.read_text()
-
-    def fresh(self, name: str) -> Path:
-        """A place of this name, with nothing in it."""
-        place = self.folder / "places" / name
-        shutil.rmtree(place.parent, ignore_errors=True)
-        place.parent.mkdir()
-        return place
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")[-300:]
-
-
-def kills_while_writing(world: World, verb: str, steps: Iterable[int]) -> Iterator[tuple[str, str]]:
-    """Kill a command at its n-th touch of a file; then the run is whole, and the same command ends as it would have."""
-    for step in steps:
+    def start() -> tuple[Path, list[Any]]:
         place = world.fresh("run")
-        before: set[str] = {"nothing", "interrupted", "finished"}
+        if verb == "resume":
+            status, said = command(["fit", world.spec, "--out", place], world.log, stop_after(3))
+            assert status == 130, said
+            return place, ["fit", place]
         if verb != "fit":
             shutil.copytree(world.whole, place)
-            before = {"finished"} if verb == "evaluate" else {"finished", "interrupted"}
-        if verb == "resume":
-            shutil.rmtree(place)
-            command(["fit", world.spec, "--out", place], world.log, _stop_after(3))
-            before = {"interrupted", "finished"}
-        arguments = {
-            "fit": ["fit", world.spec, "--out", place],
-            "force": ["fit", world.spec, "--out", place, "--force"],
-            "evaluate": ["evaluate", place],
-            "resume": ["fit", place],
-        }[verb]
-        status, said = command(arguments, world.log, kill_at(step, place.parent))
-        if status == 0:
-            return
-        case = f"{verb} killed at step {step}"
+        return place, ["evaluate", place] if verb == "evaluate" else ["fit", world.spec, "--out", place] + (
+            ["--force"] if verb == "force" else []
+        )
+
+    before = {"fit": {"nothing", "interrupted", "finished"}, "evaluate": {"finished"}}
+    place, arguments = start()
+    for step in writing_steps(arguments, place.parent, world.log)[chosen]:
+        place, arguments = start()
+        status = killed(arguments, place.parent, world.log, step)
+        case = f"{verb} killed at {step[0]} {step[1]}"
+        if status == 0:  # its calls are not always as many
+            yield case, "" if same(place, world.whole) else "it was not killed, and ended otherwise"
+            continue
         if status != -signal.SIGKILL:
-            yield case, _told(status, said)
+            yield case, told(status, world.said())
             continue
         state = state_of(place)
-        if state not in before:
+        if state not in before.get(verb, {"interrupted", "finished"}):
             yield case, f"left {state}"
             continue
         if state == "interrupted":
@@ -110,28 +81,7 @@ def kills_while_writing(world: World, verb: str, steps: Iterable[int]) -> Iterat
         yield case, lost or "".join(f"left {name} " for name in left_over(place))
 
 
-def _stop_after(epochs: int) -> Any:
-    """Interrupt a command after some epochs."""
-
-    def hook() -> None:
-        from ppl_vae.runs import run
-
-        fit = run.fit
-
-        def stopping(*given: Any, on_epoch: Any, **more: Any) -> Any:
-            def stop(epoch: int, state: Any) -> None:
-                on_epoch(epoch, state)
-                if epoch + 1 == epochs:
-                    raise KeyboardInterrupt
-
-            return fit(*given, on_epoch=stop, **more)
-
-        run.fit = stopping
-
-    return hook
-
-
-def _keep_each_step() -> None:
+def keep_each_step() -> None:
     """Keep the state of a training after each of its steps."""
     from ppl_vae.runs import run
 
@@ -146,7 +96,7 @@ def random_kills(
     for number in range(count):
         place = world.fresh("run")
         process = child(["fit", world.spec, "--out", place], world.log, before)
-        time.sleep(draw.uniform(0.0, 0.6))
+        time.sleep(draw.uniform(0.0, world.seconds))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         finish(process)
@@ -157,7 +107,7 @@ def random_kills(
         arguments = ["fit", place] if state == "interrupted" else ["fit", world.spec, "--out", place]
         status, said = command(arguments, world.log)
         whole = status == 0 and same(place, world.whole)
-        yield f"random kill {number} ({state})", "" if whole else _told(status, said)
+        yield f"random kill {number} ({state})", "" if whole else told(status, said)
 
 
 def memory_is_flat(world: World, steps: int) -> Iterator[tuple[str, str]]:
@@ -181,14 +131,14 @@ def signals(world: World, names: Iterable[str] = SIGNALS, doubles: Iterable[bool
     for name in names:
         for double in doubles:
             place, number = world.fresh("run"), getattr(signal, name)
-            process = child(["fit", world.spec, "--out", place, "--set", "svi.epochs=100000"], world.log)
-            while state_of(place) != "interrupted":
-                time.sleep(0.02)
+            process = world.training(place)
             for _ in range(1 + double):
-                os.kill(process, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
                 time.sleep(0.001)
             status, state = finish(process), state_of(place)
-            good = status == 128 + number and state == "interrupted" and "Go on with: ppl-vae fit" in world.said()
+            heard = status == 128 + number and "Go on with: ppl-vae fit" in world.said()
+            good = state == "interrupted" and (status == -number if name in UNHEARD else heard)
             yield f"{name}{' twice' * double}", "" if good else f"status {status}, {state}: {world.said()}"
 
 
@@ -201,251 +151,22 @@ def ignored_signals(world: World, names: Iterable[str] = ("SIGHUP", "SIGINT")) -
             signal.signal(number, signal.SIG_IGN)
 
         process = child(["fit", world.spec, "--out", place], world.log, ignore)
-        while state_of(place) == "nothing":
-            time.sleep(0.01)
+        until(lambda: state_of(place) != "nothing", process)  # noqa: B023
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
         status = finish(process)
         yield f"{name} ignored", "" if status == 0 and same(place, world.whole) else f"status {status}: {world.said()}"
 
 
-def flips_and_cuts(world: World, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Damage a byte of a file, or cut it: readers refuse the run, or answer as before."""
-    for folder in (world.whole, world.part):
-        twin = world.fresh("twin")
-        shutil.copytree(folder, twin)
-
-        def read() -> Any:
-            if (twin / storage.STATE).exists():  # noqa: B023
-                storage.check_folder(twin, finished=False)  # noqa: B023
-                trained.read_spec(twin, False, lambda message: None)  # noqa: B023
-                state = storage.read_state(twin / storage.STATE)  # noqa: B023
-                return repr(state), repr(sorted(weights(twin).items()))  # noqa: B023
-            found = load_run(twin)  # noqa: B023
-            history = storage.read_metrics(twin, found.report["train"]["epochs"])  # noqa: B023
-            table = storage.read_tensors(twin / "evidence.safetensors")  # noqa: B023
-            spec = found.spec.to_dict()
-            spec["data"].pop("name")
-            return spec, found.report, repr(sorted(weights(twin).items())), history, repr(sorted(table.items()))  # noqa: B023
-
-        truth = read()
-        for file, whole, damaged in damages(twin, count // 2, seed):
-            file.write_bytes(damaged)
-            case = f"{file.relative_to(twin)}, {len(whole)} to {len(damaged)} bytes"
-            try:
-                lost = "" if read() == truth else "another content was accepted"
-            except ValueError:
-                lost = ""
-            except Exception as error:
-                lost = f"{type(error).__name__}: {error}"
-            file.write_bytes(whole)
-            yield case, lost
-        yield "and whole again", "" if read() == truth else "the run does not read"
-
-
-def hostile_runs(world: World) -> Iterator[tuple[str, str]]:
-    """Interrupted runs with states that do not fit, sealed as if they were whole: refused, and nothing crashes."""
-    for case, state in hostile_states(world.part):
-        twin = world.fresh("twin")
-        shutil.copytree(world.part, twin)
-        storage.write_state(state, twin / storage.STATE)
-        (twin / storage.MANIFEST).unlink()
-        storage.seal(twin, {})
-        status, said = command(["fit", twin], world.log)
-        good = status == 2 and "Traceback" not in said
-        yield case, "" if good else _told(status, said)
-    for case, text in {
-        "deep metadata": "[" * 100_000,
-        "no JSON": "{",
-        "a list": "[]",
-        "no keys": "{}",
-        "numbers for words": '{"digest": 1, "format": 2, "files": 3}',
-    }.items():
-        for name in (storage.MANIFEST, "report.json"):
-            twin = world.fresh("twin")
-            shutil.copytree(world.whole, twin)
-            (twin / name).write_text(text)
-            if name != storage.MANIFEST:
-                (twin / storage.MANIFEST).unlink()
-                storage.seal(twin, {})
-            for verb in (["evaluate", twin], ["compare", twin, world.whole], ["check", twin]):
-                status, said = command(verb, world.log)
-                good = status == (0 if verb[0] == "check" and name == "report.json" else 2) and "Traceback" not in said
-                yield f"{name}: {case}, {verb[0]}", "" if good else _told(status, said)
-    yield from _strange_entries(world)
-    yield from _programs(world)
-
-
-def _strange_entries(world: World) -> Iterator[tuple[str, str]]:
-    """Links, pipes and a person's files in a run: neither read nor copied nor lost."""
-    secret = world.folder / "secret"
-    secret.mkdir(exist_ok=True)
-    (secret / "key").write_text("private")
-    for name, make in {
-        "a link to a folder": lambda run: (run / "figures2").symlink_to(secret),
-        "a link to .": lambda run: (run / "loop").symlink_to("."),
-        "figures as a link": lambda run: (shutil.rmtree(run / "figures"), (run / "figures").symlink_to(secret)),
-        "report as a link": lambda run: ((run / "report.md").unlink(), (run / "report.md").symlink_to(secret / "key")),
-        "weights as a link": lambda run: (
-            (run / "model.safetensors").rename(world.folder / "w"),
-            (run / "model.safetensors").symlink_to(world.folder / "w"),
-        ),
-        "a pipe": lambda run: ((run / "metrics.jsonl").unlink(), os.mkfifo(run / "metrics.jsonl")),
-        "an edited report": lambda run: (run / "report.md").open("a").write("my note"),
-        "a folder of notes": lambda run: (run / "notes").mkdir(),
-    }.items():
-        twin = world.fresh("twin")
-        shutil.copytree(world.whole, twin)
-        make(twin)
-        before = {path: path.lstat().st_mtime_ns for path in [*twin.rglob("*"), *secret.rglob("*")]}
-        status, said = command(["evaluate", twin], world.log)
-        same_as_before = before == {path: path.lstat().st_mtime_ns for path in [*twin.rglob("*"), *secret.rglob("*")]}
-        good = status == 2 and "Traceback" not in said and same_as_before
-        yield name, "" if good else f"status {status}, as before: {same_as_before}: {said[-300:]}"
-
-
-def _programs(world: World) -> Iterator[tuple[str, str]]:
-    """A stranger's run with a program: nothing runs without leave, and with leave it is told before it runs."""
-    folder = world.folder / "theirs"
-    folder.mkdir(exist_ok=True)
-    mark = folder / "mark"
-    (folder / "own.py").write_text(PROGRAM.replace("MARK", repr(str(mark))))
-    text = SPEC.partition("[prior]")[0] + 'program = "own.py"\n[svi]' + SPEC.partition("[svi]")[2]
-    (folder / "own.toml").write_text(text.replace('"table.npy"', f'"{world.folder / "table.npy"}"'))
-    for verb, hook in (("evaluate", None), ("fit", _stop_after(2))):
-        place = world.fresh("run")
-        status, said = command(["fit", folder / "own.toml", "--out", place], world.log, hook or (lambda: None))
-        assert status == (130 if hook else 0), said
-        mark.unlink()
-        for more, wanted in (([], 2), (["--trust-code"], 0)):
-            for arguments in ([verb, place], ["check", place / "spec.toml"]):
-                twin = place if arguments[0] == verb else place / "spec.toml"
-                status, said = command([arguments[0], twin, *more], world.log)
-                ran = mark.exists()
-                mark.unlink(missing_ok=True)
-                told = "runs the code of" in said or "without --trust-code" in said
-                good = status == wanted and ran == (wanted == 0) and told
-                yield (
-                    f"{' '.join(map(str, arguments[:1]))} {more}",
-                    "" if good else f"{status}, ran: {ran}: {said[-300:]}",
-                )
-
-
-def mutated_specs(world: World, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Specs with random mistakes: refused in words, or good to build."""
-    draw, path = random.Random(seed), world.folder / "mutant.toml"
-    good = tomllib.loads(SPEC)
-    for number in range(count):
-        tables = mutated(good, draw)
-        try:
-            spec = load_spec(world.spec, {})
-            spec = type(spec).from_dict(tables, path, trust_code=False)
-            spec.check(spec.load_data())
-            yield f"spec {number}", ""
-        except (ValueError, MemoryError, OverflowError, OSError):
-            yield f"spec {number}", ""
-        except RuntimeError as error:
-            yield f"spec {number}", "" if "memory" in str(error) else f"{error}: {json.dumps(tables)[:400]}"
-        except Exception as error:
-            yield f"spec {number}", f"{type(error).__name__}: {error}: {json.dumps(tables)[:400]}"
-
-
-def mutated_data(world: World, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Data files with flipped and cut bytes: refused in words, or read."""
-    folder, draw = world.folder / "data", random.Random(seed)
-    folder.mkdir(exist_ok=True)
-    x = np.random.default_rng(1).integers(0, 9, (12, 3))
-    np.save(folder / "a.npy", x)
-    np.savez_compressed(folder / "a.npz", x=x, y=np.arange(12) % 2)
-    for suffix, mark in ((".csv", ","), (".tsv", "\t"), (".txt", " ")):
-        (folder / f"a{suffix}").write_text(f"a{mark}b{mark}c\n" + "".join(mark.join(map(str, r)) + "\n" for r in x))
-    import pandas
-
-    pandas.DataFrame(x.astype(float), columns=list("abc")).to_parquet(folder / "a.parquet")
-    originals = [path for path in sorted(folder.iterdir()) if path.stem == "a"]
-    for number in range(count):
-        original = originals[number % len(originals)]
-        whole = bytearray(original.read_bytes())
-        for _ in range(draw.randint(1, 4)):
-            at = draw.randrange(len(whole))
-            if draw.random() < 0.2 and len(whole) > 9:
-                del whole[at:]
-                break
-            whole[at] = draw.randrange(256)
-        file = folder / f"b{original.suffix}"
-        file.write_bytes(whole)
-        try:
-            load(file)
-            lost = ""
-        except (ValueError, MemoryError):
-            lost = ""
-        except Exception as error:
-            lost = f"{type(error).__name__}: {error}"
-        yield f"{original.suffix} {number}", lost
-
-
-def hostile_data(world: World) -> Iterator[tuple[str, str]]:
-    """Files that announce more than they hold, never end, or hold no numbers: refused, and memory stays small."""
-    folder = world.folder / "hostile"
-    folder.mkdir(exist_ok=True)
-    np.save(folder / "good.npy", np.ones((9, 3)))
-    good = (folder / "good.npy").read_bytes()
-    (folder / "huge.npy").write_bytes(good.replace(b"(9, 3)", b"(9999999999, 200)"))
-    np.savez(folder / "words.npz", x=np.array([["a", "b"]] * 9))
-    np.savez(folder / "objects.npz", x=np.array([[1, None]] * 9, dtype=object))
-    np.savez_compressed(folder / "bomb.npz", x=np.zeros((3000, 1000)))
-    os.mkfifo(folder / "pipe.csv")
-    os.mkfifo(folder / "pipe.npy")
-    (folder / "zero.npy").symlink_to("/dev/zero")
-    (folder / "memory.csv").symlink_to("/proc/self/mem")
-    (folder / "nul.csv").write_bytes(b"1,2\0\n3,4\n")
-    (folder / "bytes.csv").write_bytes(b"\xff\xfe\n1,2\n")
-    (folder / "field.csv").write_text("a,b\n" + '"' + "1" * 200_000 + '",2\n')
-    for name in ("deep", "dotted"):
-        text = "a=" + "[" * 100_000 if name == "deep" else "[" + ".".join("a" * 5_000) + "]"
-        (folder / f"{name}.toml").write_text(text)
-    os.mkfifo(folder / "pipe.toml")
-    (folder / "binary.toml").write_bytes(bytes(range(256)))
-    (folder / "digits.toml").write_text("a = " + "9" * 10_000)
-
-    def small() -> None:
-        os.environ["PPL_VAE_LARGEST"] = "1e7"
-
-    for file in sorted(folder.iterdir()):
-        if file.stem == "good":
-            continue
-        given = [file] if file.suffix == ".toml" else [world.spec, "--set", f"data.name={file}"]
-        status, said = command(["check", *given], world.log, small)
-        yield file.name, "" if status == 2 and "Traceback" not in said else _told(status, said)
-    for setting in (
-        *("prior.family=['Normal']", "prior=[1]", "model.latent=1000000000", "model.latent=10000000000000000000"),
-        *("svi=3", "data.name=['a']", "likelihood.network=['x']", "likelihood.network.family=['MLP']"),
-        *(
-            "svi.seed=1e400",
-            "data.seed=-1",
-            f"data.name={'x' * 5000}.csv",
-            "evaluation.samples=0",
-            "svi.checkpoint=often",
-        ),
-        *("data.root='\\u0000'", "data.name='\\u0000.csv'", f"x={'[' * 5000}", "a.b.c=1"),
-        *("model.program='\\u0000.py'", "posterior.encoding={a=1}", "svi.learning_rate=nan", "likelihood.scale=[]"),
-    ):
-        status, said = command(["check", world.spec, "--set", setting], world.log)
-        good = status == 2 and "Traceback" not in said
-        yield setting[:40], "" if good else _told(status, said)
-
-
 def races(world: World) -> Iterator[tuple[str, str]]:
     """Two writers of one run, and a reader beside a writer."""
     place = world.fresh("run")
-    first = child(["fit", world.spec, "--out", place, "--set", "svi.epochs=100000"], world.log)
-    while state_of(place) != "interrupted":
-        time.sleep(0.02)
+    first = world.training(place)
     other = world.folder / "other.log"
     for verb in (["fit", world.spec, "--out", place, "--force"], ["fit", place]):
         status, said = command(verb, other)
         named = f"process {first}" in said
-        yield f"{verb[0]} beside fit", "" if status == 2 and named else _told(status, said)
+        yield f"{verb[0]} beside fit", "" if status == 2 and named else told(status, said)
     os.kill(first, signal.SIGKILL)
     finish(first)
     status, said = command(["fit", world.spec, "--out", place, "--force"], other)
@@ -481,7 +202,7 @@ def bad_places(world: World) -> Iterator[tuple[str, str]]:
         status, said = command(arguments, world.folder / "places.log", limited)
         now = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         good = status == 2 and now == before and not left_over(place)
-        yield f"{arguments[0]} on a full disk", "" if good else _told(status, said)
+        yield f"{arguments[0]} on a full disk", "" if good else told(status, said)
     for number in (1, 2):
 
         def closed(number: int = number) -> None:
@@ -489,7 +210,7 @@ def bad_places(world: World) -> Iterator[tuple[str, str]]:
 
         status, said = command(["fit", world.spec, "--out", world.fresh("run")], world.log, closed)
         good = status == (1 if number == 1 else 0) and same(world.folder / "places" / "run", world.whole)
-        yield f"stream {number} closed", "" if good else _told(status, said)
+        yield f"stream {number} closed", "" if good else told(status, said)
 
     def ascii_only() -> None:
         import sys
@@ -500,20 +221,20 @@ def bad_places(world: World) -> Iterator[tuple[str, str]]:
         )
 
     status, said = command(["fit", world.spec, "--out", world.fresh("run")], world.log, ascii_only)
-    yield "an ASCII terminal", "" if status == 0 and "+-" in said else _told(status, said)
+    yield "an ASCII terminal", "" if status == 0 and "+-" in said else told(status, said)
     odd = os.fsdecode(b"r\xff")
     status, said = command(["fit", world.spec, "--out", world.folder / "places" / odd], world.log)
     yield (
         "a name that is no UTF-8",
-        "" if status == 2 and "Traceback" not in said else _told(status, said),
+        "" if status == 2 and "Traceback" not in said else told(status, said),
     )
     status, said = command(["fit", world.spec, "--out", "."], world.log, lambda: os.chdir(world.fresh("run").parent))
     yield (
         "the folder where one is",
-        "" if status == 2 and "where you are" in said else _told(status, said),
+        "" if status == 2 and "where you are" in said else told(status, said),
     )
     status, said = command(["fit", world.spec, "--out", "/proc/run"], world.log)
-    yield "a folder of the system", "" if status == 2 and "Traceback" not in said else _told(status, said)
+    yield "a folder of the system", "" if status == 2 and "Traceback" not in said else told(status, said)
     if os.geteuid() == 0 and shutil.which("mount"):
         mounted = world.fresh("mounted")
         mounted.mkdir()
@@ -522,56 +243,180 @@ def bad_places(world: World) -> Iterator[tuple[str, str]]:
                 status, said = command(["fit", world.spec, "--out", mounted], world.log)
                 yield (
                     "a mount point",
-                    "" if status == 2 and "mount point" in said else _told(status, said),
+                    "" if status == 2 and "mount point" in said else told(status, said),
                 )
                 status, said = command(["fit", world.spec, "--out", mounted / "run"], world.log)
                 good = status == 2 and "Traceback" not in said and not any(mounted.iterdir())
-                yield "a disk that is really full", "" if good else _told(status, said)
+                yield "a disk that is really full", "" if good else told(status, said)
             finally:
                 os.system(f"umount '{mounted}'")
 
 
-ALL = {
-    "kill -9 at every writing step of fit": lambda world: kills_while_writing(world, "fit", range(1, 10_000)),
-    "kill -9 at every writing step of fit --force": lambda world: kills_while_writing(world, "force", range(1, 10_000)),
-    "kill -9 at every writing step of evaluate": lambda world: kills_while_writing(world, "evaluate", range(1, 10_000)),
-    "kill -9 at every writing step of a resumed fit": lambda world: kills_while_writing(
-        world, "resume", range(1, 10_000)
-    ),
-    "kill -9 at random moments": lambda world: random_kills(world, 200),
-    "kill -9 at random moments, with the state kept at each step": lambda world: random_kills(
-        world, 40, 1, _keep_each_step
-    ),
-    "memory over 10,000 captured steps": lambda world: memory_is_flat(world, 10_000),
-    "signals, single and double": signals,
-    "signals that were ignored": ignored_signals,
-    "flips and cuts": lambda world: flips_and_cuts(world, 500),
-    "hostile runs": hostile_runs,
-    "hostile data and settings": hostile_data,
-    "mutated specs": lambda world: mutated_specs(world, 2000),
-    "mutated data files": lambda world: mutated_data(world, 1000),
-    "races": races,
-    "bad places and streams": bad_places,
-}
-QUICK = {
-    "kills in fit": lambda world: kills_while_writing(world, "fit", (9, 40, 77)),
-    "kills in fit --force": lambda world: kills_while_writing(world, "force", (60,)),
-    "kills in evaluate": lambda world: kills_while_writing(world, "evaluate", (30, 90, 95, 99)),
-    "kills in a resumed fit": lambda world: kills_while_writing(world, "resume", (35,)),
-    "random kills": lambda world: random_kills(world, 2),
-    "random kills within epochs": lambda world: random_kills(world, 1, 1, _keep_each_step),
-    "memory over captured steps": lambda world: memory_is_flat(world, 2_000),
-    "signals": lambda world: signals(world, ("SIGINT", "SIGHUP"), (True,)),
-    "ignored signals": lambda world: ignored_signals(world, ("SIGHUP",)),
-    "flips and cuts": lambda world: flips_and_cuts(world, 60),
-    "hostile runs": lambda world: islice(hostile_runs(world), 16),
-    "programs of strangers": _programs,
-    "hostile data and settings": lambda world: islice(hostile_data(world), 16),
-    "mutated specs": lambda world: mutated_specs(world, 60),
-    "mutated data": lambda world: mutated_data(world, 60),
-    "races": races,
-    "bad places": bad_places,
-}
+def resumed(world: World, chosen: slice = slice(None)) -> Iterator[tuple[str, str]]:  # noqa: B008
+    """Kill a training under each objective at a random moment, step by step and captured, and go on to the bit."""
+    objectives = {
+        "Trace_ELBO": [],
+        "TraceMeanField_ELBO": ["svi.elbo=TraceMeanField_ELBO"],
+        "TraceEnum_ELBO": ["svi.elbo=TraceEnum_ELBO"],  # of a program with a discrete site
+        "four particles": ["svi.particles=4"],
+        "ImportanceWeighted": ["svi.elbo=ImportanceWeighted", "svi.particles=3"],
+        "ImportanceWeighted, stl": ["svi.elbo=ImportanceWeighted", "svi.particles=3", "svi.gradient=stl"],
+        "ImportanceWeighted, dreg": ["svi.elbo=ImportanceWeighted", "svi.particles=3", "svi.gradient=dreg"],
+        "Renyi": ["svi.elbo=Renyi", "svi.particles=3", "svi.alpha=0.5"],
+        "the best epoch": ["svi.keep=best", "data.validation_fraction=0.2"],
+    }
+    wanted = [(name, keys, capture) for name, keys in objectives.items() for capture in ("off", "graph")]
+    wanted = [(name, keys, "auto" if (name, how) == ("TraceEnum_ELBO", "graph") else how) for name, keys, how in wanted]
+    draw, discrete = random.Random(0), own_program(world, DISCRETE)
+    for name, keys, capture in [*wanted, ("Trace_ELBO", [], "compile")][chosen]:
+        more = [word for key in (*keys, f"svi.capture={capture}") for word in ("--set", key)]
+        whole, place = world.folder / "alone", world.fresh("run")
+        shutil.rmtree(whole, ignore_errors=True)
+        start, spec = time.monotonic(), discrete if name == "TraceEnum_ELBO" else world.spec
+        trusted = ["--trust-code"] if name == "TraceEnum_ELBO" else []
+        status, said = command(["fit", spec, "--out", whole, *more], world.log)
+        took = time.monotonic() - start
+        if status:
+            yield f"{name}, {capture}", told(status, said)
+            continue
+        for number in range(3):
+            place = world.fresh("run")
+            process = child(["fit", spec, "--out", place, *more], world.log, keep_each_step)
+            with contextlib.suppress(RuntimeError):
+                until(lambda: state_of(place) != "nothing", process)  # noqa: B023
+                time.sleep(draw.uniform(0.0, 0.5 * min(took, 2.0)))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            finish(process)
+            state = state_of(place)
+            if state == "interrupted":
+                status, said = command(["fit", place, *trusted], world.log)
+            good = status == 0 and state in ("interrupted", "finished") and same(place, whole)
+            yield f"{name}, {capture}, kill {number} ({state})", "" if good else told(status, said)
+
+
+def two_ranks(world: World, count: int = 6) -> Iterator[tuple[str, str]]:
+    """Kill both of two processes that train together, or the first, and go on with two, to the bit."""
+
+    def both(arguments: list[Any], port: int) -> list[int]:
+        def member(rank: int) -> Callable[[], None]:
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            return lambda: os.environ.update({key: str(value) for key, value in own.items()})
+
+        logs = (world.log, world.folder / "second.log")
+        return [child(arguments, log, member(rank)) for rank, log in enumerate(logs)]
+
+    def free() -> int:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return int(one.getsockname()[1])
+
+    whole, draw = world.folder / "together", random.Random(0)
+    statuses = [finish(one) for one in both(["fit", world.spec, "--out", whole], free())]
+    if statuses != [0, 0]:
+        yield "two processes", f"{statuses}: {world.said()}"
+        return
+    for number in range(count):
+        place = world.fresh("run")
+        members = both(["fit", world.spec, "--out", place], free())
+        with contextlib.suppress(RuntimeError):
+            until(lambda: state_of(place) != "nothing", members[0])  # noqa: B023
+            time.sleep(draw.uniform(0.0, 0.2))
+        for one in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+            finish(one)
+        state = state_of(place)
+        if state == "interrupted":
+            statuses = [finish(one) for one in both(["fit", place], free())]
+        good = state in ("interrupted", "finished") and statuses == [0, 0] and same(place, whole)
+        yield f"two processes, kill {number} ({state})", "" if good else f"{state}, {statuses}: {world.said()}"
+
+
+def forced_races(world: World) -> Iterator[tuple[str, str]]:
+    """Hold a writer just before it swaps its run into place, and let others act meanwhile."""
+    reached, go, other = world.folder / "reached", world.folder / "go", world.folder / "other.log"
+    second = world.folder / "second"
+    status, said = command(["fit", world.spec, "--out", second, "--set", "svi.seed=1"], world.log)
+    assert status == 0, said
+
+    def held() -> None:
+        from ppl_vae.runs import run
+
+        write = run._write_report
+
+        def waiting(*given: Any) -> Any:
+            found = write(*given)
+            reached.touch()
+            while not go.exists():
+                time.sleep(0.01)
+            return found
+
+        run._write_report = waiting
+
+    def another(place: Path) -> str:
+        shutil.rmtree(place)
+        shutil.copytree(second, place)
+        return ""
+
+    def refused(*arguments: Any) -> str:
+        status, said = command([*arguments], other)
+        return "" if status == 2 and "Traceback" not in said else told(status, said)
+
+    acts: dict[str, tuple[Callable[[Path], str], str]] = {
+        "evaluate": (lambda place: refused("evaluate", place), "whole"),
+        "fit --force": (lambda place: refused("fit", world.spec, "--out", place, "--force"), "whole"),
+        "a read": (lambda place: "" if state_of(place) == "finished" else state_of(place), "whole"),
+        "another run moved there": (another, "second"),
+        "the run moved away": (lambda place: place.rename(place.with_name("moved")) and "", "moved"),
+        "a file of a person's": (lambda place: (place / "notes.txt").write_text("mine") and "", "notes"),
+    }
+    for writer in (["evaluate"], ["fit", world.spec, "--set", "svi.checkpoint=off", "--force", "--out"]):
+        for name, (act, after) in acts.items():
+            for ends in ("let go", "killed"):
+                place = world.fresh("run")
+                shutil.copytree(world.whole, place)
+                for file in (reached, go):
+                    file.unlink(missing_ok=True)
+                number = child([*writer, place], world.log, held)
+                until(reached.exists, number)
+                lost = act(place)
+                if ends == "killed":
+                    os.kill(number, signal.SIGKILL)
+                go.touch()
+                status = finish(number)
+                case = f"{name} beside {writer[0]}, then {ends}"
+                home = place.with_name("moved") if after == "moved" else place
+                good = state_of(home) == "finished" and same(home, second if after == "second" else world.whole)
+                good &= after != "notes" or (place / "notes.txt").read_text() == "mine"
+                good &= status in ((-9,) if ends == "killed" else (0,) if after == "whole" else (0, 2))
+                if not lost and not good:
+                    lost = f"{state_of(home)}, {told(status, world.said())}"
+                yield case, lost
+
+
+def locales(world: World) -> Iterator[tuple[str, str]]:
+    """Start a command anew under other languages and encodings of the terminal."""
+    for name, more in {
+        "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        "POSIX": {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        "Turkish": {"LC_ALL": "tr_TR.UTF-8"},
+        "one that is not there": {"LC_ALL": "xx_YY.KOI8-R"},
+        "ASCII": {"PYTHONIOENCODING": "ascii"},
+        "Latin-1": {"PYTHONIOENCODING": "latin-1"},
+        "UTF-16": {"PYTHONIOENCODING": "utf-16"},
+    }.items():
+        for place in (world.fresh("run"), world.folder / "rün"):
+            shutil.rmtree(place, ignore_errors=True)
+            command_line = [sys.executable, "-m", "ppl_vae", "fit", str(world.spec), "--out", str(place)]
+            done = subprocess.run(command_line, env={**os.environ, **more}, capture_output=True, timeout=300)
+            refused = done.returncode == 2 and not place.name.isascii() and "PYTHONUTF8" in more and not place.exists()
+            good = refused or (done.returncode == 0 and same(place, world.whole))
+            good &= b"Traceback" not in done.stderr
+            yield (
+                f"{name}, {place.name}",
+                "" if good else told(done.returncode, (done.stdout + done.stderr).decode(errors="replace")),
+            )
 
 
 def write_in_two_steps() -> None:

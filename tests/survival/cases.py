@@ -1,10 +1,16 @@
 """Attacks on runs: children that are killed, files that are damaged, inputs that are hostile. Seeded, and counted."""
 
+import contextlib
 import copy
+import ctypes
+import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -15,6 +21,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pyro
 import safetensors.torch
 import small
 import torch
@@ -49,6 +56,23 @@ class Own(torch.nn.Module):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
 """
+
+
+DISCRETE = PROGRAM.replace("pathlib.Path(MARK).touch()", "").replace(
+    """            pyro.sample("x", dist.Normal(self.decoder(z), 5.0)""",
+    """            c = pyro.sample("c", dist.Categorical(x.new_ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(self.decoder(z) + c.unsqueeze(-1), 5.0)""",
+)
+
+
+def own_program(world: Any, text: str, name: str = "own") -> Path:
+    """A spec of the same training of a program of one's own."""
+    folder = world.folder / name
+    folder.mkdir(exist_ok=True)
+    (folder / "own.py").write_text(text)
+    spec = SPEC.partition("[prior]")[0] + 'program = "own.py"\n[svi]' + SPEC.partition("[svi]")[2]
+    (folder / "own.toml").write_text(spec.replace('"table.npy"', f'"{world.spec.with_name("table.npy")}"'))
+    return folder / "own.toml"
 
 
 def project(folder: Path) -> Path:
@@ -111,18 +135,90 @@ def command(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda:
     return status, log.read_text(errors="replace") if log.is_file() else ""
 
 
-def kill_at(step: int, root: Path) -> Callable[[], None]:
-    """Make a process kill itself at its n-th touch of a file under a folder."""
+WRITING = (
+    *(
+        "openat",
+        "write",
+        "pwrite64",
+        "mkdir",
+        "mkdirat",
+        "rename",
+        "renameat",
+        "renameat2",
+        "unlink",
+        "unlinkat",
+        "rmdir",
+    ),
+    *("link", "linkat", "symlink", "symlinkat", "ftruncate", "fallocate", "fsync", "fdatasync", "chmod", "fchmodat"),
+)
+STRACE = shutil.which("strace")
+
+
+def _wait_for_tracer() -> None:
+    """Let another process trace this one, and wait until it does."""
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER of any
+    deadline = time.monotonic() + 30
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        if time.monotonic() > deadline:
+            os._exit(71)
+        time.sleep(0.001)
+
+
+def traced(arguments: list[Any], log: Path, trace: Path, *options: str) -> int:
+    """Run a command under strace, and give its status."""
+    number = child(arguments, log, _wait_for_tracer)
+    command = [STRACE, "-qq", "-o", trace, *options, "-p", number]
+    tracer = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, start_new_session=True)
+    status = finish(number)
+    tracer.wait(60)
+    return status
+
+
+def writing_steps(arguments: list[Any], root: Path, log: Path) -> list[Any]:
+    """The moments at which a command writes under a folder: system calls and their counts, else Python's own."""
+    trace = log.with_name("trace")
+    if STRACE and traced(arguments, log, trace, "-y", "-e", f"trace={','.join(WRITING)}") == 0:
+        found, counted = [], dict.fromkeys(WRITING, 0)
+        for line in trace.read_text(errors="replace").splitlines():
+            if match := re.match(r"(\w+)\(", line):
+                counted[match[1]] += 1
+                reads = match[1] == "openat" and not re.search("O_(WRONLY|RDWR|CREAT|TRUNC)", line)
+                if str(root) in line and not reads:
+                    found.append((match[1], counted[match[1]]))
+        if found:
+            return found
+    counter = log.with_name("counter")
+    assert command(arguments, log, hooked(root, count=counter))[0] == 0, log.read_text()
+    return [("step", n) for n in range(1, len(counter.read_bytes()) + 1)]
+
+
+def killed(arguments: list[Any], root: Path, log: Path, step: tuple[str, int]) -> int:
+    """Run a command that is killed at one of its `writing_steps`, and give its status."""
+    name, number = step
+    if name == "step":
+        return command(arguments, log, hooked(root, kill=number))[0]
+    inject = f"inject={name}:signal=KILL:when={number}"
+    return traced(arguments, log, log.with_name("trace"), "-e", f"trace={name}", "-e", inject)
+
+
+def hooked(root: Path, kill: int = 0, count: Path | None = None) -> Callable[[], None]:
+    """Make a process kill itself at its n-th writing step under a folder, or count them as the bytes of a file."""
 
     def hook() -> None:
-        counted, prefixes = [0], (str(root), f".{os.sep}")
+        counted, prefix = [0], str(root)
 
         def watch(event: str, given: tuple[Any, ...]) -> None:
-            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.scandir"):
-                if any(os.fsdecode(one).startswith(prefixes) for one in given[:2] if isinstance(one, str | bytes)):
-                    counted[0] += 1
-                    if counted[0] == step:
-                        os.kill(os.getpid(), signal.SIGKILL)
+            if event not in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"):
+                return
+            writes = event != "open" or (
+                isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            )
+            if writes and any(os.fsdecode(one).startswith(prefix) for one in given[:2] if isinstance(one, str | bytes)):
+                counted[0] += 1
+                if counted[0] == kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if count is not None:
+                    count.write_bytes(b"x" * counted[0])
 
         sys.addaudithook(watch)
 
@@ -245,3 +341,98 @@ def hostile_states(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "a place without losses", changed(place={"losses": torch.zeros(3), "generators": noise})
     yield "generators of another kind", changed(place={"losses": torch.zeros(1, 2), "generators": noise})
     yield "no optimizer", {key: value for key, value in state.items() if key != "optimizer"}
+
+
+def told(status: int, said: str) -> str:
+    return f"status {status}: {said[-300:]}"
+
+
+def stop_after(epochs: int) -> Any:
+    """Interrupt a command after some epochs."""
+
+    def hook() -> None:
+        from ppl_vae.runs import run
+
+        fit = run.fit
+
+        def stopping(*given: Any, on_epoch: Any, **more: Any) -> Any:
+            def stop(epoch: int, state: Any) -> None:
+                on_epoch(epoch, state)
+                if epoch + 1 == epochs:
+                    raise KeyboardInterrupt
+
+            return fit(*given, on_epoch=stop, **more)
+
+        run.fit = stopping
+
+    return hook
+
+
+class World:
+    """A spec with its data, the run that it leads to, and what is in the middle of training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.spec, self.log = folder, project(folder), folder / "log"
+        self.whole, self.part = folder / "whole", folder / "part"
+        for arguments in (["fit", self.spec, "--out", folder / "warm"], ["evaluate", folder / "warm"]):
+            _warmed(arguments)
+        start = time.monotonic()
+        status, said = command(["fit", self.spec, "--out", self.whole], self.log)
+        assert status == 0, said
+        self.seconds = time.monotonic() - start
+        number = self.training(self.part)
+        os.kill(number, signal.SIGTERM)
+        assert finish(number) == 143, self.log.read_text()
+
+    def apart(self, folder: Path) -> "World":
+        """The same with a folder of its own to write to."""
+        other = copy.copy(self)
+        folder.mkdir()
+        other.folder, other.log = folder, folder / "log"
+        return other
+
+    def fresh(self, name: str) -> Path:
+        """A place of this name, with nothing in it."""
+        place = self.folder / "places" / name
+        shutil.rmtree(place.parent, ignore_errors=True)
+        place.parent.mkdir()
+        return place
+
+    def training(self, place: Path, before: Callable[[], Any] = lambda: None, *more: str) -> int:
+        """A training there that does not end by itself, and whose state was kept once."""
+        number = child(["fit", self.spec, "--out", place, "--set", "svi.epochs=100000", *more], self.log, before)
+        until(lambda: state_of(place) == "interrupted", number)
+        return number
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-300:]
+
+
+def until(reached: Callable[[], bool], number: int, patience: float = 120.0) -> None:
+    """Wait for what a child does.
+
+    Raises:
+        RuntimeError: If it ends before, or does not do it.
+    """
+    deadline = time.monotonic() + patience
+    while not reached():
+        if time.monotonic() > deadline or os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if reached():
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+            raise RuntimeError(f"process {number} did not come that far")
+        time.sleep(0.01)
+
+
+def _warmed(arguments: list[Any]) -> None:
+    """Run a command here, so that the children, which are forked, need not load what it loads."""
+    drawn, run.draw_run = run.draw_run, lambda *given, **more: given[3].mkdir() or {}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            app([*map(str, arguments)])
+        except SystemExit as stop:
+            if stop.code:
+                raise RuntimeError(said.getvalue()) from stop
+    run.draw_run = drawn
+    pyro.clear_param_store()
