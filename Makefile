@@ -16,8 +16,8 @@ lint: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
-	@echo docs/_build/index.html
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 notebooks: .venv/installed
 	$(BIN)/python tests/test_notebooks.py

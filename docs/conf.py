@@ -17,6 +17,7 @@ project, author = "ppl_vae", "the authors of ppl_vae"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme, html_title = "furo", "ppl_vae"
 html_theme_options = {"navigation_with_keys": True}
+html_show_copyright = False
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
@@ -28,6 +29,15 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+
+
+REACH = """addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("p.caption[role=heading]").forEach((one) => one.setAttribute("aria-level", "2"));
+  const wide = "pre, .table-wrapper, .output, math[display=block]";
+  document.querySelectorAll(wide).forEach((one) => { one.tabIndex = 0; });
+  document.querySelectorAll("aside.sidebar-drawer").forEach((one) => one.setAttribute("aria-label", "Pages"));
+  document.querySelectorAll("aside.toc-drawer").forEach((one) => one.setAttribute("aria-label", "On this page"));
+});"""  # what scrolls can be reached by keys, and what is a heading has a level
 
 
 def as_code(app, what, name, obj, options, lines):
@@ -64,6 +74,7 @@ def setup(app):
     for file in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
         shutil.copy(file, notebooks)
     write_reference(HERE / "reference")
+    app.add_js_file(None, body=REACH)
     app.add_html_math_renderer("mathml", mathml(False), mathml(True))
     app.connect("autodoc-process-docstring", as_code, priority=100)
     app.connect("autodoc-process-docstring", escape, priority=900)

@@ -46,6 +46,10 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Trust = Annotated[bool, typer.Option("--trust-code", help="Allow the program file that a run brings to run.")]
+Built = Annotated[
+    str | None,
+    typer.Option("--program", metavar="FILE.py:NAME", help="What builds the program of a run that Python saved."),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto prefers a GPU.")]
 
 
@@ -94,6 +98,7 @@ def evaluate(
     temperatures: Annotated[int | None, typer.Option(help="Moves per chain of ais; more settle more data.")] = None,
     chains: Annotated[int | None, typer.Option(help="Chains per datum of ais.")] = None,
     device: Device = "auto",
+    program: Built = None,
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +112,8 @@ def evaluate(
         from ppl_vae.runs.run import evaluate_run
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
-        new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, trust_code=trust_code, say=say)
+        about: Any = {"program": program, "trust_code": trust_code}
+        new = evaluate_run(run, samples=samples, diagnostics=asked, device=device, say=say, **about)
         if new is None:  # as in all but the first of several processes
             return
         show(screen, new.report, as_json, lambda: f"{headline(new.report)}\n{new.path / 'report.html'}")
@@ -125,6 +131,7 @@ def apply(
     n: Annotated[int, typer.Option("-n", help="Rows of `sample`.")] = 1000,
     samples: Annotated[int | None, typer.Option(help="Importance samples per row.")] = None,
     outlier: Annotated[str | None, typer.Option(help="The label of outliers, for the AUROC of `score`.")] = None,
+    program: Built = None,
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -135,7 +142,7 @@ def apply(
 
         if as_json and out is None:
             raise ValueError("Expected --out beside --json, which prints one object; got none.")
-        loaded = load_run(run, trust_code=trust_code)
+        loaded = load_run(run, program=program, trust_code=trust_code)
         found = carry_out(loaded, what, data, out=out, screen=screen, n=n, samples=samples, outlier=outlier)
         if as_json or out is not None:
             show(screen, found, as_json, lambda: "\n".join(f"{key}: {value}" for key, value in found.items()))
@@ -145,6 +152,7 @@ def apply(
 def explore(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path | None, typer.Option(help="A new HTML file; by default RUN.html beside the run.")] = None,
+    program: Built = None,
     trust_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +160,7 @@ def explore(
     with plainly() as screen:
         from ppl_vae.runs.explore import write_explorer
 
-        file = write_explorer(run, out, trust_code=trust_code)
+        file = write_explorer(run, out, program=program, trust_code=trust_code)
         show(screen, {"out": str(file)}, as_json, lambda: str(file))
 
 

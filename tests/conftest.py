@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pyro
 import pytest
 import torch
+from browser import CHROMIUM, Page, browser
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +17,12 @@ def _clean() -> Iterator[None]:
     with pyro.validation_enabled(True):
         yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def page() -> Iterator[Page]:
+    """A page of a headless browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with browser() as one:
+        yield one

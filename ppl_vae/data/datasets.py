@@ -99,7 +99,7 @@ def read_dataset(
         check_name(name)
         if path.suffix.lower() not in SUFFIXES and path.suffix:
             raise ValueError(f"Expected a file that ends in {', '.join(SUFFIXES)}; got {path}.")
-        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file or folder. Correct `name`.")
+        raise ValueError(f"Expected a data file at {path.absolute()}; got no such file or folder. Correct the path.")
     for key, reason in unused_keys(name).items():
         value = {"array": array, **vars(roles)}.get(key)
         if value is not None:

@@ -8,7 +8,7 @@ lie nearer to one half, since the data are used twice.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def predictive_check(
     draws: int = 200,
     names: Sequence[str] | None = None,
     units: Callable[[Tensor], Tensor] | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> PredictiveCheck:
     """Compare mean, standard deviation (sd), extremes and share of zeros of data with those of sets of draws.
@@ -93,12 +94,14 @@ def predictive_check(
         x: data, a tensor (n, *x) or a batch dict; none beside a `Target`.
         draws: sets of draws.
         names: of the columns of the site `x`.
+        words: of the columns whose codes stand for words, by name; theirs are the shares of each word.
         units: turns rows of the site `x`, (m, x), into the units that the statistics are to be in.
         seed: of the draws; the global random state is left alone.
 
     Raises:
         ValueError: If there are fewer than two draws, or the program observes nothing that it could draw.
     """
+    words = words or {}
     target, draws = Target.of(program, x), check_int("draws", draws, 2)
     entries = sum(value.numel() for value in target.batch.values())
     size, nodes = max(1, _ENTRIES // max(entries, 1)), target.replay(seed)[0].nodes
@@ -125,12 +128,17 @@ def predictive_check(
             rows = rows if hidden is None else rows.masked_fill(~hidden, math.nan)
             each = rows.flatten(1, -2) if named is not None else rows.reshape(k, -1, 1)
             titles = named or ([name] if len(values) > 1 else [""])
-            found = _statistics(each)
+            found, coded = _statistics(each), [title in words for title in titles]
             plain = [k > 1 or len(column.unique()) > 2 for column in each[0].T]
             for what in found:
                 names_of = [f"{what} of {title}" if title else what for title in titles]
-                told |= dict(zip(names_of, [what == "mean" or p for p in plain], strict=True))
+                kept = [not c and (what == "mean" or p) for c, p in zip(coded, plain, strict=True)]
+                told |= dict(zip(names_of, kept, strict=True))
             columns += [column.reshape(k, -1) for column in found.values()]
+            for title, column in zip(titles, each.unbind(-1), strict=True):
+                for code, word in enumerate(words.get(title, ())):
+                    told[f"share of {word} in {title}"] = code > 0 or len(words[title]) > 2
+                    columns.append(_share(column, code).unsqueeze(-1))
         return told, torch.cat(columns, 1).cpu()
 
     parts = []
@@ -160,6 +168,10 @@ def _statistics(rows: Tensor) -> dict[str, Tensor]:
     mean = rows.nanmean(1)
     spread = (rows - mean.unsqueeze(1)).square().nanmean(1).sqrt()
     low = rows.masked_fill(~there, math.inf).amin(1)
-    zeros = (rows == 0).double().sum(1) / there.sum(1).clamp_min(1)
     found = {"mean": mean, "sd": spread, "smallest": low}
-    return {**found, "largest": rows.masked_fill(~there, -math.inf).amax(1), "share of zeros": zeros}
+    return {**found, "largest": rows.masked_fill(~there, -math.inf).amax(1), "share of zeros": _share(rows, 0)}
+
+
+def _share(rows: Tensor, value: int) -> Tensor:
+    """The share of entries with this value, over the second dim; NaN entries are left out."""
+    return (rows == value).double().sum(1) / (~rows.isnan()).sum(1).clamp_min(1)

@@ -133,6 +133,29 @@ def load_network(reference: str, *, fresh: bool = False) -> type:
     return _load_class(reference, lambda kind: issubclass(kind, nn.Module), "network", "as a torch module", fresh)
 
 
+def build_program(reference: str) -> Any:
+    """Build a program by what `"file.py:name"` names: a class, or a function without arguments; or take it as it is.
+
+    Raises:
+        ValueError: If the file is missing, fails to run, or has no such name, or if it cannot be built.
+    """
+    path, name = _path_of(reference), reference.partition(":")[2]
+    found = vars(_run(reference, "program", fresh=False)).get(name)
+    try:
+        program = found() if inspect.isclass(found) or inspect.isroutine(found) else found
+    except Exception as error:
+        raise ValueError(
+            f"Expected {reference} to build a program; it raised {type(error).__name__}: {error}"
+        ) from error
+    if not (callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None))):
+        what = "nothing" if found is None else type(program).__name__
+        raise ValueError(
+            f"Expected {path} to define {name or 'a name after the colon'}, a function without arguments that returns "
+            f"the program, or its class; got {what}."
+        )
+    return program
+
+
 def source_of(reference: str) -> bytes:
     """The bytes of a program's file that were run, whatever became of the file since."""
     return vars(sys.modules[_module_name(_path_of(reference))])["__source__"]  # type: ignore[no-any-return]
@@ -148,6 +171,24 @@ def _module_name(path: Path) -> str:
 
 def _load_class(reference: str, fits: Callable[[type], bool], what: str, how: str, fresh: bool) -> type:
     wanted, path = reference.partition(":")[2], _path_of(reference)
+    module = _run(reference, what, fresh)
+    kinds: dict[str, type] = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and fits(value)
+    }
+    wanted = wanted or (next(iter(kinds)) if len(kinds) == 1 else "")
+    if wanted not in kinds:
+        raise ValueError(
+            f"Expected {path} to define the class {wanted or 'after the colon'} {how}; it has "
+            f"{', '.join(kinds) or 'none'}."
+        )
+    return kinds[wanted]
+
+
+def _run(reference: str, what: str, fresh: bool) -> ModuleType:
+    """The module of a file, which runs if it has not, or if it has changed and is to be `fresh`."""
+    path = _path_of(reference)
     name = _module_name(path)
     if name not in sys.modules or fresh:
         if path.suffix != ".py" or not path.is_file():
@@ -162,15 +203,4 @@ def _load_class(reference: str, fits: Callable[[type], bool], what: str, how: st
             except (Exception, SystemExit) as error:
                 del sys.modules[name]
                 raise ValueError(f"Expected {path} to import; it raised {type(error).__name__}: {error}") from error
-    kinds: dict[str, type] = {
-        key: value
-        for key, value in vars(sys.modules[name]).items()
-        if inspect.isclass(value) and value.__module__ == name and fits(value)
-    }
-    wanted = wanted or (next(iter(kinds)) if len(kinds) == 1 else "")
-    if wanted not in kinds:
-        raise ValueError(
-            f"Expected {path} to define the class {wanted or 'after the colon'} {how}; it has "
-            f"{', '.join(kinds) or 'none'}."
-        )
-    return kinds[wanted]
+    return sys.modules[name]

@@ -23,5 +23,6 @@ from .path_plots import interpolation as interpolation
 from .posterior_plots import ellipses as ellipses
 from .posterior_plots import regions as regions
 from .table_plots import column_errors as column_errors
+from .table_plots import column_paths as column_paths
 from .table_plots import marginals as marginals
 from .table_plots import scatter_pairs as scatter_pairs

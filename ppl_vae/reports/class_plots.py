@@ -65,10 +65,11 @@ def calibration_curve(curve: Sequence[Mapping[str, Any]], *, ax: Axes | None = N
     ax = style.axes_for(ax, (4.5, 4.2))
     x, y, se = (np.array([each[name] for each in curve]) for name in ("confidence", "accuracy", "se"))
     ax.plot([0, 1], [0, 1], color=style.GREY, lw=0.9, label="calibrated")
-    ax.errorbar(x, y, 1.96 * se, color=style.BLUE, fmt="o", capsize=2, label="right, 95 % of its error")
+    bars = np.minimum(1.96 * se, [y, 1 - y])  # a share lies between 0 and 1
+    ax.errorbar(x, y, bars, color=style.BLUE, fmt="o", capsize=2, label="right, 95 % of its error")
     for across, up, each in zip(x, y, curve, strict=True):
         ax.annotate(f"{each['n']:,}", (across, up), (-4, -12), textcoords="offset points", ha="right", fontsize="small")
-    low = max(min(0.9, x.min() - 0.05, (y - 1.96 * se).min() - 0.05), -0.03)
+    low = max(min(0.9, x.min() - 0.05, (y - bars[0]).min() - 0.1), -0.1)
     limits = low, 1 + 0.05 * (1 - low)
     names = {"xlabel": "probability of the most probable class", "ylabel": "share of the data that it is right for"}
     ax.set(xlim=limits, ylim=limits, **names)

@@ -50,6 +50,8 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
 def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Figure:
     """Show log p(x) of each setting of a sweep, ± 2 errors over seeds where there are several, best above.
 
+    A lower bound has no Monte Carlo error. Keys that are the same in all settings are left out of their names.
+
     Args:
         found: from `runs.sweep.summarise`, or runs alike, each with a `name`.
         errors: what the errors are of.
@@ -58,20 +60,30 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
     style.check_some(len(rows))
     figure = Figure((7.2, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
     ax = style.bare(figure.subplots())
+    drawn = []
     for place, row in enumerate(rows):
         value, bound = row["log_evidence"], row["log_evidence"]["kind"] == "lower bound"
-        error = 2 * math.hypot(value["se_seeds"] or 0.0, value["mc_se"])
-        ax.errorbar(value["mean"], place, xerr=error, color=style.BLUE, marker=">" if bound else "o", capsize=3, ms=5)
+        error = 2 * math.hypot(value["se_seeds"] or 0.0, 0.0 if bound else value["mc_se"])
+        drawn.append(error)
+        ax.errorbar(
+            value["mean"], place, xerr=error or None, color=style.BLUE, marker=">" if bound else "o", capsize=3, ms=5
+        )
         if row["ppca"] is not None:
             ax.plot(row["ppca"], place, marker="d", ms=5, ls="", mfc="none", color=style.VERMILLION)
         ax.annotate(f"{row['seconds']:.0f} s", (1.01, place), xycoords=("axes fraction", "data"), va="center", size=8)
-    values = [", ".join(f"{key} = {value}" for key, value in row.get("values", {}).items()) for row in rows]
+    settings = [row.get("values", {}) for row in rows]
+    same = {key for key in settings[0] if len(rows) > 1 and len({repr(one.get(key)) for one in settings}) == 1}
+    values = [", ".join(f"{key} = {value}" for key, value in one.items() if key not in same) for one in settings]
     names = [row.get("name") or value or "as it is" for row, value in zip(rows, values, strict=True)]
     ax.set_yticks(range(len(rows)), [style.short(name, 44) for name in names], fontsize="small")
-    ax.plot([], [], "o", color=style.BLUE, label="estimate")
-    ax.plot([], [], ">", color=style.BLUE, label="lower bound")
-    ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
-    ax.set(xlabel=f"log p(x), nats per held-out datum; ± 2 errors {errors}", ylim=(-0.6, len(rows) - 0.4))
+    kinds = {row["log_evidence"]["kind"] for row in rows}
+    for mark, kind in (("o", "estimate"), (">", "lower bound")):
+        if kind in kinds:
+            ax.plot([], [], mark, color=style.BLUE, label=kind)
+    if any(row["ppca"] is not None for row in rows):
+        ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
+    told = f"; ± 2 errors {errors}" if any(drawn) else ""
+    ax.set(xlabel=f"log p(x), nats per held-out datum{told}", ylim=(-0.6, len(rows) - 0.4))
     ax.ticklabel_format(axis="x", useOffset=False)
     style.legend_above(ax)
     return figure
@@ -214,14 +226,15 @@ def predictive_checks(check: PredictiveCheck, *, most: int = 8) -> Figure:
         most: how many statistics to show at most.
     """
     rows = check.summary()["statistics"][:most]
-    size: Any = {"size": (1.7, 1.3), "gap": (0.35, 0.85), "top": 0.75}
+    size: Any = {"size": (1.75, 1.3), "gap": (0.5, 0.85), "top": 0.75}
     figure, axes = style.panels(len(rows), ("", "sets of draws"), **size)
     for ax, row in zip(axes, rows, strict=True):
         drawn = style.as_array(check.drawn[:, check.names.index(row["name"])])
         ax.hist(drawn, 20, color=style.BLUE, label="draws")
         ax.axvline(row["observed"], color=style.VERMILLION, lw=2, label="data")
         ax.locator_params(axis="x", nbins=3)
-        ax.set_title(f"{style.short(row['name'], 26)}\np = {row['p_value']:.2f} ± {row['error']:.2f}", fontsize="small")
+        ax.ticklabel_format(axis="x", useOffset=False)
+        ax.set_title(f"{style.short(row['name'], 34)}\np = {row['p_value']:.2f} ± {row['error']:.2f}", fontsize="small")
         style.bare(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     return figure

@@ -131,7 +131,7 @@ function choose(i, stay = false) {
   draw();
 }
 function between(t) {
-  const [a, b] = [$("from"), $("to")].map((box) => code(Math.min(Math.max(Math.round(+box.value) || 1, 1), page.few) - 1));
+  const [a, b] = [$("from"), $("to")].map((box) => code(Math.min(Math.max(Math.round(+box.value) || 0, 0), page.few - 1)));
   const mix = (u, v) => Float64Array.from(a, (value, j) => u * value + v * b[j]);
   const [ra, rb] = [Math.hypot(...a), Math.hypot(...b)], cos = a.reduce((s, v, j) => s + v * b[j], 0) / (ra * rb || 1);
   const angle = Math.acos(Math.min(Math.max(cos, -1), 1));
@@ -197,7 +197,7 @@ function fmt(v) {
   const text = v !== 0 && (Math.abs(v) >= 1e6 || Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4));
   return text.replace("-", "\u2212");
 }
-const place = (v) => v.toFixed(2).replace("-", "\u2212");
+const place = (v) => (Math.abs(v) < 0.005 ? 0 : v).toFixed(2).replace("-", "\u2212");
 function dot(c, x, y, r) { c.beginPath(); c.arc(x, y, r, 0, 2 * Math.PI); }
 function drawBase() {
   const ratio = window.devicePixelRatio || 1, size = plane.clientWidth;
@@ -212,7 +212,7 @@ function drawBase() {
   c.fillText(`z${sub(state.axes[0])}`, view.pad + room() / 2, room() + 29);
   c.textAlign = "right";
   if (state.axes[1] >= 0) {
-    for (const v of ticks(view.y - view.half, view.y + view.half)) { c.beginPath(); c.moveTo(view.pad, py(v)); c.lineTo(size, py(v)); c.stroke(); c.fillText(fmt(v), view.pad - 4, py(v) + 4); }
+    for (const v of ticks(view.y - view.half, view.y + view.half)) { c.beginPath(); c.moveTo(view.pad, py(v)); c.lineTo(size, py(v)); c.stroke(); if (py(v) > 24) c.fillText(fmt(v), view.pad - 4, py(v) + 4); }
     c.fillText(`z${sub(state.axes[1])}`, view.pad - 12, 14);
   }
   c.fillStyle = colour("--prior");
@@ -293,7 +293,7 @@ function drawDecoded() {
   if (page.shape) {
     paint($("picture"), mean);
     $("own").hidden = !datum;
-    if (datum) { paint($("original"), datum); $("own-name").textContent = `datum ${i + 1}`; }
+    if (datum) { paint($("original"), datum); $("own-name").textContent = `datum ${i}`; }
   } else if (asTable) {
     cells.forEach(([decoded, beside, bar], j) => {
       decoded.textContent = shown(mean[j], j, word[j]);
@@ -313,8 +313,8 @@ function draw() {
     slider.nextElementSibling.textContent = place(state.z[j]);
   });
   const i = state.datum, [a, b] = state.axes;
-  if (document.activeElement !== $("datum")) $("datum").value = i < 0 ? "" : i + 1;
-  $("chosen").textContent = i < 0 ? `The ${page.few.toLocaleString("en")} ringed data can be chosen.` : `Datum ${i + 1}: row ${page.rows[i]} of the source${labels && labels[i] >= 0 ? `, ${page.names[labels[i]]}` : ""}.`;
+  if (document.activeElement !== $("datum")) $("datum").value = i < 0 ? "" : i;
+  $("chosen").textContent = i < 0 ? `The ${page.few.toLocaleString("en")} ringed data can be chosen.` : `Datum ${i}: row ${page.rows[i]} of the source${labels && labels[i] >= 0 ? `, ${page.names[labels[i]]}` : ""}.`;
   $("status").textContent = `z${sub(a)} = ${place(state.z[a])}${b < 0 ? "" : `, z${sub(b)} = ${place(state.z[b])}`}`;
 }
 
@@ -389,9 +389,9 @@ function build() {
       row.append(name, slider, out); $("sliders").append(row);
     }
   }
-  $("datum").max = $("from").max = $("to").max = page.few;
-  $("to").value = Math.min(2, page.few);
-  $("datum").onchange = () => choose($("datum").value === "" ? -1 : Math.round(+$("datum").value) - 1);
+  $("datum").max = $("from").max = $("to").max = page.few - 1;
+  $("to").value = Math.min(1, page.few - 1);
+  $("datum").onchange = () => choose($("datum").value === "" ? -1 : Math.round(+$("datum").value));
   const step = (by) => choose(state.datum < 0 ? (by > 0 ? 0 : page.few - 1) : (state.datum + by + page.few) % page.few);
   $("previous").onclick = () => step(-1); $("next").onclick = () => step(1); $("none").onclick = () => choose(-1);
   $("show-q").onchange = $("show-exact").onchange = draw;

@@ -30,11 +30,11 @@ from ppl_vae.reports.diagnostic_plots import (
 )
 from ppl_vae.reports.diagnostics import Results
 from ppl_vae.reports.findings import counted
-from ppl_vae.reports.latent_plots import latent_grid, latent_scatter, traversals
+from ppl_vae.reports.latent_plots import between, decoded, latent_grid, latent_scatter, traversals
 from ppl_vae.reports.measures import MOST_DATA, evaluation_split
 from ppl_vae.reports.path_plots import attribute, interpolation
 from ppl_vae.reports.posterior_plots import ellipses, regions
-from ppl_vae.reports.table_plots import column_errors, marginals, scatter_pairs
+from ppl_vae.reports.table_plots import column_errors, column_paths, marginals, scatter_pairs
 
 _CLASSES = 12  # classes that are drawn
 _SILENT = 0.01  # nats, or a variance, below which a latent says nothing
@@ -102,8 +102,9 @@ def draw_run(
     if predictive is not None and predictive.names:
         by = "the posterior" if target.structure.whole else "the prior"
         caption = (
-            f"Predictive check: statistics of {len(predictive.drawn)} sets of draws from the model, latents from {by}, "
-            f"each as large as the data's {counted(predictive.n)}; the line is the data's. Furthest out first."
+            f"Predictive check: statistics of {len(predictive.drawn)} sets of {counted(predictive.n)} drawn from the "
+            f"model, latents from {by}, and of as many of the data (line); p with its Monte Carlo error. Furthest out "
+            "first."
         )
         album.add("predictive.png", predictive_checks(predictive), caption)
     program = target.program
@@ -120,7 +121,8 @@ def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
     x = few.batch.get("x")
     by_column = data.columns.names is not None and shape is None
     if by_column and (means := _means(target.rows(slice(MOST_DATA)), seed)) is not None:
-        caption = f"{whose} data: what one draw of z from the guide misses of each column."
+        caption = f"How far the reconstruction of each column is off, from one draw of z by the guide. {whose} data."
+        caption += f" The worst 20 of {data.features} columns." if data.features > 20 else ""
         album.add("columns.png", column_errors(rows["x"][:MOST_DATA], means, data.columns), caption)
     elif (means := _means(few, seed)) is not None:
         caption = f"{whose} data, and the mean of p(x given z) for one draw of z from the guide."
@@ -133,9 +135,10 @@ def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
         each = data.train["x"][:MOST_DATA], drawn
         own, made = (torch.from_numpy(data.transform.inverse(part)) for part in each)  # in the data's units
         beside = own, made, data.columns
-        album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.")
+        most = f" The first 12 of {data.features} columns." if data.features > 12 else ""
+        album.add("samples.png", marginals(*beside), f"{caption} Each column beside the data's.{most}")
         if (scattered := scatter_pairs(*beside)) is not None:
-            caption = "Pairs of the most dependent columns: data below the diagonal, draws above it."
+            caption = "Pairs of the columns that depend most on each other: data below the diagonal, draws above it."
             album.add("pairs.png", scattered, caption)
     else:
         beside_it = "" if middle is None or shape is None else " Below each the mean of p(x given z)."
@@ -149,7 +152,7 @@ def _draw_latents(
     program, shape, limits = target.program, data.shape, bounds(target.program.prior.family.support)
     part, rows = evaluation_split(program, data)
     whose, latents = "Held-out" if part == "test" else "Training", program.prior.family.event_shape.numel()
-    given, told = None, ""
+    given, told, by_column = None, "", data.columns.names if shape is None else None
     if program.given is not None:
         given = {key: target.batch[key][:1] for key in program.given_keys}
         told = f" Given {', '.join(given)} = {_told(data, given)}, as the first datum."
@@ -163,10 +166,15 @@ def _draw_latents(
     if real and order:
         with many.running(seed, "aggregate"):
             drawn = many.draws(1)[0]
-        features = data.columns.names if shape is None else None
-        varied = traversals(program, shape=shape, latents=order[:10], codes=drawn, features=features, given=given)
-        which = "The ten latents of highest rate. " if len(order) > 10 else "Latents in the order of their rate. "
-        caption = f"{which}The mean of x as one goes through the range of the data, the others at their median.{told}"
+        most, moved = (10, "The mean of x") if by_column is None else (4, "Each column of x")
+        which = f"The {most} latents of highest rate." if len(order) > most else "Latents in the order of their rate."
+        caption = f"{which} {moved} as one goes through its range over the data, the others at their median.{told}"
+        if by_column is None:
+            varied = traversals(program, shape=shape, latents=order[:10], codes=drawn, given=given)
+        else:
+            varied = _column_paths(program, data, drawn, order[:most], given)
+            if data.features > 12:
+                caption += f" The 12 of {data.features} columns that move most."
         album.add("traversals.png", varied, caption)
     if latents < 2 or not order:
         return
@@ -188,13 +196,17 @@ def _draw_latents(
     if shape is not None and real and len(points) > 1:
         other = int((rows["y"][: len(points)] != rows["y"][0]).double().argmax()) if "y" in rows else 1
         way = interpolation(program, points[[0, other or 1]], shape=shape, given=given)
-        caption = f"The mean of x from one datum's code to another's, on the line and on the great circle.{told}"
+        caption = (
+            f"The mean of x on the way from one datum's code to another's, along the line and the great circle.{told}"
+        )
         album.add("interpolation.png", way, caption)
         value, name = (_slant(rows["x"], shape), "slanted") if "y" in rows else (rows["x"].flatten(1).mean(1), "bright")
         value = value[: len(points)]
         if float(value.std()) > 0:
             varied = attribute(program, points, value, shape=shape, name=name, given=given)
-            caption = f"Data made less and more {name}, along the direction in which the codes vary with it.{told}"
+            caption = (
+                f"Data made less and more {name}: moved along the direction in which the codes vary with it.{told}"
+            )
             album.add("attribute.png", varied, caption)
     try:
         with torch.enable_grad():
@@ -205,6 +217,17 @@ def _draw_latents(
     pairs = [(one.loc[:10], one.covariance[:10]) for one in (q, p)]
     caption = f"The guide's ellipses over the exact posterior's. {whose} data."
     album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:10], shape=shape), caption)
+
+
+def _column_paths(program: VAE, data: Data, codes: Tensor, latents: list[int], given: Any) -> Any:
+    """Draw what becomes of each column, in the data's units, along each of the latents."""
+    steps = 25
+    z = codes.detach().double().cpu().median(0).values.repeat(len(latents), steps, 1)
+    z[range(len(latents)), :, latents] = between(codes[:, latents], 0.01, steps)
+    words = [j for j, kind in enumerate(data.columns.kinds or ()) if kind == "category"]
+    means = torch.from_numpy(decoded(program, z.flatten(0, 1), given, words))
+    own, paths = (torch.from_numpy(data.transform.inverse(x)) for x in (data.train["x"][:MOST_DATA], means))
+    return column_paths(own, paths.reshape(len(latents), steps, -1), latents, data.columns)
 
 
 def _slant(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -50,6 +50,12 @@ def rise(history: Sequence[float]) -> tuple[float, int] | None:
     return (last - before, tenth) if last - before > max(0.1, 5e-4 * abs(last)) else None
 
 
+def still_rising(report: Mapping[str, Any], history: Sequence[float]) -> tuple[float, int] | None:
+    """By how much the bound rose over the last epochs, as `rise`; None too if an earlier epoch was best and kept."""
+    last = report["train"].get("kept_epoch") or len(history)
+    return rise(history) if last == len(history) else None
+
+
 def behind_ppca(report: Mapping[str, Any]) -> bool:
     """Whether the data are certainly less probable than under PPCA with as many latents."""
     ppca = (report.get("baseline") or {}).get("ppca", {})
@@ -101,7 +107,11 @@ def _doubt_model(report: Mapping[str, Any], history: Sequence[float]) -> Iterato
     test, ppca = report["test"], (report.get("baseline") or {}).get("ppca", {})
     if behind_ppca(report):
         lost, latents = len(test["collapsed"]), test["latents"]
-        cause = "training has not settled" if rise(history) or len(history) < 2 else "training settled in a poor place"
+        cause = (
+            "training has not settled"
+            if still_rising(report, history) or len(history) < 2
+            else "training settled in a poor place"
+        )
         if 2 * lost >= latents:
             cause = f"{lost} of {latents} latents collapsed, and what is left is no more than a linear model"
         bound = " or less: the log evidence is a bound" if test["log_evidence"]["kind"] == "lower bound" else ""
@@ -192,7 +202,7 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
         )
         named = f"The weights of {counted(worst['n'])} are bad; the worst are in rows {rows}. "
         if worst["mean_without"] is not None:
-            named += f"Without the bad ones the mean is {figure(worst['mean_without'])}. "
+            named += f"Without them the mean is {figure(worst['mean_without'])} nats per datum. "
     if value["kind"] == "lower bound":
         reason = named + "What they may hide could move the mean beyond any interval."
         if shape["median"] is None:
@@ -236,6 +246,6 @@ def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
 def _doubt_convergence(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
     if len(history) < 2:
         yield "**Only one epoch was trained**, too few to tell whether the bound has converged."
-    elif (risen := rise(history)) is not None and report["train"].get("kept_epoch", len(history)) == len(history):
+    elif (risen := still_rising(report, history)) is not None:
         over = f"{risen[1]} epochs" if risen[1] > 1 else "epoch"
         yield f"**The bound was still rising**, by {risen[0]:.2f} nats over the last {over}."

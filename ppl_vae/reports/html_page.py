@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import struct
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -14,6 +13,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import imread
 from matplotlib.mathtext import math_to_image
 
 from ppl_vae.reports.terms import TERMS, split
@@ -40,7 +40,10 @@ class Number(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture of a page: its caption, which is also its text for those who cannot see it, and a PNG file's bytes."""
+    """A picture of a page: its caption, which is also its text for those who cannot see it, and a PNG file's bytes.
+
+    On dark ground a page turns the lightness of a picture round, but not of one whose own ground is transparent.
+    """
 
     caption: str
     png: bytes
@@ -99,7 +102,7 @@ class _Writer:
         self.markdown.enable("escape")
         self.markdown.inline.ruler.before("escape", "math", _find_math)
         renderer: Any = self.markdown.renderer
-        for kind in ("text", "math", "fence", "table_open", "table_close", "th_open"):
+        for kind in ("text", "math", "fence", "code_inline", "table_open", "table_close", "th_open"):
             renderer.rules[kind] = getattr(self, f"_{kind}")
 
     def block(self, text: str) -> Markup:
@@ -127,6 +130,14 @@ class _Writer:
 
     def _fence(self, tokens: Any, index: int, *_: Any) -> str:
         return Markup('<pre tabindex="0"><code>{}</code></pre>').format(tokens[index].content)
+
+    def _code_inline(self, tokens: Any, index: int, *_: Any) -> str:
+        """Code on the line, whose options are not broken at their hyphens."""
+        words = (
+            Markup("<span>{}</span>" if word.startswith("-") else "{}").format(word)
+            for word in tokens[index].content.split(" ")
+        )
+        return Markup("<code>{}</code>").format(Markup(" ").join(words))
 
     def _table_open(self, *_: Any) -> str:
         return '<div class="table" tabindex="0" role="group" aria-label="Table"><table>'
@@ -164,10 +175,12 @@ def _drawn(formula: str) -> str:
     return Markup(image).format(float(depth), source, formula)
 
 
-def _embedded(png: bytes) -> tuple[str, int, int]:
-    """A PNG file as a source of an image, and its width and height at 120 dots per inch, in CSS pixels."""
-    width, height = struct.unpack(">II", png[16:24])
-    return "data:image/png;base64," + base64.b64encode(png).decode(), round(width * 0.8), round(height * 0.8)
+def _embedded(png: bytes) -> tuple[str, int, int, bool]:
+    """A PNG file as a source of an image, its width and height in CSS pixels at 120 dots per inch, if it is opaque."""
+    picture = imread(io.BytesIO(png), format="png")
+    height, width = (round(side * 0.8) for side in picture.shape[:2])
+    opaque = picture.shape[-1] != 4 or bool(picture[0, 0, 3] == 1)
+    return "data:image/png;base64," + base64.b64encode(png).decode(), width, height, opaque
 
 
 def _joined(text: str) -> str:

@@ -59,7 +59,7 @@ def latent_scatter(
         ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
-    look: dict[str, Any] = {"s": area, "lw": 0.2 * (len(points) <= 1000), "ec": "0.2"}
+    look: dict[str, Any] = {"s": area, "lw": 0.4 * (len(points) <= 1000), "ec": "0.2"}
     across, up = points.T
     if values is None:
         ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)
@@ -144,7 +144,7 @@ def latent_grid(
     with torch.no_grad(), fork_rng(0, device=device_and_dtype(vae)[0]):
         prior = vae.prior(*vae.context("prior", vae.given_batch(given, 1)))
         if codes is not None:
-            points = _between(codes.reshape(-1, 2), 0.01, size)
+            points = between(codes.reshape(-1, 2), 0.01, size)
         elif isinstance(vae.prior.family, StandardNormal | Normal):
             loc, scale = (value.reshape(2, 1).double().cpu() for value in (prior.mean, prior.stddev))
             points = loc + scale * torch.special.ndtri(levels)
@@ -214,7 +214,7 @@ def traversals(
     if codes is None:
         z[torch.arange(len(chosen)), :, chosen] += steps
     else:
-        z[torch.arange(len(chosen)), :, chosen] = _between(codes[:, chosen], 0.01, count)
+        z[torch.arange(len(chosen)), :, chosen] = between(codes[:, chosen], 0.01, count)
         steps = torch.linspace(1, 99, count, dtype=torch.float64)
     means = decoded(vae, z.reshape(-1, size), given)
     names = [f"$z_{{{index}}}$" for index in chosen]
@@ -249,7 +249,7 @@ def traversals(
     return figure
 
 
-def _between(codes: Tensor, tail: float, count: int) -> Tensor:
+def between(codes: Tensor, tail: float, count: int) -> Tensor:
     """Points evenly from one quantile of each latent to its other, (z, count), in double precision."""
     flat = codes.detach().double().cpu()
     low, high = (flat.quantile(level, 0).unsqueeze(-1) for level in (tail, 1 - tail))
@@ -273,10 +273,15 @@ def latent_size(vae: VAE) -> int:
 
 
 @torch.no_grad()
-def decoded(vae: VAE, z: Tensor, given: Any) -> style.Array:
-    """The mean of p(x|z), (n, x), at z, (n, z), and at one row of what is given."""
+def decoded(vae: VAE, z: Tensor, given: Any, words: Sequence[int] = ()) -> style.Array:
+    """The mean of p(x|z), (n, x), at z, (n, z), and at one row of what is given; of `words` the most frequent draw."""
     device, dtype = device_and_dtype(vae)
     at = z.to(device, dtype).reshape(-1, *vae.prior.family.event_shape)
     with mode(vae):
         others = vae.context("likelihood", vae.given_batch(given, 1))
-        return style.as_array(vae.likelihood(at, *others).mean.flatten(1))
+        x = vae.likelihood(at, *others)
+        means = style.as_array(x.mean.flatten(1))
+        if words:
+            with fork_rng(0, "words", device=device):
+                means[:, words] = style.as_array(x.sample((1000,)).flatten(2)[..., words].mode(0).values)
+        return means

@@ -83,7 +83,7 @@ def evaluate(
     value = test["log_evidence"]
     value["jackknife"] = float(evidence.jackknife.mean()) if evidence.kind == "estimate" else None
     if checked is not None:
-        test |= dict.fromkeys(("bits_per_dim", "active_units", "rates"))
+        test |= dict.fromkeys(("bits_per_dim", "active_units", "rates", "rate_se", "distortion_se"))
         test |= {"latents": sum(site.loc[0].numel() for site in checked.sites.values()), "collapsed": []}
         blocks = {"test": test, "exact": _compare_exact(target, test["elbo"]), "baseline": None}
         return finite({**blocks, "check": check_block(checked)}), evidence
@@ -96,6 +96,7 @@ def evaluate(
         volume = 0.0
     test["bits_per_dim"] = bits_per_dim(value["mean"] - volume, features)
     test["bits_per_dim_se"] = None if value["se"] is None else -bits_per_dim(value["se"], features)
+    test |= _parts(evidence)
     few = target.rows(slice(MOST_DATA))
     active = active_units(few, seed=seed)
     test["active_units"], test["latents"] = int(active.sum()), len(active)
@@ -146,7 +147,8 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
     """
     train, lead, learned = test, None, Target(target.program, data.train)
     if evaluation_split(target.program, data)[0] == "test":
-        train = log_evidence(learned.rows(slice(MOST_DATA)), samples=10, seed=seed).summary()
+        some = log_evidence(learned.rows(slice(MOST_DATA)), samples=10, seed=seed)
+        train = {**some.summary(), **_parts(some)}
         seen = log_evidence(learned.rows(slice(300)), samples=100, seed=seed).summary()
         unseen = log_evidence(target.rows(slice(300)), samples=100, seed=seed).summary()
         lead = {"samples": 100.0, "n": min(seen["n"], unseen["n"])}
@@ -154,7 +156,18 @@ def trained(target: Target, data: Data, test: Mapping[str, Any], *, seed: int = 
             lead[name] = seen[name]["mean"] - unseen[name]["mean"]
             lead[f"{name}_se"] = math.hypot(seen[name]["se"] or 0.0, unseen[name]["se"] or 0.0)
     bound = {"elbo": train["elbo"]["mean"], "elbo_se": train["elbo"]["se"], "n": train["n"]}
-    return finite({**bound, "rate": train["rate"], "distortion": train["distortion"], "lead": lead})  # type: ignore[no-any-return]
+    parts = {key: train.get(key) for key in ("rate", "rate_se", "distortion", "distortion_se")}
+    return finite({**bound, **parts, "lead": lead})  # type: ignore[no-any-return]
+
+
+def _parts(evidence: Evidence) -> dict[str, float | None]:
+    """Standard errors over the data of rate and distortion, whose means a summary has."""
+    return {"rate_se": _over_data(evidence.rate), "distortion_se": _over_data(evidence.distortion)}
+
+
+def _over_data(values: Tensor) -> float | None:
+    """Standard error of a mean over data, (n,); None of a single one."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def predict(target: Target, data: Data, *, seed: int = 0) -> PredictiveCheck | None:
@@ -172,7 +185,8 @@ def predict(target: Target, data: Data, *, seed: int = 0) -> PredictiveCheck | N
         return torch.from_numpy(data.transform.inverse(rows)).double()
 
     try:
-        return predictive_check(few, draws=100, names=names, units=units if names else None, seed=seed)
+        words = data.columns.categories if names else None
+        return predictive_check(few, draws=100, names=names, units=units if names else None, words=words, seed=seed)
     except (ValueError, NotImplementedError):
         return None
 
@@ -309,8 +323,8 @@ def _fit_baseline(target: Target, data: Data, latent: int, evidence: Tensor) -> 
         return None
     baseline = ppca.log_evidence(other, rows.get("mask"))
     apart = evidence.to(baseline) - baseline
-    se = float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else None
-    return {"ppca": {"log_evidence": float(baseline.mean()), "difference": float(apart.mean()), "se": se}}
+    own = {"log_evidence": float(baseline.mean()), "log_evidence_se": _over_data(baseline)}
+    return {"ppca": {**own, "difference": float(apart.mean()), "se": _over_data(apart)}}
 
 
 def classify(

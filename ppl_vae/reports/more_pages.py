@@ -68,7 +68,7 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
     if bounds:
         shown = ", ".join(map(plain, bounds))
         doubts.append(
-            f"**Of {shown} only a lower bound is known**, so a difference may be one of bounds, not of models."
+            f"**Only a lower bound is known of {shown}**, so a difference may be one of bounds, not of models."
         )
     rows = [["run", "ELBO", "log evidence", "kind", "exact log evidence", "PPCA", "seconds"]]
     for run, value in zip(runs, values, strict=True):
@@ -92,7 +92,7 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
         *_table(pairs),
     ]
     unit, own = "nats per datum", evidence_numbers(runs[0]["test"], runs[0]["data"])[0]
-    doubt = "error not known: of a single datum" if se is None else f"± {figure(se)} standard error, paired"
+    doubt = "error not known: a single datum" if se is None else f"± {figure(se)} standard error, paired"
     numbers = [
         Number(f"log evidence of {best}", *own[1:]),
         Number(
@@ -103,7 +103,7 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
     for dot, run in zip(dots, runs, strict=True):
         dot |= {"ppca": run["baseline"] and run["baseline"]["ppca"]["log_evidence"], "seconds": run["train"]["seconds"]}
     drawn = sweep_results({"settings": dots}, errors="of Monte Carlo")
-    caption = "log evidence of each run; its difference to another is known better than either, since data are paired."
+    caption = "log evidence of each run. Differences, paired by datum, are known better than the values themselves."
     about = (
         f"{len(runs)} runs on {plain(runs[0]['data']['name'])}, evaluated on the same {runs[0]['test']['n']:,} data."
     )
@@ -134,12 +134,17 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
         doubt = f"± {figure(apart['se'])} standard error, paired; " + (
             "unknown over seeds" if more is None else f"± {figure(more)} over seeds"
         )
-        numbers.append(Number("its lead over the best other", figure(-apart["mean"]), doubt, unit, "estimate"))
+        bounds = "lower bound" in {value["kind"], next_["log_evidence"]["kind"]}
+        kind = "difference of bounds" if bounds else "estimate"
+        numbers.append(Number("its lead over the best other", figure(-apart["mean"]), doubt, unit, kind))
     doubts = []
     if found["chosen"] is None:
         doubts.append("**No setting is chosen**, for there is no validation part: `data.validation_fraction = 0.1`.")
     if any(row["seeds"] < 2 for row in rows):
         doubts.append("**The spread over seeds is unknown** of settings with one seed: `--set svi.seed=0,1,2`.")
+    if bounded := [row for row in rows if row["log_evidence"]["kind"] == "lower bound"]:
+        which = "all settings" if len(bounded) == len(rows) else f"{len(bounded)} of {len(rows)} settings"
+        doubts.append(f"**Only a lower bound is known of {which}**: a difference may be one of bounds, not of models.")
     doubts += [f"**{plain(name)} failed**: {plain(why)}" for name, why in found.get("failed", {}).items()]
     title, _, rest = text.partition("\n")
     listed = "\n".join(f"- {doubt}" for doubt in doubts)

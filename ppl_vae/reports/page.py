@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -46,7 +47,7 @@ def markdown(
     """
     source, rates = files("ppl_vae.reports").joinpath("report.md.jinja"), report["test"]["rates"] or []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["plain"] = plain
+    environment.filters |= {"plain": plain, "settings": _settings}
     return environment.from_string(source.read_text("utf-8")).render(
         report=report,
         title=title,
@@ -94,15 +95,15 @@ def _about(report: Mapping[str, Any]) -> str:
     what = f"The program {plain(Path(spec['model'].get('program') or '').name)}"
     if "prior" in spec:
         families = [plain(Path(spec[r].get("family") or spec[r]["program"]).name) for r in ("likelihood", "posterior")]
-        what = f"A variational autoencoder with {report['test']['latents']} latents, likelihood {families[0]} and "
-        what += f"approximate posterior {families[1]},"
+        what = f"A variational autoencoder with {report['test']['latents']} latents, a likelihood {families[0]} and "
+        what += f"an approximate posterior {families[1]},"
     kept = report["train"].get("kept_epoch")
     epochs = report["train"]["epochs"]
     best = f", of which the best, epoch {kept}, was kept" if kept and epochs > 1 else ""
-    ended = f"{epochs} epoch{'s' * (epochs != 1)}{best}"
+    ended = f"{epochs:,} epoch{'s' * (epochs != 1)}{best}"
     of = f", {data['features']} features" + " each" * (not data.get("whole")) if data["features"] else ""
     held = f", {data['n_test']:,} held out" if data["n_test"] else ""
-    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} to learn from{held}{of}; {ended}."
+    return f"{what} fitted to {plain(data['name'])}: {counted(data['n_train'])} for training{held}{of}; {ended}."
 
 
 def first_numbers(report: Mapping[str, Any]) -> list[Number]:
@@ -118,20 +119,22 @@ def first_numbers(report: Mapping[str, Any]) -> list[Number]:
     elif baseline and "difference" in baseline["ppca"]:
         ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
         value = ">= " * bound + "+" * (ahead > 0) + figure(ahead)
-        numbers.append(Number("log evidence less that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
+        numbers.append(Number("log evidence minus that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
     elif classes := report.get("classes"):
         share = f"share of {counted(classes['n'])}"
         numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
-    elif not whole:
+    elif not whole and "bits_per_dim" in test:
         doubt, how = (unknown, "upper bound") if bound else (_errors(test["bits_per_dim_se"]), kind)
         value = "<= " * bound + figure(test["bits_per_dim"])
         numbers.append(Number("bits per dimension", value, doubt, "bits per feature", how))
     elif (shape := test["pareto_k"]["max"]) is not None:
         doubt, unit = (
-            _errors(float(shape_error(torch.tensor(shape), test["samples"])), None, ""),
+            _errors(float(shape_error(torch.tensor(max(shape, -0.5)), test["samples"])), None, ""),
             "no unit; unreliable above 0.7",
         )
-        numbers.append(Number("tail shape k of the weights", figure(shape), doubt, unit, "estimate"))
+        numbers.append(
+            Number("tail shape k of the weights" + ", largest" * (not whole), figure(shape), doubt, unit, "estimate")
+        )
     return numbers
 
 
@@ -142,7 +145,7 @@ def evidence_numbers(test: Mapping[str, Any], data: Mapping[str, Any]) -> list[N
     own, other = (_errors(None if whole else one["se"], one["mc_se"]) for one in (value, elbo))
     part = "held-out" if data["part"] == "test" else "training"
     unit = "nats of the whole data set" if whole else f"nats per {part} datum"
-    doubt = "error not known, as of any lower bound" if bound else own
+    doubt = "error not known: a lower bound" if bound else own
     return [
         Number("log evidence, log p(x)", ">= " * bound + figure(value["mean"]), doubt, unit, value["kind"]),
         Number("ELBO", figure(elbo["mean"]), other, unit, "estimate"),
@@ -153,7 +156,7 @@ def _errors(over: float | None, own: float | None = None, of: str = " over the d
     """A standard error and a Monte Carlo error in words, as far as they are known."""
     parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
     parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
-    return "; ".join(parts) or "error not known: of a single datum or draw"
+    return "; ".join(parts) or "error not known: a single datum or draw"
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +194,20 @@ def moment_rows(check: Mapping[str, Any] | None) -> dict[str, Any]:
             rows.append([label, *cells, figure(off[entry], digits=2), figure(wide[entry], digits=2)])
     left = [[f"{len(rows) - _ROWS} more", *[""] * (len(methods) + 2)]] if len(rows) > _ROWS else []
     return {"methods": methods, "moments": rows[:_ROWS] + left}
+
+
+def _settings(table: Mapping[str, Any]) -> str:
+    """The keys of a family or network and their values in brackets; those that are off are left out."""
+    parts = []
+    for key, value in table.items():
+        if key in ("family", "network", "program") or value in ("none", False, None):
+            continue
+        if isinstance(value, Mapping):  # a family for each column
+            families = Counter(str(one.get("family") if isinstance(one, Mapping) else one) for one in value.values())
+            parts += [f"{family} for {n} column{'s' * (n > 1)}" for family, n in families.most_common()]
+        else:
+            parts.append(f"{key} {value}")
+    return f" ({', '.join(map(plain, parts))})" if parts else ""
 
 
 def _objective(svi: Mapping[str, Any], train: Mapping[str, Any]) -> str:

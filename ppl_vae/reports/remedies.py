@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, rise
+from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, still_rising
 
 _RICHER = {
     "Normal": "FullNormal or MixtureNormal",
@@ -37,13 +37,15 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
         yield "Lower `svi.learning_rate`, or set `svi.clip = 1.0`."
         return
     whole, fits = data.get("whole", False), overfitted(report)
-    learning = fits is None and (len(history) < 2 or rise(history) is not None)
+    learning = fits is None and (len(history) < 2 or still_rising(report, history) is not None)
+    built = spec.get("model", {}).get("built", False)
     worse, collapsed = behind_ppca(report), len(test["collapsed"])
     lost = 2 * collapsed >= test["latents"] and collapsed > 0
     if worse and spec.get("data", {}).get("scaling") == "none" and data.get("columns", {}).get("names"):
         yield 'Standardise the columns: `data.scaling = "standardize"`.'
     if learning:
-        yield f"Train longer: raise `svi.epochs`, now {svi.get('epochs', len(history))}. The rest may mend itself."
+        epochs = "more epochs than the" if built else "raise `svi.epochs`, now"
+        yield f"Train longer: {epochs} {svi.get('epochs', len(history))}. The rest may mend itself."
     if worse and lost:
         free = svi.get("warm_up") and not svi.get("free_bits")
         yield (
@@ -75,9 +77,11 @@ def _of_guide(
     """What brings the guide, or the evidence that is weighed by it, nearer to the truth."""
     test, spec, apart = report["test"], report.get("spec", {}), distance(report)
     bound = test["log_evidence"]["kind"] == "lower bound"
+    trust = " --trust-code" * any("program" in table for table in spec.values() if isinstance(table, Mapping))
+    trust = " --program FILE.py:NAME" if spec.get("model", {}).get("built") else trust
     biased = not bound and abs(test["log_evidence"]["bias"]) > max(test["log_evidence"]["mc_se"], 0.01)
     if bound or biased:
-        draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}`"
+        draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}{trust}`"
         yield f"More samples {'tighten the bound' if bound else 'make the bias smaller'}: {draws}."
     miscalibrated = (report.get("calibration") or {}).get("verdict") == "miscalibrated"
     off = (apart is not None and apart[0] > 0.1) or (miscalibrated and apart is None)
@@ -96,4 +100,4 @@ def _of_guide(
             yield "Longer training of the guide comes closer to the posterior, a richer family little."
     if (bound or miscalibrated) and "reference" not in report:
         method = "nuts" if whole else "ais"
-        yield f"A reference does not rely on the guide: `ppl-vae evaluate RUN --reference {method}`."
+        yield f"A reference does not rely on the guide: `ppl-vae evaluate RUN --reference {method}{trust}`."

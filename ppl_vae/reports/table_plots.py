@@ -1,6 +1,7 @@
-"""Plots of tables by column: marginals and pairs of the data beside samples, and errors of the reconstruction."""
+"""Plots of tables by column: data beside samples, errors of the reconstruction, what each latent moves."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +32,15 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
     """
     data, drawn = _rows(x, samples, columns)
     names = _names(columns)[:_MOST]
-    figure, axes = style.panels(len(names), ("", "share"), size=(1.9, 1.3), gap=(0.6, 0.6), top=0.6)
+    room = 1.0 if set(names) & {*(columns.categories or {})} else 0.6  # for words below the panels
+    figure, axes = style.panels(len(names), ("", "share"), size=(1.9, 1.3), gap=(0.6, room), top=0.6)
     for j, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        ax.set_title(style.short(name), fontsize="small", loc="left")
+        ax.set_title(style.short(name, 28), fontsize="small", loc="left")
         style.bare(ax)
         pair = [np.sort(part[:, j][np.isfinite(part[:, j])]) for part in (data, drawn)]
         values = np.unique(np.concatenate(pair))
-        if len(values) <= _BARS and (values == np.rint(values)).all():
+        whole = bool((values == np.rint(values)).all())
+        if len(values) <= _BARS and whole:
             for shift, part, colour, label in zip((-0.2, 0.2), pair, _COLOURS, _LABELS, strict=True):
                 shares = [(part == value).mean() if len(part) else 0.0 for value in values]
                 ax.bar(np.arange(len(values)) + shift, shares, 0.4, color=colour, label=label)
@@ -47,6 +50,9 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
         else:
             low, high = np.quantile(np.concatenate(pair), [0.005, 0.995]) if len(values) else (0.0, 1.0)
             bins: Any = np.linspace(low, high + (high == low), 26)
+            if whole:  # each bin has as many of the whole numbers
+                step = math.ceil((high - low + 1) / 25)
+                bins = np.arange(math.floor(low) - 0.5, high + step, step)
             for part, colour, label in zip(pair, _COLOURS, _LABELS, strict=True):
                 weights = np.full(len(part), 1 / max(len(part), 1))
                 ax.hist(part, bins, weights=weights, histtype="step", color=colour, label=label, lw=1.3)
@@ -82,7 +88,7 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
         ax: Axes = style.bare(grid[a, b])
         part, colour = (data, style.BLUE) if a > b else (drawn, style.VERMILLION)
         if a == b:
-            name = style.short(names[row])
+            name = style.short(names[row], 24)
             ax.text(0.5, 0.5, name, ha="center", va="center", transform=ax.transAxes, fontsize="small")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -121,10 +127,52 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
     order = np.argsort(errors)[-20:]
     ax = style.axes_for(ax, (6, 0.7 + 0.25 * len(order)))
     ax.barh(range(len(order)), [errors[j] for j in order], color=style.BLUE)
-    ax.set_yticks(range(len(order)), [style.short(_names(columns)[j], 24) for j in order], fontsize="small")
+    ax.set_yticks(range(len(order)), [style.short(_names(columns)[j], 32) for j in order], fontsize="small")
     ax.axvline(1, color="0.6", lw=1, ls=":")
     ax.set(xlabel="error: RMSE / standard deviation, or share of wrong codes", ylim=(-0.6, len(order) - 0.4))
     return ax
+
+
+def column_paths(x: Tensor, paths: Tensor, latents: Sequence[int], columns: Columns, *, most: int = _MOST) -> Figure:
+    """Show what each column becomes as one latent goes through its range, one panel per column and a line per latent.
+
+    The columns that move most, by the range of the data, come first.
+
+    Args:
+        x: data, (n, x).
+        paths: columns along the way of each latent, (l, k, x), of words their codes.
+        latents: which ones these l are, counted from 0; at most five.
+        columns: what the columns are.
+        most: the number of columns to show.
+    """
+    data, along = _rows(x, paths.flatten(0, 1), columns)
+    along = along.reshape(*paths.shape[:2], -1)
+    ends = np.nanquantile(data, [0.01, 0.99], axis=0)
+    low, high = np.minimum(ends[0], along.min((0, 1))), np.maximum(ends[1], along.max((0, 1)))
+    moved = (along.max(1) - along.min(1)).max(0) / np.where(high > low, high - low, np.inf)
+    shown = np.argsort(-moved, kind="stable")[:most]
+    size: Any = {"size": (1.9, 1.3), "gap": (0.75, 0.5), "top": 0.6}
+    colours = style.BLUE, style.VERMILLION, style.GREEN, style.OKABE_ITO[3], style.OKABE_ITO[7]
+    figure, axes = style.panels(len(shown), ("quantile of the latent", ""), **size)
+    for ax, j in zip(axes, shown, strict=True):
+        name = _names(columns)[j]
+        words, coded = (
+            (columns.categories or {}).get(name),
+            columns.kinds is not None and columns.kinds[j] == "category",
+        )
+        for path, latent, colour in zip(along[..., j], latents, colours, strict=False):
+            ax.plot(
+                path, color=colour, lw=1.4, drawstyle="steps-mid" if coded else "default", label=f"$z_{{{latent}}}$"
+            )
+        ax.set_title(style.short(name, 28), fontsize="small", loc="left")
+        ax.set_xticks([0, along.shape[1] - 1], ["1 %", "99 %"])
+        if words and len(words) <= _BARS:
+            ax.set_yticks(range(len(words)), [style.short(word, 9) for word in words])
+        room = 0.06 * ((high[j] - low[j]) or 1.0)
+        ax.set_ylim(low[j] - room, high[j] + room)
+        style.bare(ax)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(latents), frameon=False)
+    return figure
 
 
 _COLOURS, _LABELS = (style.BLUE, style.VERMILLION), ("data", "samples")

@@ -181,6 +181,10 @@ class Applied:
         reading = dataclasses.replace(self, reader=dataclasses.replace(self.reader, missing=True))
         samples = self.samples if samples is None else check_int("samples", samples)
         for number, piece, target in reading._targets(source):
+            if "mask" not in target.batch:
+                raise ValueError(
+                    "Expected rows with missing cells, to be imputed; got none. Name a file that has some."
+                )
             found = impute(target, samples=samples, seed=fold_in(self.seed, "impute", number))
             filled = self._in_units(found.completed(self.columns), piece.index, piece.values)
             scale = np.broadcast_to(self.reader.transform.scale, self.columns.count)
@@ -261,11 +265,11 @@ class Applied:
 
 
 def latent_names(target: Target) -> list[str]:
-    """Names of the entries of a latent vector: the site's, numbered from 1 where it has several."""
+    """Names of the entries of a latent vector: the site's, numbered from 0 where it has several."""
     names = []
     for name, inner, event in target.layout.sites:
         size = inner.numel() // target.n * event.numel()
-        names += [name] if size == 1 else [f"{name}{j}" for j in range(1, size + 1)]
+        names += [name] if size == 1 else [f"{name}{j}" for j in range(size)]
     return names
 
 

@@ -23,7 +23,8 @@ def headline(report: Mapping[str, Any]) -> str:
     if exact:
         lines.append(_line("exact", f"{figure(exact['log_evidence'])} ({exact['method']})"))
     if baseline:
-        lines.append(_line("PPCA", f"{figure(baseline['ppca']['log_evidence'])} (closed form)"))
+        ppca = baseline["ppca"]
+        lines.append(_line("PPCA", f"{figure(ppca['log_evidence'], ppca.get('log_evidence_se'))} (closed form)"))
     return "\n".join([*lines, *diagnostic_lines(report)])
 
 

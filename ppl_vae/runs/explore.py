@@ -1,6 +1,7 @@
 """The latent explorer of a run, as one file."""
 
 from pathlib import Path
+from typing import Any
 
 from ppl_vae.reports.explorer import explorer_page
 from ppl_vae.runs.blame import blamed
@@ -8,12 +9,15 @@ from ppl_vae.runs.run import load_run
 from ppl_vae.runs.trained import check_same_data
 
 
-def write_explorer(path: str | Path, out: str | Path | None = None, *, trust_code: bool = False) -> Path:
+def write_explorer(
+    path: str | Path, out: str | Path | None = None, *, program: Any = None, trust_code: bool = False
+) -> Path:
     """Write the latent explorer of a finished run: one HTML file that works offline.
 
     Args:
         path: the run directory.
         out: the file, by default `NAME.html` beside the run of that name.
+        program: as of `load_run`.
         trust_code: whether the run's copy of a program file may run.
 
     Returns:
@@ -22,7 +26,7 @@ def write_explorer(path: str | Path, out: str | Path | None = None, *, trust_cod
     Raises:
         ValueError: If the run has no latent space to show, its data have changed, or the file is there already.
     """
-    run = load_run(path, trust_code=trust_code)
+    run = load_run(path, program=program, trust_code=trust_code)
     home = run.path.resolve()
     file = home.with_name(f"{home.name}.html") if out is None else Path(out)
     if file.exists():

@@ -16,6 +16,7 @@ from ppl_vae.data.columns import Columns
 from ppl_vae.evaluation.arviz import to_datatree
 from ppl_vae.infer.reference import Reference
 from ppl_vae.programs.param_store import learned_params, scope
+from ppl_vae.programs.program import build_program
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.traces import batch_of
 from ppl_vae.reports.measures import evaluation_split
@@ -162,7 +163,7 @@ def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False)
     Args:
         path: the run directory.
         program: where no spec can build it, since `save_run` wrote the run: the same program, built anew with whatever
-            weights, which become those of the run.
+            weights, which become those of the run; or what builds it, "file.py:name".
         trust_code: whether the run's copy of a program file may run.
 
     Raises:
@@ -175,7 +176,7 @@ def load_run(path: str | Path, *, program: Any = None, trust_code: bool = False)
 
 
 def read_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None) -> Run:
-    """Read a finished run, which nobody replaces meanwhile; `program` where it was built in Python."""
+    """Read a finished run, which nobody replaces meanwhile; `program` where it was built in Python, or its name."""
     storage.check_folder(path, finished=True)
     report = storage.read_report(path)
     spec = read_spec(path, trust_code, say)
@@ -183,10 +184,11 @@ def read_run(path: Path, trust_code: bool, say: Say = quiet, program: Any = None
         if program is not None:
             raise ValueError(f"Expected no `program` for {path}, which its spec builds; got one. Leave it out.")
         raise ValueError(
-            f"Expected the program of {path}, which was built in Python. Build it again: load_run({str(path)!r}, "
-            "program=...)."
+            f"Expected the program of {path}, which was built in Python. Name what builds it, a class or a function "
+            f"without arguments: --program FILE.py:NAME, or load_run({str(path)!r}, program=...)."
         )
     if program is not None:
+        program = build_program(program) if isinstance(program, str) else program
         storage.load_learned_state(program, path / "model.safetensors")
         return Run(path, spec, program, report)
     with storage.reading(path / "report.json", "a report"):

@@ -290,6 +290,7 @@ def evaluate_run(
     samples: int | None = None,
     diagnostics: Diagnostics = Diagnostics(),  # noqa: B008  frozen
     device: str = "auto",
+    program: Any = None,
     trust_code: bool = False,
     say: Say = quiet,
 ) -> Run:
@@ -300,6 +301,7 @@ def evaluate_run(
         samples: importance samples per datum, by default as in the spec.
         diagnostics: what the report includes beside the evidence.
         device: `auto`, `cpu` or `cuda`.
+        program: as of `load_run`.
         trust_code: whether the run's copy of a program file may run.
         say: takes messages for the user.
 
@@ -308,7 +310,7 @@ def evaluate_run(
     """
     with stops.listening(), processes.group(device), contextlib.ExitStack() as stack:
         if processes.rank():
-            return _assist(Path(path), pick_device(device), trust_code)
+            return _assist(Path(path), pick_device(device), trust_code, program)
         stack.enter_context(processes.telling())
         stack.enter_context(reporting(say))
         if samples is not None:
@@ -316,7 +318,7 @@ def evaluate_run(
         places.mend(Path(path), say)
         storage.check_folder(Path(path), finished=True)
         place = stack.enter_context(places.claimed(Path(path), say=say))
-        run = read_run(place.path, trust_code, say)
+        run = read_run(place.path, trust_code, say, program)
         data = run.spec.load_data()
         with storage.reading(place.path / "report.json", "a report"):
             protocol, epochs = run.report["data"]["protocol"], check_int("epochs", run.report["train"]["epochs"])
@@ -333,11 +335,11 @@ def evaluate_run(
                 return _write_report(partial, run, data, history, samples or run.spec.evaluation.samples, diagnostics)
 
 
-def _assist(path: Path, device: torch.device, trust_code: bool) -> Any:
+def _assist(path: Path, device: torch.device, trust_code: bool, program: Any = None) -> Any:
     """Take a share of the evaluation of a run; nothing is written or said."""
     if processes.share() is None:
         raise SystemExit(2)  # the first has failed, and says why
-    program = load_run(path, trust_code=trust_code).program
+    program = load_run(path, program=program, trust_code=trust_code).program
     if isinstance(program, nn.Module):
         program.to(device)
     processes.follow(program)

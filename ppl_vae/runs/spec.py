@@ -281,7 +281,7 @@ def _check_there(name: str, home: Path) -> None:
         inner = Path(name).relative_to(home)
         others = [str(folder / inner) for folder in (root_folder(None)[0], Path.cwd()) if folder.resolve() != home]
         nor = "".join(f", nor at {other}" for other in others)
-        raise ValueError(f"Expected a data file at {name}; got no such file or folder{nor}. Correct `name`.")
+        raise ValueError(f"Expected a data file at {name}; got no such file or folder{nor}. Correct the path.")
 
 
 def _conflicts(spec: Spec, raw: dict[str, Any], program: type | None) -> Iterator[str]:

@@ -288,7 +288,17 @@ def named(settings: Mapping[str, Any]) -> str:
 
 def told(found: Mapping[str, Any]) -> str:
     """The table of a sweep in Markdown."""
-    head = ("setting", "log p(x), nats per datum", "± data", "± seeds", "seeds", "difference", "ELBO", "PPCA", "s")
+    head = (
+        "setting",
+        "log p(x), nats per datum",
+        "± data",
+        "± seeds",
+        "seeds",
+        "difference",
+        "ELBO",
+        "PPCA",
+        "seconds",
+    )
     rows = []
     for number, row in enumerate(found["settings"]):
         value, apart = row["log_evidence"], row["difference"]

@@ -143,3 +143,24 @@ def test_what_cannot_be_checked_is_refused():
         predictive_check(Program(shared, guide), {"x": torch.randn(5, 3)})
     with pytest.raises(ValueError, match="draws"):
         predictive_check(noisy(), {"x": torch.randn(5)}, draws=1)
+
+
+def test_words_have_shares_in_place_of_moments_of_their_codes():
+    """A word of probability 1/2 has a share of standard deviation sqrt(1 / 4n) over sets of n."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            codes = dist.Categorical(torch.tensor([0.25, 0.25, 0.5])).expand([2]).to_event(1)
+            pyro.sample("x", codes, obs=x)
+
+    def guide(x):
+        pass
+
+    x, k = torch.tensor([[0.0, 1.0], [2.0, 0.0], [2.0, 1.0], [1.0, 1.0]]), 2000
+    words = {"who": ("Adelie", "Chinstrap", "Gentoo"), "sex": ("female", "male")}
+    check = predictive_check(Program(model, guide), {"x": x}, draws=k, names=["who", "sex"], words=words)
+    shares = {f"share of {word} in who": value for word, value in zip(words["who"], (0.25, 0.25, 0.5), strict=True)}
+    assert dict(zip(check.names, check.observed.tolist(), strict=True)) == shares | {"share of male in sex": 0.75}
+    gentoo = check.drawn[:, check.names.index("share of Gentoo in who")]
+    assert abs(gentoo.mean() - 0.5) < 5 * (0.25 / 4 / k) ** 0.5
+    np.testing.assert_allclose(gentoo * 4, (gentoo * 4).round())

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, browser
 from torch import nn
 
 from ppl_vae import VAE, Conditional, exact_posterior
@@ -31,7 +30,6 @@ from ppl_vae.programs.program import load_program
 from ppl_vae.reports import explorer_page
 
 MODELS = Path(__file__).parents[2] / "models"
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 DIGITS, WINE = load("digits", scaling="unit"), load("wine", scaling="standardize")
 
 
@@ -39,14 +37,6 @@ DIGITS, WINE = load("digits", scaling="unit"), load("wine", scaling="standardize
 def _single_precision():
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def page():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with browser() as one:
-        yield one
 
 
 @pytest.fixture
@@ -251,6 +241,7 @@ def test_it_follows_mouse_sliders_and_keys(show):
     page.key("n")
     assert page("explorer.state.datum") == 0
     assert page("[...explorer.state.z]") == page("[...explorer.code(0)]")
+    assert page("document.querySelector('#datum').value") == "0"  # data are counted from 0, as rows of a report are
     changed("choice")
     page(f"(s => {{ s.value = {third}; s.dispatchEvent(new Event('change')); }})(document.querySelector('#across'))")
     assert page("explorer.state.axes[0]") == third
@@ -260,7 +251,9 @@ def test_it_follows_mouse_sliders_and_keys(show):
     page.wait("Number(document.querySelector('#way').value) > 0.05")
     page("document.querySelector('#play').click()")
     t = page("Number(document.querySelector('#way').value)")
-    one, two = page("[[...explorer.code(0)], [...explorer.code(1)]]")
+    ends = page("['from', 'to'].map(name => +document.querySelector('#' + name).value)")
+    one, two = page(f"{ends}.map(i => [...explorer.code(i)])")
+    assert ends == [0, 1]
     assert page("[...explorer.state.z]") == pytest.approx([(1 - t) * u + t * v for u, v in zip(one, two, strict=True)])
     a, b = page("explorer.state.axes")
     place = page(f"[explorer.px(explorer.code(5)[{a}]), explorer.py(explorer.code(5)[{b}])]")

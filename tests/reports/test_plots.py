@@ -549,7 +549,9 @@ def test_pictures_in_colour_keep_their_channels() -> None:
     rows = torch.rand(2, 3, 4, 5)
     ax = data_plots.samples(rows.flatten(1), shape=(3, 4, 5)).axes[0]
     shown: Any = ax.images[0].get_array()
-    np.testing.assert_allclose(shown[:4, :5], rows[0].permute(1, 2, 0).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(shown[:4, :5, :3], rows[0].permute(1, 2, 0).numpy(), rtol=1e-6)
+    assert (shown[:4, :5, 3] == 1).all()
+    assert (shown[:4, 5, 3] == 0).all()  # the ground between is transparent
     grey: Any = data_plots.samples(rows[:, :1].flatten(1), shape=(1, 4, 5)).axes[0].images[0].get_array()
     np.testing.assert_allclose(grey[:4, :5], rows[0, 0].numpy(), rtol=1e-6)
 

@@ -95,7 +95,7 @@ def check_whole(folder):
     assert bounded == (">= " in text)
     assert bounded == (test["log_evidence"]["jackknife"] is None)
     assert bounded == ("jackknife; no bound" not in text)
-    samples = f"--samples {10 * test['samples']}`"
+    samples = f"--samples {10 * test['samples']}"
     assert bounded == all(remedy in text for remedy in (samples, "--reference ais"))
     line = next(line for line in text.splitlines() if line.startswith("| log evidence |"))
     assert bounded == ("±" not in line)
@@ -163,7 +163,7 @@ def test_a_table_of_ones_own(latent, tmp_path):
     settings |= {"svi.epochs": 2, "evaluation.samples": 30}
     made = fit_spec(MODELS / "digits.toml", settings, out=tmp_path / "run")
     found, text, pictures = check_whole(made.path)
-    assert "own.csv, 48 to learn from, 12 held out, 5 features (scaling standardize)" in text
+    assert "own.csv, 48 for training, 12 held out, 5 features (scaling standardize)" in text
     assert ("latents" in pictures) == (latent == 2)
     assert "manifold" not in pictures
     volume = found["data"]["protocol"]["log_volume"]
@@ -338,9 +338,7 @@ def example(**changes):
 
 FLAT = [-100.0] * 20
 BAD = {"n": 12, "rows": [7, 2], "pareto_k": [0.93, None], "mc_se": [0.8, 0.6], "mean_without": -99.5}
-BAD_WORDS = (
-    "weights of 12 data are bad; the worst are in rows 7 .k 0.93., 2 .k -.. Without the bad ones the mean is -99.5"
-)
+BAD_WORDS = "weights of 12 data are bad; the worst are in rows 7 .k 0.93., 2 .k -.. Without them the mean is -99.5"
 GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
 WORSE = {"ppca": {"difference": -5.0, "se": 0.3}}
 UNLIKE = {"statistics": [{"name": "zeros", "observed": 0.5, "low": 0.0, "high": 0.25, "off": True}]}
@@ -450,7 +448,20 @@ EVERYTHING = {**BOUND, "calibration": WRONG, "baseline": WORSE, "test__collapsed
             ["network"],
         ),
         ({**BOUND, "spec": {}, "data__whole": True}, FLAT, ["parameterisation", "nuts"], ["network", "ais"]),
+        (
+            {**BOUND, "spec": {"model": {"program": "a.py:A"}}},
+            FLAT,
+            ["--samples 10000 --trust-code", "ais --trust-code"],
+            [],
+        ),
         ({**EVERYTHING, **MEMORISES}, RISING, ["keep", "Fewer hidden units"], ["longer", "larger"]),
+        ({"train__kept_epoch": 2, **BOUND}, RISING, ["--samples"], ["longer"]),
+        (
+            {**BOUND, "spec": {"model": {"built": True, "program": "A"}}},
+            RISING,
+            ["more epochs", "--program FILE.py:NAME"],
+            ["svi", "trust"],
+        ),
         ({"test__log_evidence__mean": None, **MEMORISES}, FLAT, ["learning_rate"], ["keep", "hidden"]),
     ],
 )

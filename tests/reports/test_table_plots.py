@@ -6,7 +6,7 @@ import torch
 
 from ppl_vae.data import Columns
 from ppl_vae.reports.latent_plots import latent_scatter
-from ppl_vae.reports.table_plots import column_errors, marginals, scatter_pairs
+from ppl_vae.reports.table_plots import column_errors, column_paths, marginals, scatter_pairs
 
 COLUMNS = Columns(
     4,
@@ -34,6 +34,26 @@ def test_bars_are_the_shares_of_each_value_and_histograms_add_up():
     assert len(count.patches) == 2 * len(np.unique(torch.cat([x, drawn])[:, 2]))
     assert length.get_title(loc="left") == "length"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["data", "samples"]
+
+
+def test_bins_of_whole_numbers_hold_as_many_of_them_each():
+    x = torch.arange(60.0).reshape(-1, 1).double()
+    (ax,) = marginals(x, x, Columns(1, names=("count",), kinds=("count",))).axes
+    heights = np.unique([np.round(y, 6) for _, y in ax.patches[0].get_xy()])
+    assert heights.tolist() == [0.0, 0.05]  # three numbers of sixty in each bin
+
+
+def test_columns_along_a_latent_are_what_was_decoded_with_the_furthest_first():
+    x = table(200, 0)
+    paths = torch.zeros(2, 5, 4).double()
+    paths[0, :, 3] = torch.linspace(-2, 2, 5)
+    paths[1, :, 1] = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0])
+    figure = column_paths(x, paths, [4, 0], COLUMNS, most=2)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["sex", "width"]
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), paths[0, :, 3])
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), paths[1, :, 1])
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["female", "male"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["$z_{4}$", "$z_{0}$"]
 
 
 def test_data_lie_below_the_diagonal_and_samples_above():

@@ -85,8 +85,8 @@ def test_codes_are_those_of_the_guide(run):
     frame = table().head(120)
     found = run.encode(frame)
     q = run.program.approximate(batch(run, frame)["x"])
-    np.testing.assert_allclose(found[["z1", "z2"]], q.mean.detach(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[["z1 sd", "z2 sd"]], q.stddev.detach(), rtol=1e-5)
+    np.testing.assert_allclose(found[["z0", "z1"]], q.mean.detach(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[["z0 sd", "z1 sd"]], q.stddev.detach(), rtol=1e-5)
     assert list(found.index[:2]) == ["r0", "r1"]
 
 
@@ -165,6 +165,8 @@ def test_missing_cells_are_filled_as_by_gaussian_conditioning(run):
         there, weight = part(z), part.network.weight.double().numpy()
     mean, scale = there.mean[0].double().numpy(), data.transform.scale
     covariance = weight @ weight.T + np.diag(there.variance[0].double().numpy())
+    with pytest.raises(ValueError, match="Expected rows with missing cells, to be imputed; got none"):
+        run.impute()
     found = run.impute(frame, 2000)
     for row, gone in ((3, [0]), (4, [1]), (5, [0, 1, 2])):
         seen = [j for j in range(3) if j not in gone]
@@ -253,7 +255,7 @@ def test_rare_codes_weigh_more(run):
     frame = table()
     found, codes = run.weights(frame), run.encode(frame)
     assert found["weight"].mean() == pytest.approx(1)
-    assert found["weight"][codes["z1"].abs().idxmax()] > found["weight"].median()
+    assert found["weight"][codes["z0"].abs().idxmax()] > found["weight"].median()
     even = run.weights(frame, smoothing=1e9)
     np.testing.assert_allclose(even["weight"], 1, rtol=1e-6)
 
@@ -278,7 +280,7 @@ def test_the_command_writes_files_that_hold_the_same(run, tmp_path):
         )
         assert result.exit_code == 0, result.output
     plain, packed = pd.read_csv(tmp_path / "codes.csv", index_col="row"), np.load(tmp_path / "codes.npz")
-    np.testing.assert_allclose(plain[["z1", "z2"]], packed["mean"], rtol=1e-6)
+    np.testing.assert_allclose(plain[["z0", "z1"]], packed["mean"], rtol=1e-6)
     np.testing.assert_allclose(plain, pd.read_parquet(tmp_path / "codes.parquet").set_index("row"), rtol=1e-6)
     assert list(packed["index"]) == list(plain.index)
     printed = CliRunner().invoke(app, ["apply", str(run.path), "encode", str(tmp_path / "rows.csv")])

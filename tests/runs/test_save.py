@@ -1,6 +1,7 @@
 """Runs of programs that were built and trained in Python: what `save_run` leaves is a run like any other."""
 
 import json
+import shutil
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ from ppl_vae.infer import History
 from ppl_vae.networks import MLP, Linear, Table
 from ppl_vae.runs import compare_runs, evaluate_run
 from ppl_vae.runs.check_run import check_run
+from ppl_vae.runs.explore import write_explorer
 
 WINE = load("wine", scaling="standardize")
 SETTINGS = {"epochs": 2, "elbo": "TraceMeanField_ELBO"}
@@ -75,6 +77,44 @@ def test_it_loads_into_the_program_alone(saved):
     wrong = VAE(*(Conditional(StandardNormal(1)), Conditional(Normal(13), Linear()), Conditional(Normal(1), Linear())))
     with pytest.raises(ValueError, match="to hold this program's weights"):
         load_run(saved.path, program=wrong)
+
+
+BUILT = """
+import torch
+from ppl_vae import VAE, Conditional
+from ppl_vae.families import Normal, StandardNormal
+from ppl_vae.networks import MLP, Linear
+
+def build():
+    parts = Conditional(Normal(13, scale="shared"), Linear()), Conditional(Normal(2), MLP(hidden=[5]))
+    return VAE(Conditional(StandardNormal(2)), *parts)
+
+def broken():
+    raise KeyError("no")
+
+ready, nothing = build(), 3
+"""
+
+
+def test_a_file_that_builds_it_can_be_named(saved, tmp_path):
+    (file := tmp_path / "mine.py").write_text(BUILT)
+    shutil.copytree(saved.path, tmp_path / "run")
+    page = write_explorer(tmp_path / "run", tmp_path / "a.html", program=f"{file}:build")
+    assert page.read_text().lower().startswith("<!doctype html>")
+    again = load_run(tmp_path / "run", program=f"{file}:ready")
+    assert again.encode().equals(saved.encode())
+    evaluated = evaluate_run(tmp_path / "run", samples=30, program=f"{file}:build")
+    assert evaluated.report["test"] == saved.report["test"]
+    for name, why in {
+        "": "a name after the colon",
+        "none": "got nothing",
+        "nothing": "got int",
+        "broken": "KeyError",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            load_run(tmp_path / "run", program=f"{file}:{name}")
+    with pytest.raises(ValueError, match="is not a Python file"):
+        load_run(tmp_path / "run", program="mine.txt:build")
 
 
 def test_compare_takes_it(saved, tmp_path):

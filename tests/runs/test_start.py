@@ -178,8 +178,8 @@ def test_predictive_is_pyros_over_the_fitted_pair(first):
     pyro.set_rng_seed(0)
     drawn = first.predictive(20_000)(**batch)
     table = first.encode(dict(batch))
-    error = torch.tensor(table[["z1 sd", "z2 sd"]].to_numpy()) / 20_000**0.5
-    off = drawn["z"].double().mean(0).cpu() - torch.tensor(table[["z1", "z2"]].to_numpy())
+    error = torch.tensor(table[["z0 sd", "z1 sd"]].to_numpy()) / 20_000**0.5
+    off = drawn["z"].double().mean(0).cpu() - torch.tensor(table[["z0", "z1"]].to_numpy())
     assert bool((off.abs() < 5 * error).all())
     mean, spread = drawn["x"].double().mean(0), drawn["x"].double().std(0)
     expected = data.transform.inverse(mean)
