@@ -9,9 +9,10 @@ import pyro.infer
 from ppl_vae import Spec, load_spec
 from ppl_vae.data import minibatches
 from ppl_vae.programs.traces import check_batch
+from ppl_vae.runs.evaluated import write_run
 from ppl_vae.runs.places import Place
-from ppl_vae.runs.run import pick_place, write_run
 from ppl_vae.runs.spec_file import parse_override
+from ppl_vae.runs.trained import pick_place
 
 ELBOS = ("Trace_ELBO", "TraceMeanField_ELBO")
 LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does

@@ -24,7 +24,7 @@ from .programs.program import unique_name as unique_name
 from .programs.target import Target as Target
 from .programs.vae import VAE as VAE
 from .runs.check import check_program as check_program
-from .runs.run import load_run as load_run
+from .runs.loaded import load_run as load_run
 from .runs.save import save_run as save_run
 from .runs.spec import Spec as Spec
 from .runs.spec import load_spec as load_spec

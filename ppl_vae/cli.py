@@ -109,7 +109,7 @@ def evaluate(
     with plainly() as screen:
         from ppl_vae.reports.diagnostics import Diagnostics
         from ppl_vae.runs.console import headline
-        from ppl_vae.runs.run import evaluate_run
+        from ppl_vae.runs.evaluated import evaluate_run
 
         asked = Diagnostics(reference, gap, calibration, data, temperatures, chains)
         about: Any = {"program": program, "trust_code": trust_code}
@@ -138,7 +138,7 @@ def apply(
     """Apply a fitted model to rows: their codes, reconstruction or score, in the data's own units; or sample rows."""
     with plainly() as screen:
         from ppl_vae.runs.apply import carry_out
-        from ppl_vae.runs.run import load_run
+        from ppl_vae.runs.loaded import load_run
 
         if as_json and out is None:
             raise ValueError("Expected --out beside --json, which prints one object; got none.")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ppl_vae import demo
 from ppl_vae.cli import app
 from ppl_vae.reports import diagnostics
-from ppl_vae.runs import run, storage
+from ppl_vae.runs import evaluated, run, storage
 from ppl_vae.runs.console import diagnostic_lines, headline
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -34,7 +34,7 @@ PPCA = str(MODELS / "ppca.toml")
 def _as_users_run(monkeypatch, tmp_path):
     """Single precision, as the command line has it, no pictures, in a folder of its own."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     monkeypatch.chdir(tmp_path)
 
 
@@ -422,7 +422,7 @@ def test_references_that_a_program_does_not_allow_leave_the_report_as_it_was(tmp
     def slow(*given, **more):
         raise AssertionError("evaluated before it refused")
 
-    monkeypatch.setattr(run, "evaluate", slow)
+    monkeypatch.setattr(evaluated, "evaluate", slow)
     linear = refused("evaluate", "many", "--reference", "closed-form")
     assert "Expected a linear-Gaussian model" in linear
     assert "This program allows 'ais', 'nuts'" in linear

@@ -12,7 +12,7 @@ import torch
 from two_processes import DIAGNOSTICS, drawing, estimates, exact, rows, trained
 
 from ppl_vae import log_evidence
-from ppl_vae.runs.run import evaluate_run
+from ppl_vae.runs.evaluated import evaluate_run
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -12,8 +12,9 @@ import torch
 
 from ppl_vae import exact_log_evidence, exact_posterior, load_run
 from ppl_vae.infer.annealing import bidirectional
-from ppl_vae.runs import run
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs import evaluated
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem: path for path in (ROOT / "inference").glob("*.py")}
@@ -23,7 +24,7 @@ SHORT = {"svi.epochs": 2, "evaluation.samples": 30}
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 def main(name, *arguments):

@@ -13,7 +13,8 @@ from ppl_vae.families import Normal, StandardNormal
 from ppl_vae.infer import annealed_importance, bidirectional
 from ppl_vae.networks import Linear, Table
 from ppl_vae.reports.diagnostics import Diagnostics
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 
 OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "device": "cpu", "progress": False}
 ANNEALING: dict[str, Any] = {"chains": 4, "temperatures": 12, "leapfrog": 3, "entries": 20 * 4 * 67}  # 20 data a block

@@ -3,11 +3,11 @@ from .catalogue import describe as describe
 from .check import Check as Check
 from .check import check_program as check_program
 from .compare import compare_runs as compare_runs
+from .evaluated import evaluate_run as evaluate_run
 from .explore import write_explorer as write_explorer
 from .loaded import Run as Run
-from .run import evaluate_run as evaluate_run
+from .loaded import load_run as load_run
 from .run import fit_spec as fit_spec
-from .run import load_run as load_run
 from .save import save_run as save_run
 from .schema import json_schema as json_schema
 from .spec import Spec as Spec

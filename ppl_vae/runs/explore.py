@@ -5,7 +5,7 @@ from typing import Any
 
 from ppl_vae.reports.explorer import explorer_page
 from ppl_vae.runs.blame import blamed
-from ppl_vae.runs.run import load_run
+from ppl_vae.runs.loaded import load_run
 from ppl_vae.runs.trained import check_same_data
 
 

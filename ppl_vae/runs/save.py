@@ -11,8 +11,8 @@ from ppl_vae.programs.param_store import adopt
 from ppl_vae.programs.rows import numbered
 from ppl_vae.programs.target import Target
 from ppl_vae.runs.built import Built, tables_of
+from ppl_vae.runs.evaluated import write_run
 from ppl_vae.runs.loaded import Run
-from ppl_vae.runs.run import write_run
 from ppl_vae.runs.spec_file import Say, quiet
 from ppl_vae.runs.trained import pick_place
 

@@ -10,7 +10,7 @@ import scipy.sparse
 import torch
 
 from ppl_vae.data import load
-from ppl_vae.runs import run as runs
+from ppl_vae.runs import evaluated
 from ppl_vae.runs.run import fit_spec
 
 N, GENES = 60, 4
@@ -110,7 +110,7 @@ def test_damaged_files_are_one_message(tmp_path: Path) -> None:
 
 
 def test_a_model_of_counts_takes_cells_of_another_file_by_name(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(runs, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     torch.set_default_dtype(torch.float32)
     write(tmp_path / "cells.h5ad")
     (tmp_path / "spec.toml").write_text("""

@@ -29,8 +29,9 @@ from ppl_vae.data import datasets, load, loading
 from ppl_vae.families import DiscretizedLogistic, Multinomial, NegativeBinomial, Normal, Poisson, StandardNormal
 from ppl_vae.networks import Linear
 from ppl_vae.reports import figures, findings, latent_plots, measures, remedies
-from ppl_vae.runs import run
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs import evaluated
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 
 MODELS = Path(__file__).parents[2] / "models"
 WHOLE = ("eight_schools", "logistic_regression", "regression")  # one datum each: tests/runs/test_whole_runs.py
@@ -135,14 +136,14 @@ def test_every_spec_leaves_a_full_report(path, few, tmp_path, monkeypatch):
     density = found["data"]["measure"].partition(" given")[0] == "density"
     assert (found["baseline"] is None) == (not density or made.spec.model.latent is None)
     assert load_run(made.path, trust_code=True).report == found
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     assert evaluate_run(made.path, trust_code=True).report == found
 
 
 def test_two_epochs_of_mnist_go_well_beyond_plain_settings(tmp_path, monkeypatch):
     """Plain settings (tanh 200-200 at 1e-3, no start at the data's mean) give a test ELBO of -138."""
     present(MODELS / "mnist.toml")
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     made = fit_spec(MODELS / "mnist.toml", {"svi.epochs": 2, "evaluation.samples": 5}, out=tmp_path / "mnist")
     assert made.report["test"]["n"] == 10_000
     assert made.report["test"]["elbo"]["mean"] > -130

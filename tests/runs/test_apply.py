@@ -14,7 +14,8 @@ from ppl_vae import exact_log_evidence, log_evidence
 from ppl_vae.cli import app
 from ppl_vae.data import load
 from ppl_vae.runs.apply import Applied, auroc, carry_out
-from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.loaded import load_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec
 
 N = 260

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from ppl_vae.cli import app
 from ppl_vae.runs import check_run as module
-from ppl_vae.runs import pace, run, stops, storage
+from ppl_vae.runs import evaluated, pace, run, stops, storage
 from ppl_vae.runs.check_run import check_run
+from ppl_vae.runs.loaded import load_run
 from ppl_vae.runs.pace import Pace
-from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.run import fit_spec
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -23,7 +24,7 @@ MODELS = Path(__file__).parents[2] / "models"
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import torch
 
 from ppl_vae.data.loading import load
 from ppl_vae.runs.compare import compare_runs
-from ppl_vae.runs.run import evaluate_run, fit_spec, load_run
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.loaded import load_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec
 
 MLP = {"family": "MLP", "hidden": [4]}

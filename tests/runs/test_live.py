@@ -15,7 +15,7 @@ from ppl_vae.cli import app
 from ppl_vae.evaluation import log_evidence
 from ppl_vae.infer.annealing import annealed_importance
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.runs import run, storage
+from ppl_vae.runs import evaluated, storage
 from ppl_vae.runs.check_run import check_run
 from ppl_vae.runs.metrics import METRICS
 from ppl_vae.runs.run import fit_spec
@@ -29,7 +29,7 @@ SHORT = {"svi.epochs": 4, "evaluation.samples": 5, "model.latent": 1, "svi.check
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: {})
 
 
 def lines(folder):

@@ -12,8 +12,9 @@ import torch
 
 from ppl_vae import PPCA, Target, fit, impute
 from ppl_vae.reports.measures import evaluate
+from ppl_vae.runs.loaded import load_run
 from ppl_vae.runs.new import write_spec
-from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import load_spec
 
 FEW: dict[str, Any] = {"svi.epochs": 2, "evaluation.samples": 40}

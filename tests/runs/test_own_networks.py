@@ -11,8 +11,9 @@ import torch
 from ppl_vae import load_run, load_spec
 from ppl_vae.data import load
 from ppl_vae.networks import Conv
-from ppl_vae.runs import run, storage
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs import evaluated, run, storage
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.schema import json_schema
 from ppl_vae.runs.spec import Spec
 
@@ -71,7 +72,7 @@ samples = 30
 def _as_users_run(monkeypatch):
     """Single precision, as the command line has it, no pictures, and few data."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     whole = load("digits", binarization="threshold")
     few = {part: {key: value[:200] for key, value in getattr(whole, part).items()} for part in ("train", "test")}
     monkeypatch.setattr(Spec, "load_data", lambda spec: dataclasses.replace(whole, **few))

@@ -18,9 +18,10 @@ from torch.distributions import MultivariateNormal
 
 from ppl_vae import Target, load_run, load_spec, log_evidence, log_weights
 from ppl_vae.programs.linear_models import PPCA
-from ppl_vae.runs import places, run, storage
+from ppl_vae.runs import evaluated, places, run, storage
 from ppl_vae.runs.compare import compare_runs
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -56,7 +57,7 @@ class Odd:
 def _as_users_run(monkeypatch):
     """Single precision, as the command line has it, and no pictures, which test_report.py draws."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(run, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers_to_the_bit(settings, whe
 
     fit = run.fit
     with monkeypatch.context() as patch:
-        patch.setattr(run, *(("fit", stopping) if when == "training" else ("evaluate", stopped)))
+        patch.setattr(*((run, "fit", stopping) if when == "training" else (evaluated, "evaluate", stopped)))
         with pytest.raises(KeyboardInterrupt, match=f"Go on with: ppl-vae fit {part}"):
             fit_spec(MODELS / "ppca.toml", settings, out=part)
     kept = {path.name for path in part.iterdir()}
@@ -241,7 +242,7 @@ def test_a_fault_in_the_evaluation_does_not_lose_the_training(tmp_path, monkeypa
 
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", broken)
+        patch.setattr(evaluated, "evaluate", broken)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             fit_spec(MODELS / "ppca.toml", SHORT, out=tmp_path / "run", say=said.append)
     assert "Go on with: ppl-vae fit" in said[-1]
@@ -481,7 +482,7 @@ def test_the_program_of_an_interrupted_run_runs_only_on_trust(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", stopped)
+        patch.setattr(evaluated, "evaluate", stopped)
         with pytest.raises(KeyboardInterrupt, match="Go on with: ppl-vae fit .* --trust-code"):
             fit_spec(f"{file}:Odd", {**SHORT, "model.latent": 2}, out=tmp_path / "theirs")
     shutil.move(tmp_path / "theirs", tmp_path / "downloaded")

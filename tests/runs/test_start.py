@@ -11,9 +11,10 @@ from small import small_spec
 
 from ppl_vae import Target, load_run
 from ppl_vae.programs.param_store import own_params
+from ppl_vae.runs import evaluated, storage
 from ppl_vae.runs import run as runs
-from ppl_vae.runs import storage
-from ppl_vae.runs.run import evaluate_run, fit_spec
+from ppl_vae.runs.evaluated import evaluate_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.start import frozen, learned_by, take_weights
 
 IRIS = {"data.name": "iris", "data.scaling": "standardize", "model.latent": 2, "svi.batch_size": 100}
@@ -46,7 +47,7 @@ def spec(tmp_path_factory):
 def first(spec):
     """A finished run; single precision, as the command line has it, and no pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+        patch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
         torch.set_default_dtype(torch.float32)
         return fit_spec(spec, out=spec.parent / "first")
 
@@ -54,7 +55,7 @@ def first(spec):
 @pytest.fixture(autouse=True)
 def _as_users_run(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(runs, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
 
 
 def weights(folder):
@@ -108,7 +109,7 @@ def test_an_interrupted_run_with_a_start_goes_on_to_the_same_bits_without_it(spe
         with pytest.raises(KeyboardInterrupt):
             fit_spec(spec, changes, out=tmp_path / "part")
         monkeypatch.undo()
-    monkeypatch.setattr(runs, "draw_run", lambda *given, **more: given[3].mkdir() or {})
+    monkeypatch.setattr(evaluated, "draw_run", lambda *given, **more: given[3].mkdir() or {})
     (first.path).rename(tmp_path / "moved")
     try:
         part = fit_spec(tmp_path / "part")

@@ -8,7 +8,8 @@ import torch
 from small import small_spec
 
 from ppl_vae.runs import storage
-from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.loaded import load_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.sweep import Member, parse_grid, run_sweep, summarise, told
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ppl_vae.data import Columns
 from ppl_vae.runs import storage
-from ppl_vae.runs.run import fit_spec, load_run
+from ppl_vae.runs.loaded import load_run
+from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec, load_spec
 from ppl_vae.runs.spec_file import parse_override
 

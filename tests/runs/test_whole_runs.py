@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ppl_vae.cli import app
 from ppl_vae.data import load
 from ppl_vae.evaluation.guide_check import check_guide
-from ppl_vae.runs.run import load_run
+from ppl_vae.runs.loaded import load_run
 from ppl_vae.runs.spec import load_spec
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -341,9 +341,9 @@ def forced_races(world: World) -> Iterator[tuple[str, str]]:
     assert status == 0, said
 
     def held() -> None:
-        from ppl_vae.runs import run
+        from ppl_vae.runs import evaluated
 
-        write = run._write_report
+        write = evaluated._write_report
 
         def waiting(*given: Any) -> Any:
             found = write(*given)
@@ -352,7 +352,7 @@ def forced_races(world: World) -> Iterator[tuple[str, str]]:
                 time.sleep(0.01)
             return found
 
-        run._write_report = waiting
+        evaluated._write_report = waiting
 
     def another(place: Path) -> str:
         shutil.rmtree(place)

@@ -29,7 +29,7 @@ import torch._dynamo  # which Adam loads
 
 from ppl_vae import load_run
 from ppl_vae.cli import app
-from ppl_vae.runs import run, schema, stops, storage
+from ppl_vae.runs import evaluated, run, schema, stops, storage
 
 schema.sections()
 
@@ -101,7 +101,7 @@ def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: N
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_default_dtype(torch.float32)
-        run.draw_run = lambda *given, **more: given[3].mkdir() or {}
+        evaluated.draw_run = lambda *given, **more: given[3].mkdir() or {}
         before()
         try:
             app([str(argument) for argument in arguments])
@@ -351,8 +351,6 @@ def stop_after(epochs: int) -> Any:
     """Interrupt a command after some epochs."""
 
     def hook() -> None:
-        from ppl_vae.runs import run
-
         fit = run.fit
 
         def stopping(*given: Any, on_epoch: Any, **more: Any) -> Any:
@@ -427,12 +425,12 @@ def until(reached: Callable[[], bool], number: int, patience: float = 120.0) -> 
 
 def _warmed(arguments: list[Any]) -> None:
     """Run a command here, so that the children, which are forked, need not load what it loads."""
-    drawn, run.draw_run = run.draw_run, lambda *given, **more: given[3].mkdir() or {}
+    drawn, evaluated.draw_run = evaluated.draw_run, lambda *given, **more: given[3].mkdir() or {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             app([*map(str, arguments)])
         except SystemExit as stop:
             if stop.code:
                 raise RuntimeError(said.getvalue()) from stop
-    run.draw_run = drawn
+    evaluated.draw_run = drawn
     pyro.clear_param_store()
