@@ -21,7 +21,7 @@ from ppl_vae.programs.traces import Batch
 
 EAGER = 50  # steps of a run before any is captured, which takes about as long
 LONG = 40_000  # steps of a run that repay half a minute of compilation
-_ROUNDING = {"full": 1e-6, "bfloat16": 2**-6}  # of gradients, as a share of the largest entry
+_ROUNDING = {"full": 1e-5, "bfloat16": 2**-6}  # of gradients, as a share of the largest entry
 _LOG = logging.getLogger(__name__)
 Capture = Literal["auto", "off", "graph", "compile"]
 MODES = ("off", "graph", "fast", "compile")
