@@ -634,7 +634,7 @@ def test_figures_of_another_measure_do_not_compare(settings, match, finished, tw
     spec = load_spec(MODELS / "ppca.toml", settings)
     data = spec.load_data()
     report["data"]["protocol"] = data.protocol
-    report["data"]["measure"] = run.measure(Target(spec.build(data), data.test))
+    report["data"]["measure"] = evaluated.measure(Target(spec.build(data), data.test))
     (twin / "report.json").write_text(json.dumps(report))
     (twin / "manifest.json").unlink()
     storage.seal(twin, {})
