@@ -45,7 +45,8 @@ def evaluation_split(program: Any, data: Data) -> tuple[str, dict[str, Tensor]]:
         return "train", data.train
     if not len(next(iter(data.test.values()))):
         raise ValueError(
-            "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2."
+            "Expected held-out data, on which this program is evaluated; got none. Set data.test_fraction = 0.2 in a "
+            "spec, or give `as_data` a test part."
         )
     return "test", data.test
 

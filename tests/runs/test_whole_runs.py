@@ -139,8 +139,8 @@ def test_what_does_not_suit_one_datum_is_refused(folder: Path) -> None:
         status=2,
     )
     assert (
-        "Expected held-out data, on which this program is evaluated; got none. Try --set data.test_fraction=0.2."
-        in message
+        "Expected held-out data, on which this program is evaluated; got none. Set data.test_fraction = 0.2 in a spec, "
+        "or give `as_data` a test part." in message
     )
     (folder / "table.csv").write_text("z,other\n1.0,2.0\n2.0,1.5\n")
     assert "Expected data named y; got x" in invoke("check", spec, status=2)
