@@ -12,9 +12,7 @@ from ppl_vae import _processes as processes
 from ppl_vae._progress import reporting
 from ppl_vae.infer.step import State
 from ppl_vae.infer.svi import fit, pick_device
-from ppl_vae.reports.measures import (
-    evaluation_split,
-)
+from ppl_vae.reports.measures import evaluation_split
 from ppl_vae.runs import places, stops, storage
 from ppl_vae.runs.blame import blamed
 from ppl_vae.runs.evaluated import write_run
