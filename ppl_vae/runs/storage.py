@@ -335,7 +335,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     file, wanted = folder / "report.json", {"spec", "data", "train", "test", "exact", "baseline"}
     with reading(file, "JSON"):
         report: dict[str, Any] = json.loads(read_file(file))
-    if not isinstance(report, dict) or not wanted <= report.keys() or "protocol" not in report["data"]:
+    data = report.get("data") if isinstance(report, dict) else None
+    if not isinstance(data, dict) or not wanted <= report.keys() or "protocol" not in data:
         raise ValueError(f"Expected {file} to be a report; it lacks some of {', '.join(sorted(wanted))}. Fit again.")
     return report
 

@@ -642,6 +642,14 @@ def test_figures_of_another_measure_do_not_compare(settings, match, finished, tw
         compare_runs([finished.path, twin])
 
 
+@pytest.mark.parametrize("data", [-0.0, None, [], {}, "protocol"], ids=str)
+def test_a_report_whose_data_are_of_another_kind_is_refused(data, tmp_path):
+    parts = dict.fromkeys(("spec", "train", "test", "exact", "baseline"), {})
+    (tmp_path / "report.json").write_text(json.dumps({**parts, "data": data}))
+    with pytest.raises(ValueError, match="report.json to be a report"):
+        storage.read_report(tmp_path)
+
+
 def test_fewer_than_two_runs_do_not_compare(finished):
     with pytest.raises(ValueError, match="two or more runs"):
         compare_runs([finished.path])

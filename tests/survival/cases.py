@@ -97,7 +97,7 @@ def child(arguments: list[Any], log: Path, before: Callable[[], Any] = lambda: N
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (open(n, "w", closefd=False, buffering=1) for n in (1, 2))
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-        for name in stops.NAMES:  # whatever this process was started with
+        for name in (*stops.NAMES, "SIGQUIT", "SIGALRM"):  # whatever this process was started with
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_default_dtype(torch.float32)
