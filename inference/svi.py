@@ -14,7 +14,6 @@ from ppl_vae.runs.places import Place
 from ppl_vae.runs.spec_file import parse_override
 from ppl_vae.runs.trained import pick_place
 
-ELBOS = ("Trace_ELBO", "TraceMeanField_ELBO")
 LOOP = {"svi.optimizer": "Adam", "svi.schedule": "constant", "svi.clip": 0.0, "svi.keep": "last"}  # what it does
 LOOP |= {"svi.beta": 1.0, "svi.warm_up": 0, "svi.free_bits": 0.0, "svi.weight_decay": 0.0, "svi.patience": 0}
 
@@ -28,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         spec = load_spec(given.spec, {**LOOP, **dict(map(parse_override, given.set))})
-        if spec.svi.elbo not in ELBOS:
-            raise ValueError(f"Expected svi.elbo to be {' or '.join(ELBOS)}, for stock Pyro; got {spec.svi.elbo}.")
+        if spec.svi.elbo not in (known := ("Trace_ELBO", "TraceMeanField_ELBO")):
+            raise ValueError(f"Expected svi.elbo to be {' or '.join(known)}, for stock Pyro; got {spec.svi.elbo}.")
         with pick_place(spec, given.out) as place:
             train(spec, place)
     except ValueError as error:
