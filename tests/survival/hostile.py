@@ -372,6 +372,7 @@ def hostile_data(world: World) -> Iterator[tuple[str, str]]:
 
     def small() -> None:
         os.environ["PPL_VAE_LARGEST"] = "1e7"
+        bounded()
 
     _more_files(folder)
     for file in sorted(folder.iterdir()):
@@ -501,6 +502,6 @@ def hostile_settings(world: World) -> Iterator[tuple[str, str]]:
             ".=1",
         ),
     ):
-        status, said = command(["check", world.spec, "--set", setting], world.log)
+        status, said = command(["check", world.spec, "--set", setting], world.log, bounded)
         good = status == 2 and "Traceback" not in said
         yield setting[:40], "" if good else told(status, said)
