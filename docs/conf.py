@@ -18,6 +18,9 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 html_theme, html_title = "furo", "ppl_vae"
 html_theme_options = {"navigation_with_keys": True}
 html_show_copyright = False
+html_static_path, html_css_files = ["_static"], ["pages.css"]
+pygments_dark_style = "github-dark"
+smartquotes_action = "qe"  # quotes and dots, not the hyphens of options
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
@@ -40,27 +43,50 @@ REACH = """addEventListener("DOMContentLoaded", () => {
 });"""  # what scrolls can be reached by keys, and what is a heading has a level
 
 
+COLON = "\ue000"  # one that is no sign of a type
+
+
 def as_code(app, what, name, obj, options, lines):
-    """Write `x` as ``x``, before colons inside are taken for those of a type."""
+    """Write `x` as ``x``, and keep the colon in a property's sentence, before a colon is taken for that of a type."""
     pattern = r"(:\w+:`[^`]*`|``[^`]*``)|`([^`]+)`"
     lines[:] = [re.sub(pattern, lambda found: found[1] or f"``{found[2]}``", line) for line in lines]
+    if what in ("property", "attribute"):
+        lines[:1] = [line.replace(": ", COLON + " ") for line in lines[:1]]
 
 
 def escape(app, what, name, obj, options, lines):
     """Let stars, bars and trailing underscores stand, which reStructuredText would read as markup."""
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            parts = re.split(r"(:math:`[^`]*`|``[^`]*``|`[^`]*`)", line)
-            lines[number] = "".join(p if k % 2 else re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", p)
-                                    for k, p in enumerate(parts))  # fmt: skip
+    code = r"(^ *(?:>>>|\.\.\.).*$|:math:`[^`]*`|``[^`]*``|`[^`]*`)"
+    parts = re.split(code, "\n".join(lines).replace(COLON, ":"), flags=re.MULTILINE)
+    parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")
+
+
+def describe(app, doctree):
+    """Give a picture without a description that of its section, instead of the name of its file."""
+    for image in doctree.findall(nodes.image):
+        section = image
+        while section.parent and not isinstance(section, nodes.section):
+            section = section.parent
+        image.setdefault("alt", f"Picture: {section.next_node(nodes.title).astext()}")
+
+
+def lead_back(app, pagename, templatename, context, doctree):
+    """Lead from source to reference by the path that the page there has, where another page shares the source."""
+    if pagename.startswith("_modules/") and "body" in context:
+        link = r"(reference/(ppl_vae\.(\w+))\.html#)ppl_vae\.(?!\3\.)"
+        context["body"] = re.sub(link, r"\1\2.", context["body"])
 
 
 def mathml(block):
     """A visitor that writes formulas as MathML, which needs no script from elsewhere."""
 
     def visit(self, node):
-        code = latex2mathml.converter.convert(node.astext(), display="block" if block else "inline")
-        self.body.append(re.sub(r"(<mi>(?:log|ln|det)</mi>)", r'\1<mspace width="0.17em"/>', code))
+        parts = node.astext().split(r"\qquad") if block else [node.astext()]
+        code = "".join(latex2mathml.converter.convert(one, display="block" if block else "inline") for one in parts)
+        code = re.sub(r"(<mi>(?:log|ln|det)</mi>)", r'\1<mspace width="0.17em"/>', code)
+        code = code.replace("<mo>&#x23DF;</mo>", '<mspace class="brace"/>')  # which no font need stretch
+        self.body.append(f'<div class="formulas">{code}</div>' if block else code)
         raise nodes.SkipNode
 
     return visit, None
@@ -78,3 +104,5 @@ def setup(app):
     app.add_html_math_renderer("mathml", mathml(False), mathml(True))
     app.connect("autodoc-process-docstring", as_code, priority=100)
     app.connect("autodoc-process-docstring", escape, priority=900)
+    app.connect("doctree-read", describe)
+    app.connect("html-page-context", lead_back)
