@@ -7,6 +7,7 @@ from pathlib import Path
 
 import latex2mathml.converter
 from docutils import nodes
+from matplotlib.image import imread
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -63,12 +64,16 @@ def escape(app, what, name, obj, options, lines):
 
 
 def describe(app, doctree):
-    """Give a picture without a description that of its section, instead of the name of its file."""
+    """Describe a picture by its section, if nothing else does, and set the dash between a parameter and its text."""
+    for dash in [text for text in doctree.findall(nodes.Text) if text == " -- "]:
+        dash.parent.replace(dash, nodes.Text(" \N{EN DASH} "))
     for image in doctree.findall(nodes.image):
         section = image
         while section.parent and not isinstance(section, nodes.section):
             section = section.parent
         image.setdefault("alt", f"Picture: {section.next_node(nodes.title).astext()}")
+        if (imread(app.srcdir / image["uri"])[..., :3].max(-1) < 0.4).mean() > 0.2:
+            image["classes"].append("pixels")  # and no axes whose numbers must be read
 
 
 def lead_back(app, pagename, templatename, context, doctree):
