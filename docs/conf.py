@@ -17,7 +17,10 @@ from reference import write_reference  # noqa: E402
 project, author = "ppl_vae", "the authors of ppl_vae"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme, html_title = "furo", "ppl_vae"
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {
+    "navigation_with_keys": True,
+    "dark_css_variables": {"color-code-background": "#1e2126", "mystnb-source-border-color": "#3b3f46"},
+}
 html_show_copyright = False
 html_static_path, html_css_files = ["_static"], ["pages.css"]
 pygments_dark_style = "github-dark"
@@ -89,7 +92,9 @@ def mathml(block):
     def visit(self, node):
         parts = node.astext().split(r"\qquad") if block else [node.astext()]
         code = "".join(latex2mathml.converter.convert(one, display="block" if block else "inline") for one in parts)
-        code = re.sub(r"(<mi>(?:log|ln|det)</mi>)", r'\1<mspace width="0.17em"/>', code)
+        name, space = "<mi>(?:log|ln|det)</mi>", '<mspace width="0.17em"/>'
+        code = re.sub(f"(</mi>|</mn>|</mstyle>|&#x00029;</mo>)(?={name})", rf"\1{space}", code)
+        code = re.sub(f"({name})", rf"\1{space}", code)
         code = code.replace("<mo>&#x23DF;</mo>", '<mspace class="brace"/>')  # which no font need stretch
         self.body.append(f'<div class="formulas">{code}</div>' if block else code)
         raise nodes.SkipNode
