@@ -114,5 +114,7 @@ def setup(app):
     app.add_html_math_renderer("mathml", mathml(False), mathml(True))
     app.connect("autodoc-process-docstring", as_code, priority=100)
     app.connect("autodoc-process-docstring", escape, priority=900)
+    nothing = ("()", None)  # in place of what a constructor of torch says that takes nothing
+    app.connect("autodoc-process-signature", lambda *args: nothing if args[5] == "(*args, **kwargs)" else None)
     app.connect("doctree-read", describe)
     app.connect("html-page-context", lead_back)
