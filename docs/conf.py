@@ -40,7 +40,7 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 REACH = """addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("p.caption[role=heading]").forEach((one) => one.setAttribute("aria-level", "2"));
-  const wide = "pre, .table-wrapper, .output, math[display=block]";
+  const wide = "pre, .table-wrapper, .output, math[display=block], :is(.cell_output, article p):has(> img)";
   document.querySelectorAll(wide).forEach((one) => { one.tabIndex = 0; });
   document.querySelectorAll("aside.sidebar-drawer").forEach((one) => one.setAttribute("aria-label", "Pages"));
   document.querySelectorAll("aside.toc-drawer").forEach((one) => one.setAttribute("aria-label", "On this page"));
