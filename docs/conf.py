@@ -60,10 +60,17 @@ def as_code(app, what, name, obj, options, lines):
 
 def escape(app, what, name, obj, options, lines):
     """Let stars, bars and trailing underscores stand, which reStructuredText would read as markup."""
-    code = r"(^ *(?:>>>|\.\.\.).*$|:math:`[^`]*`|``[^`]*``|`[^`]*`)"
+    code = r"(^ *(?:>>>|\.\.\.).*$|:math:`[^`]*`|``[^`]*``|`[^`]*`|\\\*|\*\*\w+\*\*|(?<!\S)\*\w+\*(?!\w))"
     parts = re.split(code, "\n".join(lines).replace(COLON, ":"), flags=re.MULTILINE)
     parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
     lines[:] = "".join(parts).split("\n")
+
+
+def shorten(app, what, name, obj, options, signature, answer):
+    """Write "()" for a constructor that takes what torch's takes alone, and "..." for a default without a name."""
+    if signature == "(*args, **kwargs)":
+        return "()", answer
+    return re.sub(r"=<(?:[^<>]|<[^<>]*>)*>", "=...", signature or "") or None, answer
 
 
 def describe(app, doctree):
@@ -114,7 +121,6 @@ def setup(app):
     app.add_html_math_renderer("mathml", mathml(False), mathml(True))
     app.connect("autodoc-process-docstring", as_code, priority=100)
     app.connect("autodoc-process-docstring", escape, priority=900)
-    nothing = ("()", None)  # in place of what a constructor of torch says that takes nothing
-    app.connect("autodoc-process-signature", lambda *args: nothing if args[5] == "(*args, **kwargs)" else None)
+    app.connect("autodoc-process-signature", shorten)
     app.connect("doctree-read", describe)
     app.connect("html-page-context", lead_back)
