@@ -1,7 +1,6 @@
 """Weights: draws from a program's guide in blocks, with their log importance weights."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
