@@ -1,6 +1,7 @@
 """Speed beside stock Pyro, NumPyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
 
 python benchmarks/speed.py [--rounds 8] [--numpyro .bench/bin/python] [--out results.json] [--page page.md --also ...]
+    [--data ../shared/data]
 
 All of it is on one thread, but for the last part. NumPyro runs in an environment of its own, and is left out without.
 """
@@ -24,7 +25,7 @@ from pyro.infer import SVI, Trace_ELBO
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from ppl_vae import PPCA, VAE, log_evidence
+from ppl_vae import PPCA, load_spec, log_evidence
 from ppl_vae.infer.gradients import Gradients
 from ppl_vae.infer.objectives import make_objective
 from ppl_vae.infer.optimizers import make_optimizer, take_step
@@ -118,18 +119,29 @@ def training(
     return in_turn(ours, x, peers, batch, rounds, capture, precision)
 
 
-def bare_steps(program: VAE, x: Tensor, precision: Any) -> Callable[[], None]:
+def bare_steps(
+    program: Any, x: Tensor, precision: Any, elbo: Any = "Trace_ELBO", steps: int = BATCHES
+) -> Callable[[], None]:
     """The captured steps of an epoch on one batch, without the epoch around them."""
     learned = [*program.parameters()]
-    objective = make_objective(Target(program, x), learned, elbo="Trace_ELBO")
+    objective = make_objective(Target(program, x), learned, elbo=elbo)
     gradients = Gradients(program, objective, learned, precision=precision)
     optimizer = make_optimizer("Adam", learned, 1e-3)
 
     def run() -> None:
-        for _ in range(BATCHES):
+        for _ in range(steps):
             take_step(optimizer, learned, gradients({"x": x}, WARM_UP)[1])
 
     return run
+
+
+def epoch_of(file: str, root: str, rounds: int) -> dict[str, Any]:
+    """Time the epochs of a spec, which draws its data anew, beside as many of its captured steps on one batch."""
+    spec = load_spec(file, {"data.root": str(Path(root).resolve())})
+    x, size, elbo = spec.load_data(), spec.training["batch_size"], spec.training["elbo"]
+    first, steps = x.train["x"][:size], -(-len(x.train["x"]) // size)
+    peers = {"its bare steps, on a batch": bare_steps(spec.build(), first, "full", elbo, steps)}
+    return in_turn(spec.build(), x, peers, size, rounds, "auto", elbo=elbo)
 
 
 def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
@@ -261,6 +273,7 @@ def main() -> None:
     parser.add_argument("--numpyro", help="a Python that has NumPyro")
     parser.add_argument("--out", help="a JSON file")
     parser.add_argument("--page", help="a page of Markdown that marks where the figures go")
+    parser.add_argument("--data", default="../shared/data", help="where MNIST lies; without it, it is left out")
     parser.add_argument("--also", nargs="*", default=[], help="JSON files of other machines, for the page")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -272,7 +285,10 @@ def main() -> None:
             title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {', '.join(how)}"
             found[title] = training(sizes, batch, given.numpyro, rounds, *how)
             show(title, found[title])
-    found["weight of evidence, 784-200-200-50, K = 5,000"] = evidence(200, 5000, few)
+    if (Path(given.data) / "MNIST").is_dir():
+        found["step in an epoch of models/mnist.toml"] = epoch_of("models/mnist.toml", given.data, given.rounds)
+        show(*list(found.items())[-1])
+    found["weight of evidence, 784-200-200-50, K = 5,000, n = 500"] = evidence(500, 5000, few)
     show(*list(found.items())[-1])
     for title, rows in by_components(few).items():
         found[f"PPCA, {title}"] = rows
