@@ -32,6 +32,7 @@ from ppl_vae.infer.optimizers import make_optimizer, take_step
 from ppl_vae.programs.target import Target
 
 BATCHES = 20  # in an epoch
+linear = torch.ops.mkldnn._linear_pointwise
 
 
 class Plain(nn.Module):
@@ -114,7 +115,9 @@ def training(
     if numpyro:
         steps = NumPyro(numpyro, *sizes, batch)
         peers["NumPyro"] = lambda: steps(BATCHES)
-    peers["products alone"] = products(batch, sizes)
+    for library in ("MKL", "oneDNN"):
+        peers[f"products alone, by {library}"] = products(batch, sizes, library)
+    peers["memory traffic alone"] = traffic(ours)
     peers["PyTorch by hand"] = by_hand(False)
     return in_turn(ours, x, peers, batch, rounds, capture, precision)
 
@@ -144,17 +147,33 @@ def epoch_of(file: str, root: str, rounds: int) -> dict[str, Any]:
     return in_turn(spec.build(), x, peers, size, rounds, "auto", elbo=elbo)
 
 
-def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
-    """The matrix products of an epoch, by `mm`: what no step can be faster than with that library."""
+def products(batch: int, sizes: tuple[int, int, int], library: str) -> Callable[[], None]:
+    """The matrix products of an epoch: what no step can be faster than with that library."""
     features, hidden, latent = sizes
     work = []
     for inputs, outputs in ((features, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, features)):
         a, w, g = torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(batch, outputs)
         work += [(a, w.t()), (g.t(), a)] + ([] if inputs == features else [(g, w)])
 
-    def run() -> None:
+    def by_mkl() -> None:
         for one, other in work * BATCHES:
             torch.mm(one, other)
+
+    def by_onednn() -> None:
+        for one, other in work * BATCHES:
+            linear(one, other.t(), None, "none", [], "")
+
+    return by_mkl if library == "MKL" else by_onednn
+
+
+def traffic(program: nn.Module) -> Callable[[], None]:
+    """Memory moved as Adam must at the least: parameter, two moments and gradient, read and written once a step."""
+    given = torch.randn(4 * sum(one.numel() for one in program.parameters()))
+    out = torch.empty_like(given)
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            out.copy_(given)
 
     return run
 
@@ -168,7 +187,6 @@ def evidence(n: int, samples: int, rounds: int) -> dict[str, Any]:
     blocks = n * samples // 10_000
     guide = nn.Sequential(nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 100))
     decoder = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-    linear = torch.ops.mkldnn._linear_pointwise
 
     @torch.no_grad()
     def by_stock() -> None:
