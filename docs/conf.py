@@ -60,7 +60,7 @@ def as_code(app, what, name, obj, options, lines):
 
 def escape(app, what, name, obj, options, lines):
     """Let stars, bars and trailing underscores stand, which reStructuredText would read as markup."""
-    code = r"(^ *(?:>>>|\.\.\.).*$|:math:`[^`]*`|``[^`]*``|`[^`]*`|\\\*|\*\*\w+\*\*|(?<!\S)\*\w+\*(?!\w))"
+    code = r"(^ *(?:>>>|\.\.\.).*$|:math:`[^`]*`|``[^`]*``|`[^`]*`|\\\*|\w\(\*\*\w+|\*\*\w+\*\*|(?<!\S)\*\w+\*(?!\w))"
     parts = re.split(code, "\n".join(lines).replace(COLON, ":"), flags=re.MULTILINE)
     parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
     lines[:] = "".join(parts).split("\n")
