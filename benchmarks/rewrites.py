@@ -39,7 +39,7 @@ def without(*names: str) -> Iterator[None]:
 
 
 def density(vae: VAE, x: Tensor, chains: int) -> tuple[Callable[..., Any], list[Tensor], bool]:
-    """log p(x, z) and its gradient by z, as annealing evaluates them."""
+    """Evaluate log p(x, z) and its gradient by z, as annealing does."""
 
     def function(z: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -76,6 +76,7 @@ def step(vae: VAE, x: Tensor) -> tuple[Callable[..., Any], list[Tensor], bool]:
 
 
 def recorded(function: Callable[..., Any], given: list[Tensor], reuse: bool) -> GraphModule:
+    """Record a function, on kept memory where asked to."""
     with pyro.validation_enabled(False):  # it looks at values
         graph = capture.record(function, given)
     if reuse:
