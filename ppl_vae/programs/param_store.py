@@ -93,7 +93,11 @@ def scope(program: Any, *, keep: bool = True, training: bool = False) -> Iterato
 
 
 def copied(program: Any) -> Any:
-    """A deep copy of a program; Pyro's autoguides forget their model and their list when copied, and get them back."""
+    """A deep copy of a program.
+
+    Pyro's autoguides forget their model and their list when copied, and get them back. What is named by the ``id`` of
+    a module, so that no other has its name, is known by that of the copy.
+    """
     guides = (
         [part for part in program.modules() if isinstance(part, AutoGuide)] if isinstance(program, nn.Module) else []
     )
@@ -106,6 +110,14 @@ def copied(program: Any) -> Any:
             guide._model, guide.master = model, master
     for guide, (model, _) in zip(others, known, strict=True):
         guide._model = model
+    names = {str(id(program)): str(id(twin))}
+    if isinstance(program, nn.Module):
+        names |= {str(id(one)): str(id(other)) for one, other in zip(program.modules(), twin.modules(), strict=True)}
+    for known_by_name in own_params(twin).values():
+        for name in [*known_by_name]:
+            for old, new in names.items():
+                if old in name:
+                    known_by_name[name.replace(old, new)] = known_by_name.pop(name)
     return twin
 
 
