@@ -110,6 +110,6 @@ def _pairs(above: style.Array, below: style.Array, names: tuple[str, str], shape
     columns = min(len(above), 10)
     blocks = [np.pad(part, ((0, -len(above) % columns), (0, 0)), constant_values=np.nan) for part in (above, below)]
     pairs = np.stack([part.reshape(-1, columns, part.shape[1]) for part in blocks], 1)
-    figure, ax, at, _ = style.mosaic(pairs.reshape(-1, above.shape[1]), shape, columns, left=1.15, limits=above)
+    figure, ax, at, _ = style.mosaic(pairs.reshape(-1, above.shape[1]), shape, columns, left=1.35, limits=above)
     ax.set_yticks(at, [*names] * len(pairs))
     return figure

@@ -19,7 +19,7 @@ from ppl_vae.reports.diagnostic_words import describe_diagnostics
 from ppl_vae.reports.findings import counted, figure, list_findings, margin
 from ppl_vae.reports.html_page import Number, Picture, page, plain
 from ppl_vae.reports.measures import MOST_DATA
-from ppl_vae.reports.remedies import list_remedies
+from ppl_vae.reports.remedies import list_remedies, trusted
 
 _ROWS = 40  # of the table of moments, at the most
 
@@ -61,6 +61,7 @@ def markdown(
         diagnostics=[*describe_diagnostics(report), *notes],
         captions=captions,
         options=options,
+        trust=trusted(report["spec"]),
         figure=figure,
         most=MOST_DATA,
     )
@@ -119,7 +120,8 @@ def first_numbers(report: Mapping[str, Any]) -> list[Number]:
     elif baseline and "difference" in baseline["ppca"]:
         ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
         value = ">= " * bound + "+" * (ahead > 0) + figure(ahead)
-        numbers.append(Number("log evidence minus that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
+        of = " of the bound, paired" if bound else ", paired"
+        numbers.append(Number("log evidence minus that of PPCA", value, _errors(se, None, of), unit, kind))
     elif classes := report.get("classes"):
         share = f"share of {counted(classes['n'])}"
         numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
@@ -155,7 +157,7 @@ def evidence_numbers(test: Mapping[str, Any], data: Mapping[str, Any]) -> list[N
 def _errors(over: float | None, own: float | None = None, of: str = " over the data") -> str:
     """A standard error and a Monte Carlo error in words, as far as they are known."""
     parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
-    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
+    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error" if own else "no Monte Carlo error"]
     return "; ".join(parts) or "error not known: a single datum or draw"
 
 
