@@ -16,7 +16,7 @@ from ppl_vae.evaluation.predictive import PredictiveCheck
 from ppl_vae.reports import style
 from ppl_vae.reports.diagnostics import rank_counts
 
-_SIZE = (6.4, 4.2)  # inches
+_SIZE = (5.4, 3.8)  # inches
 
 
 def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Axes | None = None) -> Axes:
@@ -59,7 +59,7 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
     """
     rows = sorted(found["settings"], key=lambda row: row["log_evidence"]["mean"])
     style.check_some(len(rows))
-    figure = Figure((7.2, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
+    figure = Figure((6.4, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
     ax = style.bare(figure.subplots())
     drawn = []
     for place, row in enumerate(rows):
@@ -118,7 +118,7 @@ def moments(sites: Mapping[str, Any], *, most: int = 24, ax: Axes | None = None)
     style.check_some(len(entries))
     furthest = sorted(entries, key=lambda entry: -entry[0])[:most]
     shown = [entry for entry in entries if entry in furthest][::-1]
-    ax = style.axes_for(ax, (6.4, 0.9 + 0.3 * len(shown)))
+    ax = style.axes_for(ax, (5.4, 0.9 + 0.3 * len(shown)))
     for shift, which, colour, mark in ((0.15, 1, style.BLUE, "s"), (-0.15, 0, style.VERMILLION, "o")):
         means, sds = np.array([entry[2][which] for entry in shown], dtype=float).T
         label = ("guide", shown[0][3])[which]

@@ -369,7 +369,7 @@ function build() {
     page.columns.forEach((name) => {
       const row = document.createElement("tr"), head = document.createElement("th"), decoded = document.createElement("td"), beside = document.createElement("td");
       const last = document.createElement("td"), track = document.createElement("div"), bar = document.createElement("i");
-      head.scope = "row"; head.textContent = name; last.className = "bar";
+      head.scope = "row"; name.split(/(?<=_)/).forEach((part) => head.append(part, document.createElement("wbr"))); last.className = "bar";
       track.append(bar); last.append(track); row.append(head, decoded, beside, last); body.append(row);
       cells.push([decoded, beside, bar]);
     });

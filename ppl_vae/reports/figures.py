@@ -143,6 +143,8 @@ def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
             caption = "Pairs of the columns that depend most on each other: data below the diagonal, draws above it."
             album.add("pairs.png", scattered, caption)
     else:
+        if shape is None and len(drawn.unique()) <= 2:
+            return  # lines of zeros and ones say nothing
         beside_it = "" if middle is None or shape is None else " Below each the mean of p(x given z)."
         album.add("samples.png", samples(drawn, means=middle, shape=shape), caption + beside_it)
 
@@ -306,15 +308,18 @@ def draw_diagnostics(results: Results, folder: Path, *, shape: tuple[int, ...] |
 
 
 def _means(target: Target, seed: int) -> Tensor | None:
-    """The mean of p(x|z) for one draw of z from the guide, if a site `x` observes the data as they are."""
+    """The mean of p(x|z) for one draw of z from the guide, if the site `x`, or the only one, observes the data."""
     program, batch = target.program, target.batch
     if isinstance(program, VAE):
         return program.reconstruct(batch, seed=seed)
     nodes: Any = target.replay(seed)[0].nodes
-    if "x" not in nodes or "x" not in batch or nodes["x"]["value"].shape != batch["x"].shape:
+    site, *more = ["x"] if "x" in nodes else target.structure.observed or ["x"]
+    if more or "x" not in batch or site not in nodes or nodes[site]["value"].shape != batch["x"].shape:
+        return None
+    if site != "x" and not bool((nodes[site]["value"] == batch["x"]).all()):
         return None
     try:
-        return nodes["x"]["fn"].mean.expand(batch["x"].shape)  # type: ignore[no-any-return]
+        return nodes[site]["fn"].mean.expand(batch["x"].shape)  # type: ignore[no-any-return]
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -153,7 +153,8 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
     listed = "\n".join(f"- {doubt}" for doubt in doubts)
     whole = f"{title}\n" + (f"## What to distrust\n{listed}\n" if doubts else "") + f"## Settings\n{rest}"
     settings = f"{len(rows)} settings, each" if len(rows) > 1 else "One setting,"
-    about = f"{settings} trained with {min(row['seeds'] for row in rows)} seeds or more."
+    least, most = (pick(row["seeds"] for row in rows) for pick in (min, max))
+    about = f"{settings} trained with {least} seed{'s' * (least > 1)}{' or more' * (most > least)}."
     caption = "log evidence of each setting, best above; at the right the seconds of training."
     return page(whole, about=about, numbers=numbers, pictures=[_picture(sweep_results(found), caption)])
 

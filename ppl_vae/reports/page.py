@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ppl_vae.evaluation.pareto import shape_error
+from ppl_vae.programs.program import Program
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.diagnostic_words import describe_diagnostics
@@ -94,6 +95,7 @@ def _about(report: Mapping[str, Any]) -> str:
     """What was fitted, to what, in a sentence."""
     data, spec = report["data"], report["spec"]
     what = f"The program {plain(Path(spec['model'].get('program') or '').name)}"
+    what = "A program built in Python," if spec["model"].get("built") else what
     if "prior" in spec:
         families = [plain(Path(spec[r].get("family") or spec[r]["program"]).name) for r in ("likelihood", "posterior")]
         what = f"A variational autoencoder with {report['test']['latents']} latents, a likelihood {families[0]} and "
@@ -164,7 +166,10 @@ def _errors(over: float | None, own: float | None = None, of: str = " over the d
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and formulas of a VAE, or name, file and summary of another program."""
     if not isinstance(program, VAE) or "prior" not in spec:
-        name, summary = type(program).__name__, (type(program).__doc__ or "").strip().split("\n")[0]
+        own = program.model if type(program) is Program else program
+        own = getattr(own, "__self__", getattr(own, "func", own))  # the object or function that was wrapped
+        own = own if hasattr(own, "__name__") else type(own)
+        name, summary = own.__name__, (own.__doc__ or "").strip().split("\n")[0]
         return {
             "name": name,
             "file": Path(spec["model"]["program"].partition(":")[0]).name,

@@ -176,7 +176,7 @@ def panels(
     return figure, axes[:n]
 
 
-def axes_for(ax: Axes | None, size: tuple[float, float] = (7, 4)) -> Axes:
+def axes_for(ax: Axes | None, size: tuple[float, float] = (5.6, 3.6)) -> Axes:
     """The axes given, or those of a new figure of that size in inches."""
     return bare(Figure(size, dpi=120, layout="constrained").add_subplot() if ax is None else ax)
 

@@ -127,11 +127,11 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
         spread = one.std() or 1.0
         errors.append(float((np.rint(other) != one).mean() if coded else np.sqrt(((one - other) ** 2).mean()) / spread))
     order = np.argsort(errors)[-20:]
-    ax = style.axes_for(ax, (6, 0.7 + 0.25 * len(order)))
+    ax = style.axes_for(ax, (5.2, 0.7 + 0.25 * len(order)))
     ax.barh(range(len(order)), [errors[j] for j in order], color=style.BLUE)
     ax.set_yticks(range(len(order)), [style.short(_names(columns)[j], 32) for j in order], fontsize="small")
     ax.axvline(1, color="0.6", lw=1, ls=":")
-    ax.set(xlabel="error: RMSE / standard deviation, or share of wrong codes", ylim=(-0.6, len(order) - 0.4))
+    ax.set(xlabel="RMSE / standard deviation, or share of wrong words", ylim=(-0.6, len(order) - 0.4))
     return ax
 
 
