@@ -219,9 +219,9 @@ def _draw_latents(
     except ValueError:
         return
     first: tuple[int, int] = axes or (order[0], order[1])  # type: ignore[assignment]
-    pairs = [(one.loc[:10], one.covariance[:10]) for one in (q, p)]
+    pairs = [(one.loc[:9], one.covariance[:9]) for one in (q, p)]
     caption = f"The guide's ellipses over the exact posterior's. {whose} data."
-    album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:10], shape=shape), caption)
+    album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:9], shape=shape), caption)
 
 
 def _column_paths(program: VAE, data: Data, codes: Tensor, latents: list[int], given: Any) -> Any:

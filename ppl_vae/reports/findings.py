@@ -33,7 +33,7 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         *_doubt_diagnostics(report),
         *_doubt_distance(report),
         *_doubt_encoder(report),
-        *_doubt_latents(test),
+        *_doubt_latents(report),
         *_doubt_convergence(report, history),
     ]
 
@@ -124,13 +124,18 @@ def _doubt_model(report: Mapping[str, Any], history: Sequence[float]) -> Iterato
             if still_rising(report, history) or len(history) < 2
             else "training settled in a poor place"
         )
-        if 2 * lost >= latents:
+        if 2 * lost >= latents and len(history) > 1:
             cause = f"{lost} of {latents} latents collapsed, and what is left is no more than a linear model"
         bound = " or less: the log evidence is a bound" if test["log_evidence"]["kind"] == "lower bound" else ""
         yield (
             f"**The model is worse than PPCA**, by {figure(-ppca['difference'], ppca['se'])} nats per datum{bound}. A "
             f"linear model with as many latents fits these data better, so no figure here tells what this kind of "
             f"model can do: {cause}."
+        )
+    elif len(silent(test)) == test["latents"] > 0:
+        yield (
+            f"**All latents are collapsed**, {test['latents']} of {test['latents']}: no code says anything about its "
+            "datum, so the model is one fixed distribution of x."
         )
     if overfitted(report) == "model":
         yield f"**The model memorises**: its training data fit better, by {_ahead(report)}."
@@ -248,8 +253,11 @@ def _doubt_predictions(block: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"**The model draws data unlike these**: {worst}{more}."
 
 
-def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
-    latents = silent(test)
+def _doubt_latents(report: Mapping[str, Any]) -> Iterator[str]:
+    """Which latents are collapsed, unless all are and that was told."""
+    test, latents = report["test"], silent(report["test"])
+    if len(latents) == test["latents"] and not behind_ppca(report):
+        return
     names = ", ".join(f"z{latent}" for latent in latents[:8])
     names += f" and {len(latents) - 8} more" if len(latents) > 8 else ""
     lost = f"{len(latents)} of {test['latents']} latents {'is' if len(latents) == 1 else 'are'} collapsed"

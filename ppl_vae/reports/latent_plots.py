@@ -56,7 +56,7 @@ def latent_scatter(
         raise ValueError(f"Expected a label for each of {len(points)} data; got {len(values)}.")
     distinct = np.zeros(0) if values is None else np.unique(values)
     if ax is None:
-        ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
+        ax = Figure((6.6, 4.9), dpi=120).add_axes((0.65 / 6.6, 0.55 / 4.9, 4.25 / 6.6, 4.25 / 4.9))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
     look: dict[str, Any] = {"s": area, "lw": 0.4 * (len(points) <= 1000), "ec": "0.2"}

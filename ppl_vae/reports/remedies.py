@@ -47,13 +47,13 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
     learning = fits is None and (len(history) < 2 or still_rising(report, history) is not None)
     built = spec.get("model", {}).get("built", False)
     worse, collapsed = behind_ppca(report), len(silent(test))
-    lost = 2 * collapsed >= test["latents"] and collapsed > 0
+    lost = 2 * collapsed >= test["latents"] > 0 and (worse or collapsed == test["latents"]) and len(history) > 2
     if worse and spec.get("data", {}).get("scaling") == "none" and data.get("columns", {}).get("names"):
         yield 'Standardise the columns: `data.scaling = "standardize"`.'
     if learning:
         epochs = "more epochs than the" if built else "raise `svi.epochs`, now"
         yield f"Train longer: {epochs} {svi.get('epochs', len(history))}. The rest may mend itself."
-    if worse and lost:
+    if lost:
         free = svi.get("warm_up") and not svi.get("free_bits")
         yield (
             "Keep latents from collapsing: "

@@ -290,7 +290,7 @@ def told(found: Mapping[str, Any]) -> str:
     """The table of a sweep in Markdown."""
     head = (
         "setting",
-        "log p(x), nats per datum",
+        "log p(x)",
         "± data",
         "± seeds",
         "seeds",
@@ -312,8 +312,9 @@ def told(found: Mapping[str, Any]) -> str:
         cells = (sign + f"{value['mean']:.3f}", f"{value['se']:.3f}", _known(value["se_seeds"]), str(row["seeds"]))
         rows.append((name, *cells, gap, f"{row['elbo']:.3f}", ppca, f"{row['seconds']:.1f}"))
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---", *("---:",) * (len(head) - 1)), *rows)]
-    if common := {key: settings[0][key] for key in settings[0] if key not in keys} if settings else {}:
-        lines = [f"All have {named(common)}.", "", *lines]
+    common = {key: settings[0][key] for key in settings[0] if key not in keys} if settings else {}
+    told = "Nats per datum, higher is better." + (f" All have {named(common)}." if common else "")
+    lines = [told, "", *lines]
     if found["settings"] and found["chosen"] is None:
         lines += ["", "No setting is chosen: there is no validation part (data.validation_fraction = 0.1 makes one)."]
     elif found["settings"]:
