@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import VAE, Conditional, fit
+from ppl_vae.data.loading import Data
 from ppl_vae.families import Bernoulli, Normal, StandardNormal
 from ppl_vae.networks import MLP
 from ppl_vae.programs import products
@@ -39,15 +40,16 @@ def clocks() -> tuple[float, float]:
 
 def in_turn(
     program: Any,
-    x: Tensor,
+    x: Tensor | Data,
     peers: dict[str, Callable[[], Any]],
     batch_size: int,
     rounds: int,
     capture: str,
     precision: Any = "full",
+    **settings: Any,
 ) -> dict[str, Any]:
     """Time the epochs of one call of `fit`, once it has warmed up, and between them an epoch of each peer."""
-    steps = math.ceil(len(x) / batch_size)
+    steps = math.ceil(len(x.train["x"] if isinstance(x, Data) else x) / batch_size)
     skipped = WARM_UP // steps + 2
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("ppl_vae", *peers)}
     began = clocks()
@@ -65,7 +67,7 @@ def in_turn(
         began = clocks()
 
     options: dict[str, Any] = {"learning_rate": 1e-3, "device": "cpu", "progress": False}
-    options |= {"capture": capture, "precision": precision}
+    options |= {"capture": capture, "precision": precision, **settings}
     fit(program, x, epochs=skipped + rounds + 1, batch_size=batch_size, on_epoch=on_epoch, **options)
     return figures({name: each[-rounds:] for name, each in times.items()}, steps)
 

@@ -1,6 +1,7 @@
 """Speed beside stock Pyro, NumPyro and hand-written PyTorch, in one run, as ratios of interleaved medians.
 
 python benchmarks/speed.py [--rounds 8] [--numpyro .bench/bin/python] [--out results.json] [--page page.md --also ...]
+    [--data ../shared/data]
 
 All of it is on one thread, but for the last part. NumPyro runs in an environment of its own, and is left out without.
 """
@@ -24,13 +25,14 @@ from pyro.infer import SVI, Trace_ELBO
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from ppl_vae import PPCA, VAE, log_evidence
+from ppl_vae import PPCA, load_spec, log_evidence
 from ppl_vae.infer.gradients import Gradients
 from ppl_vae.infer.objectives import make_objective
 from ppl_vae.infer.optimizers import make_optimizer, take_step
 from ppl_vae.programs.target import Target
 
 BATCHES = 20  # in an epoch
+linear = torch.ops.mkldnn._linear_pointwise
 
 
 class Plain(nn.Module):
@@ -113,36 +115,65 @@ def training(
     if numpyro:
         steps = NumPyro(numpyro, *sizes, batch)
         peers["NumPyro"] = lambda: steps(BATCHES)
-    peers["products alone"] = products(batch, sizes)
+    for library in ("MKL", "oneDNN"):
+        peers[f"products alone, by {library}"] = products(batch, sizes, library)
+    peers["memory traffic alone"] = traffic(ours)
     peers["PyTorch by hand"] = by_hand(False)
     return in_turn(ours, x, peers, batch, rounds, capture, precision)
 
 
-def bare_steps(program: VAE, x: Tensor, precision: Any) -> Callable[[], None]:
+def bare_steps(
+    program: Any, x: Tensor, precision: Any, elbo: Any = "Trace_ELBO", steps: int = BATCHES
+) -> Callable[[], None]:
     """The captured steps of an epoch on one batch, without the epoch around them."""
     learned = [*program.parameters()]
-    objective = make_objective(Target(program, x), learned, elbo="Trace_ELBO")
+    objective = make_objective(Target(program, x), learned, elbo=elbo)
     gradients = Gradients(program, objective, learned, precision=precision)
     optimizer = make_optimizer("Adam", learned, 1e-3)
 
     def run() -> None:
-        for _ in range(BATCHES):
+        for _ in range(steps):
             take_step(optimizer, learned, gradients({"x": x}, WARM_UP)[1])
 
     return run
 
 
-def products(batch: int, sizes: tuple[int, int, int]) -> Callable[[], None]:
-    """The matrix products of an epoch, by `mm`: what no step can be faster than with that library."""
+def epoch_of(file: str, root: str, rounds: int) -> dict[str, Any]:
+    """Time the epochs of a spec, which draws its data anew, beside as many of its captured steps on one batch."""
+    spec = load_spec(file, {"data.root": str(Path(root).resolve())})
+    x, size, elbo = spec.load_data(), spec.training["batch_size"], spec.training["elbo"]
+    first, steps = x.train["x"][:size], -(-len(x.train["x"]) // size)
+    peers = {"its bare steps, on a batch": bare_steps(spec.build(), first, "full", elbo, steps)}
+    return in_turn(spec.build(), x, peers, size, rounds, "auto", elbo=elbo)
+
+
+def products(batch: int, sizes: tuple[int, int, int], library: str) -> Callable[[], None]:
+    """The matrix products of an epoch: what no step can be faster than with that library."""
     features, hidden, latent = sizes
     work = []
     for inputs, outputs in ((features, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, features)):
         a, w, g = torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(batch, outputs)
         work += [(a, w.t()), (g.t(), a)] + ([] if inputs == features else [(g, w)])
 
-    def run() -> None:
+    def by_mkl() -> None:
         for one, other in work * BATCHES:
             torch.mm(one, other)
+
+    def by_onednn() -> None:
+        for one, other in work * BATCHES:
+            linear(one, other.t(), None, "none", [], "")
+
+    return by_mkl if library == "MKL" else by_onednn
+
+
+def traffic(program: nn.Module) -> Callable[[], None]:
+    """Memory moved as Adam must at the least: parameter, two moments and gradient, read and written once a step."""
+    given = torch.randn(4 * sum(one.numel() for one in program.parameters()))
+    out = torch.empty_like(given)
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            out.copy_(given)
 
     return run
 
@@ -156,7 +187,6 @@ def evidence(n: int, samples: int, rounds: int) -> dict[str, Any]:
     blocks = n * samples // 10_000
     guide = nn.Sequential(nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 100))
     decoder = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-    linear = torch.ops.mkldnn._linear_pointwise
 
     @torch.no_grad()
     def by_stock() -> None:
@@ -261,6 +291,7 @@ def main() -> None:
     parser.add_argument("--numpyro", help="a Python that has NumPyro")
     parser.add_argument("--out", help="a JSON file")
     parser.add_argument("--page", help="a page of Markdown that marks where the figures go")
+    parser.add_argument("--data", default="../shared/data", help="where MNIST lies; without it, it is left out")
     parser.add_argument("--also", nargs="*", default=[], help="JSON files of other machines, for the page")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -272,7 +303,10 @@ def main() -> None:
             title = f"training step, {'-'.join(map(str, sizes))}, batch {batch:,}, capture = {', '.join(how)}"
             found[title] = training(sizes, batch, given.numpyro, rounds, *how)
             show(title, found[title])
-    found["weight of evidence, 784-200-200-50, K = 5,000"] = evidence(200, 5000, few)
+    if (Path(given.data) / "MNIST").is_dir():
+        found["step in an epoch of models/mnist.toml"] = epoch_of("models/mnist.toml", given.data, given.rounds)
+        show(*list(found.items())[-1])
+    found["weight of evidence, 784-200-200-50, K = 5,000, n = 500"] = evidence(500, 5000, few)
     show(*list(found.items())[-1])
     for title, rows in by_components(few).items():
         found[f"PPCA, {title}"] = rows

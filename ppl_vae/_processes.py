@@ -4,9 +4,10 @@ import gc
 import io
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -109,16 +110,89 @@ def same(tensors: list[Tensor]) -> None:
 
 
 def average(tensors: list[Tensor | None], weight: float) -> list[Tensor | None]:
-    """Weighted sums over processes, each with a weight of its own, of tensors that all of them have."""
+    """Weighted sums over processes, each with a weight of its own, of tensors that all of them have.
+
+    They are the same in all processes to the last bit, and hold until the next call.
+    """
     given = [one for one in tensors if one is not None]
     sums: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(one.dtype for one in given):
         own = [one for one in given if one.dtype == dtype]
-        flat = torch.cat([one.flatten() for one in own]).mul_(weight)
-        dist.all_reduce(flat)
-        parts = flat.split([one.numel() for one in own])
+        sizes = [one.numel() for one in own]
+        kind = sum(sizes), dtype, own[0].device
+        if kind not in _SUMS:
+            _SUMS[kind] = _Sum(torch.empty(kind[0], dtype=dtype, device=kind[2]))
+        flat = _SUMS[kind]([one.flatten() for one in own], weight)
+        parts = flat.split(sizes)
         sums |= {id(one): part.view(one.shape) for one, part in zip(own, parts, strict=True)}
     return [None if one is None else sums[id(one)] for one in tensors]
+
+
+class _Sum:
+    """Sums over processes, of parts that are joined, in memory that is kept from one to the next.
+
+    A few processes of one machine add up in memory that they share, of which they use two halves in turn, others by
+    gloo or nccl.
+
+    Args:
+        out: what takes the sum, in one dimension.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self.out, self.turn = out, 0
+        self.room = _shared(out)
+
+    def __call__(self, parts: list[Tensor], weight: float) -> Tensor:
+        if self.room is None:
+            torch.cat(parts, out=self.out).mul_(weight)
+            dist.all_reduce(self.out)
+            return self.out
+        room = self.room[self.turn]
+        torch.cat(parts, out=room[rank()]).mul_(weight)
+        dist.all_reduce(torch.zeros(1))  # by now all have written here, and have read the other half
+        torch.add(room[0], room[1], out=self.out)
+        for other in room[2:]:
+            self.out.add_(other)
+        self.turn = 1 - self.turn
+        return self.out
+
+
+_FEW, _MOST = 4, 2**25  # processes that add up faster in shared memory than by gloo, and numbers that this may take
+_SUMS: dict[Any, _Sum] = {}
+
+
+def _shared(like: Tensor) -> Tensor | None:
+    """Memory that the processes share, (2, processes, n), or None where they cannot.
+
+    It is reserved at once, and its file removed as soon as all have it, so that nothing of it stays.
+    """
+    numbers, path, place = 2 * size() * like.numel(), None, "/dev/shm"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size() <= _FEW and os.path.isdir(place)
+    if like.device.type != "cpu" or not here or numbers > _MOST:
+        return None
+    if rank() == 0:
+        with suppress(OSError):  # there is no room
+            path = _reserved(place, numbers * like.element_size())
+    if (path := share(path)) is None:
+        return None
+    room = torch.from_file(path, shared=True, size=numbers, dtype=like.dtype).view(2, size(), -1)
+    dist.barrier()
+    if rank() == 0:
+        os.unlink(path)
+    return room
+
+
+def _reserved(place: str, size: int) -> str:
+    """A new file of so many bytes; none is left where there is no room."""
+    file, path = tempfile.mkstemp(prefix="ppl_vae_", dir=place)
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(file)
+    return path
 
 
 def spread(program: Any) -> bool:

@@ -296,7 +296,7 @@ def demo(
     with plainly() as screen:
         from ppl_vae.demo import run_demo
 
-        made = run_demo(out, say=say)
+        made = run_demo(out, workers=min(2, os.cpu_count() or 1), say=say)
         show(screen, made, as_json, lambda: str(made["table"]))
 
 

@@ -15,9 +15,10 @@ from ppl_vae.programs.linear_models import PPCA
 from ppl_vae.programs.target import Target
 from ppl_vae.reports.posterior_plots import ellipses
 from ppl_vae.runs.console import table
-from ppl_vae.runs.loaded import Run
+from ppl_vae.runs.loaded import Run, load_run
 from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import Spec
+from ppl_vae.runs.workers import side_by_side
 
 DIGITS = {"data": {"name": "digits"}, "prior": {"family": "StandardNormal"}}
 MLP = {"family": "MLP", "hidden": [200, 200]}
@@ -38,12 +39,15 @@ ROWS = [  # directory, name, parts, latent variables, objective, epochs, learnin
 ]
 
 
-def run_demo(out: Path, *, epochs: float = 1.0, say: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, epochs: float = 1.0, workers: int = 1, say: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
     """Train the rows of the table, a run directory each, and compare them under one measure.
 
     Args:
         out: the directory that takes the runs and `posteriors.png`.
         epochs: scales the length of training.
+        workers: rows that are trained at a time, each in a process of its own.
         say: takes messages for the user.
 
     Returns:
@@ -52,23 +56,35 @@ def run_demo(out: Path, *, epochs: float = 1.0, say: Callable[[str], None] = lam
     began, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # a hundred rows gain nothing from a second thread, and lose much if others want it
     try:
-        rows: list[dict[str, Any]] = []
-        for folder, name, parts, latent, elbo, length, rate in ROWS:
-            length = max(round(length * epochs), 1)
-            svi = {"elbo": elbo, "epochs": length, "learning_rate": rate, "schedule": "one-cycle"}
-            spec = Spec.from_dict({**DIGITS, **parts, "model": {"latent": latent}, "svi": svi}, f"{folder}.toml")
-            data = spec.load_data()
+        say(f"{len(ROWS)} rows to train, {workers} at a time")
+        names = {out / folder: f"{name}, z = {latent}" for folder, name, _, latent, *_ in ROWS}
+        given = {folder: (folder, number, epochs) for number, folder in enumerate(names)}
+        for done, wrong in side_by_side(_train, given, workers):
+            if wrong is not None:
+                raise ValueError(f"{names[done]}: {wrong}")
+            say(names[done])
+        data, rows = _spec(0, epochs).load_data(), list[dict[str, Any]]()
+        for folder, name, _, latent, *_ in ROWS:
             if all(row["latent"] != latent for row in rows):
                 rows.append(_ppca(data, latent))
-            say(f"{name}, z = {latent} ...")
-            run = fit_spec(spec, out=out / folder, force=True)
-            seconds = run.report["train"]["seconds"]
-            rows.append(_row(name, latent, run.program, data, run.report["test"], seconds, run))
+            run = load_run(out / folder)
+            rows.append(_row(name, latent, run.program, data, run.report["test"], run.report["train"]["seconds"], run))
         picture = out / "posteriors.png"
         _draw(run.program, data).savefig(picture, dpi=120, bbox_inches="tight")
     finally:
         torch.set_num_threads(threads)
     return {"table": _text(rows, data, time.perf_counter() - began), "rows": rows, "pictures": [str(picture)]}
+
+
+def _spec(number: int, epochs: float) -> Spec:
+    folder, _, parts, latent, elbo, length, rate = ROWS[number]
+    svi = {"elbo": elbo, "epochs": max(round(length * epochs), 1), "learning_rate": rate, "schedule": "one-cycle"}
+    return Spec.from_dict({**DIGITS, **parts, "model": {"latent": latent}, "svi": svi}, f"{folder}.toml")
+
+
+def _train(folder: Path, number: int, epochs: float) -> None:
+    torch.set_num_threads(1)
+    fit_spec(_spec(number, epochs), out=folder, force=True)
 
 
 def _ppca(data: Data, latent: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_a_missing_file_is_named_by_all_places(tmp_path, monkeypatch):
 
 def test_every_json_is_one_object_and_nothing_else(finished, tmp_path, monkeypatch):
     (tmp_path / "loud.py").write_text((MODELS / "vae.py").read_text() + "\nprint('a loud program')\n")
-    monkeypatch.setattr(demo, "run_demo", lambda out, say: say("a row") or {"table": "text", "rows": []})
+    monkeypatch.setattr(demo, "run_demo", lambda out, workers, say: say("a row") or {"table": "text", "rows": []})
     commands = {
         "fit": ["fit", PPCA, *SHORT, "--out", tmp_path / "a"],
         "program": ["fit", "loud.py", *SHORT, "--set", "model.hidden=5", "--out", tmp_path / "b"],

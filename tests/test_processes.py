@@ -46,9 +46,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "spec.toml").write_text(SPEC)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
     command = [*TORCHRUN, str(HERE / "two_processes.py"), str(folder)]
+    before = set(Path("/dev/shm").glob("ppl_vae_*"))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {**torch.load(folder / "found.pt", weights_only=False), "folder": folder}
+    left = sorted(set(Path("/dev/shm").glob("ppl_vae_*")) - before)
+    return {**torch.load(folder / "found.pt", weights_only=False), "folder": folder, "left": left}
 
 
 def test_without_noise_they_follow_one_process_to_rounding(found):
@@ -56,6 +58,13 @@ def test_without_noise_they_follow_one_process_to_rounding(found):
         elbo, parameters = trained(exact(), **{"batch_size": 50, **options})
         assert found[name][0] == pytest.approx(elbo, rel=1e-10)
         torch.testing.assert_close(found[name][1], parameters, rtol=1e-8, atol=1e-9)
+
+
+def test_sums_by_shared_memory_are_those_by_gloo_and_leave_no_file(found):
+    assert len(found["sums"]) == 400
+    assert all(good for good, _ in found["sums"])
+    assert all(used for _, used in found["sums"]) or not Path("/dev/shm").is_dir()
+    assert found["left"] == []
 
 
 def test_with_draws_of_their_own_their_mean_bounds_agree(found):

@@ -13,6 +13,8 @@ from torch import Tensor
 from ppl_vae.data.columns import Kind
 from ppl_vae.data.files import RawData, chunks, present, room
 
+_CACHED = 2**17  # numbers that are transformed at once on a CPU, whose cache holds them
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -45,15 +47,24 @@ class Transform:
 
     def __call__(self, stored: Tensor, seed: int | torch.Generator) -> Tensor:
         """Transform to data (n, x) of `dtype` on the device of `stored`; `seed`, or a generator, fixes the noise."""
+        generator = torch.Generator(stored.device).manual_seed(seed) if isinstance(seed, int) else seed
+        if stored.device.type != "cpu":
+            return self._of(stored, generator)
+        x = torch.empty(stored.shape, dtype=self.dtype)
+        rows = max(1, _CACHED // max(x[:1].numel(), 1))
+        for part, given in zip(x.split(rows), stored.split(rows), strict=True):
+            part.copy_(self._of(given, generator))
+        return x
+
+    def _of(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         if stored.dtype == torch.uint8:
             stored = stored.to(self.dtype)
         if self.binarization == "threshold":
             return (stored >= self.maximum / 2).to(self.dtype)
         if self.binarization != "none" or self.dequantize:
-            generator = torch.Generator(stored.device).manual_seed(seed) if isinstance(seed, int) else seed
             noise = torch.rand(stored.shape, generator=generator, dtype=stored.dtype, device=stored.device)
             if not self.dequantize:
-                return (noise < stored / self.maximum).to(self.dtype)
+                return torch.lt(noise, stored / self.maximum, out=noise).to(self.dtype)
             # Rounding could lift 255 + noise to 256, into the next bin.
             stored = torch.minimum(noise.add_(stored), torch.nextafter(stored + 1, stored))
         loc, scale = (torch.from_numpy(v).to(stored) for v in (self.loc, self.scale))

@@ -1,7 +1,6 @@
 """Weights: draws from a program's guide in blocks, with their log importance weights."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,7 +21,8 @@ from ppl_vae.programs.target import BLOCK, Target
 from ppl_vae.programs.traces import trace_pair
 
 _LOG = logging.getLogger(__name__)
-_MANY = 50  # blocks of draws that repay a capture
+_MANY = 30  # small blocks of draws that repay a capture
+_LARGE = 2**21  # numbers in a block that counts for two
 _ENTRIES = 2**23  # numbers that one block of draws of the data may hold
 # of tracing; the program itself has just run
 _UNTRACEABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -56,10 +56,8 @@ def weight_blocks(
     Where memory does not hold a block of draws it is halved, and so are all that follow.
     """
     size = block_size(target, inner)
-    count = math.ceil(samples / size) * math.ceil(target.n / BLOCK)
     plain = inner == 1 and not target.structure.enumerated and not target.structure.sequential
-    suits = plain and target.device.type == "cpu" and (count >= _MANY or precision != "full")
-    weigh = _Weigher(target, min(size, samples), precision if suits else None)
+    weigh = _Weigher(target, samples, min(size, samples), precision, plain and target.device.type == "cpu")
     room = [samples]
     for number, block in enumerate(target.blocks(), first):
         yield map(_numbers, _weigh(block, samples, size, (seed, number), inner, weigh, room))
@@ -99,26 +97,30 @@ class _Weigher:
 
     Args:
         target: the program and all data.
-        size: draws in a block that is replayed.
-        precision: of the factors of large products in a replay; None for no replays.
+        samples: draws of each datum.
+        size: draws in a block.
+        precision: of the factors of large products in a replay.
+        suits: whether a replay may be tried.
     """
 
-    def __init__(self, target: Target, size: int, precision: Precision | None) -> None:
-        self.target, self.size, self.precision = target, size, precision
-        self.graph: Any = None
-        self.shapes: Any = None
+    def __init__(self, target: Target, samples: int, size: int, precision: Precision, suits: bool) -> None:
+        self.target, self.samples, self.size, self.precision, self.suits = target, samples, size, precision, suits
+        self.graphs: dict[int, Any] = {}  # by how many data are in a block
 
     def __call__(self, block: Target, k: int, key: tuple[int, ...]) -> Draws:
         """Draw k times from the guide by a key."""
-        shapes = [value.shape for value in block.batch.values()]
-        if self.graph is not None and (k, shapes) == (self.size, self.shapes):
-            return self._replayed(self.graph, block, key)
+        if k == self.size and block.n in self.graphs:
+            return self._replayed(self.graphs[block.n], block, key)
         with _checked(int(key[-1])):
             model, guide = block.traces(k, *key)
         draws = self._of(block, k, model, guide)
-        if self.precision is not None and k == self.size and (self.precision != "full" or key[1:] != (0, 0)):
-            return self._captured(block, key, shapes, draws)
-        return draws
+        return self._captured(block, key, draws) if k == self.size and self.suits and self._repays(block) else draws
+
+    def _repays(self, block: Target) -> bool:
+        """Whether there are enough blocks of one size, of which large ones count for several."""
+        blocks = self.samples // self.size * max(self.target.n // BLOCK if block.n == BLOCK else 1, 1)
+        numbers = self.size * block.n * block.features
+        return self.precision != "full" or blocks * (1 + numbers / _LARGE) >= _MANY
 
     def _of(self, block: Target, k: int, model: Trace, guide: Trace) -> Draws:
         likelihood = block.log_density(model, k, model.observation_nodes)
@@ -131,9 +133,8 @@ class _Weigher:
             weights, likelihood, z = graph(*block.batch.values())
         return Draws(weights, likelihood, weights, lambda: _moments(z.double()))
 
-    def _captured(self, block: Target, key: tuple[int, ...], shapes: Any, draws: Draws) -> Draws:
-        """Record the operations of a block and hold them against its draws by Pyro; try that once."""
-        precision, self.precision = self.precision, None
+    def _captured(self, block: Target, key: tuple[int, ...], draws: Draws) -> Draws:
+        """Record the operations of a block and hold them against its draws by Pyro; where that fails, no more."""
 
         def weights(*entries: Tensor) -> tuple[Tensor, ...]:
             own = block.with_batch(dict(zip(block.batch, entries, strict=True)))
@@ -150,16 +151,17 @@ class _Weigher:
             again = self._replayed(graph, block, key)
             if not (close(again.weights, draws.weights) and close(again.moments()[0], draws.moments()[0])):
                 raise ValueError("the draws or weights of a replay are others")
-            if precision == "bfloat16":
+            if self.precision == "bfloat16":
                 with torch.no_grad(), block.running(*key), pyro.validation_enabled(False):
                     graph = record(weights, entries, precision=torch.bfloat16)
                 low = self._replayed(graph, block, key)
-                draws = low._replace(lowered=low.weights - draws.weights)
+                draws = low if self.graphs else low._replace(lowered=low.weights - draws.weights)
         except _UNTRACEABLE as error:
             reason = f"{type(error).__name__}: {error}"
             _LOG.info("Weighing step by step, which is slower; no graph could be captured: %s", reason)
+            self.suits = False
             return draws
-        self.graph, self.shapes = graph, shapes
+        self.graphs[block.n] = graph
         return draws
 
 

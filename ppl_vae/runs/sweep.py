@@ -1,14 +1,11 @@
 """Sweeps: a grid of settings, a run for each, and one table of what they reached."""
 
-import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +20,10 @@ from ppl_vae.runs import storage
 from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.spec import load_spec
 from ppl_vae.runs.spec_file import parse_override, show
-from ppl_vae.runs.stops import Stopped
+from ppl_vae.runs.workers import side_by_side
 
 SEED = "svi.seed"
 GRID = "sweep.json"
-_FORKS = "forkserver" if sys.platform == "linux" else "spawn"
-_LOADED = [__name__, "torch._dynamo", "sklearn.datasets", "matplotlib.backends.backend_agg"]  # once, for all runs
 Grid = Mapping[str, Sequence[Any]]
 
 
@@ -127,39 +122,13 @@ def run_sweep(
     _claim(out, spec, grid)
     left = [member for member in members if not member.done]
     say(f"{len(members)} runs, {len(members) - len(left)} of them finished; {workers} side by side")
-    context: Any = multiprocessing.get_context(_FORKS)
-    processes: list[Any] = []
-    if _FORKS == "forkserver":
-        context.set_forkserver_preload(_LOADED)
-
-    def train(member: Member) -> str | None:
-        """Train one; returns what went wrong."""
-        log = member.folder.with_name(f"{member.folder.name}.log")
-        given = spec, member, trust_code, log, max(1, cores // workers)
-        processes.append(process := context.Process(target=_train, args=given))
-        process.start()
-        process.join()
-        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        if process.exitcode == 0:
-            log.unlink()
-            return None
-        return lines[-1] if lines else f"exit status {process.exitcode}"
-
+    given = {member.folder: (spec, member, trust_code) for member in left}
+    named_by = {member.folder: named(member.settings) for member in left}
     failed: dict[str, str] = {}
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        try:
-            waiting = {pool.submit(train, member): member for member in left}
-            for number, one in enumerate(concurrent.futures.as_completed(waiting), 1):
-                member, wrong = waiting[one], one.result()
-                if wrong is not None:
-                    failed[member.folder.name] = wrong
-                say(f"{number} of {len(left)}: {named(member.settings)}{': ' + wrong if wrong else ''}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                if process.is_alive():
-                    process.terminate()  # a run keeps what it has trained
-            raise
+    for number, (folder, wrong) in enumerate(side_by_side(_train, given, workers), 1):
+        if wrong is not None:
+            failed[folder.name] = wrong
+        say(f"{number} of {len(left)}: {named_by[folder]}{': ' + wrong if wrong else ''}")
     found = summarise(members) | {"failed": failed}
     _record(out, spec, grid, found)
     (out / "sweep.md").write_text(told(found), encoding="utf-8")
@@ -175,22 +144,12 @@ def _member(out: Path, settings: dict[str, Any]) -> Member:
     return Member(settings, out / plain[:150])
 
 
-def _train(spec: Path, member: Member, trust_code: bool, log: Path, threads: int) -> None:
-    """Train a run in a process of its own, from the start or from where it was stopped; what it prints goes to a file.
-
-    Raises:
-        SystemExit: With what went wrong.
-    """
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(threads)
-    options: dict[str, Any] = {"overrides": member.settings, "out": member.folder}
-    stopped = (member.folder / storage.STATE).is_file()
-    try:
-        fit_spec(member.folder if stopped else spec, **({} if stopped else options), trust_code=trust_code)
-    except (ValueError, OSError, Stopped) as error:
-        sys.exit(str(error))
+def _train(spec: Path, member: Member, trust_code: bool) -> None:
+    """Train a run, from the start or from where it was stopped."""
+    if (member.folder / storage.STATE).is_file():
+        fit_spec(member.folder, trust_code=trust_code)
+    else:
+        fit_spec(spec, overrides=member.settings, out=member.folder, trust_code=trust_code)
 
 
 def _claim(out: Path, spec: Path, grid: Grid) -> None:

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ppl_vae._seeds import fold_in
-from ppl_vae.data import Data, datasets, load, loading
+from ppl_vae.data import Data, datasets, load, loading, transforms
 from ppl_vae.data.batches import as_batch, check_finite, minibatches, permutation
 
 ROOT = os.environ.get("PPL_VAE_DATA", "")
@@ -860,3 +860,10 @@ def test_frey_faces() -> None:
     np.testing.assert_allclose(
         _sorted_rows(data.train["x"], data.test["x"]), _sorted_rows(images.reshape(-1, 560) / 255), atol=1e-15
     )
+
+
+@pytest.mark.parametrize("options", [{"binarization": "dynamic"}, {"dequantization": "uniform"}, {"scaling": "unit"}])
+def test_data_are_the_same_however_many_are_transformed_at_once(options, monkeypatch):
+    whole = load("digits", **options).epoch(3)["x"]
+    monkeypatch.setattr(transforms, "_CACHED", 1000)
+    assert torch.equal(load("digits", **options).epoch(3)["x"], whole)
