@@ -98,7 +98,7 @@ def samples(x: Tensor, *, means: Tensor | None = None, shape: Sequence[int] | No
         return _pairs(data[:20], style.flat_rows(means, 20), ("draw", "its mean"), shape)
     if shape is not None:
         return style.mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
-    figure = Figure((7, 4), dpi=120, layout="constrained")
+    figure = Figure((5.6, 3.6), dpi=120, layout="constrained")
     ax = figure.add_subplot(xlabel="feature", ylabel="value")
     for row in data:
         style.curve(ax, row, color=style.BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))

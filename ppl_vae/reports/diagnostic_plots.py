@@ -47,7 +47,7 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
     return ax
 
 
-def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Figure:
+def sweep_results(found: Mapping[str, Any]) -> Figure:
     """Show log p(x) of each setting of a sweep, ± 2 errors over seeds where there are several, best above.
 
     A lower bound has no Monte Carlo error. Keys that are the same in all settings are left out of their names, and of
@@ -55,7 +55,6 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
 
     Args:
         found: from `runs.sweep.summarise`, or runs alike, each with a `name`.
-        errors: what the errors are of.
     """
     rows = sorted(found["settings"], key=lambda row: row["log_evidence"]["mean"])
     style.check_some(len(rows))
@@ -84,7 +83,8 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
             ax.plot([], [], mark, color=style.BLUE, label=kind)
     if any(row["ppca"] is not None for row in rows):
         ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
-    told = f"; ± 2 errors {errors}" if any(drawn) else ""
+    seeds = any(row["log_evidence"]["se_seeds"] is not None for row in rows)
+    told = f"; ± 2 errors {'over seeds' if seeds else 'of Monte Carlo'}" if any(drawn) else ""
     ax.set(xlabel=f"log p(x), nats per held-out datum{told}", ylim=(-0.6, len(rows) - 0.4))
     ax.ticklabel_format(axis="x", useOffset=False)
     style.legend_above(ax)

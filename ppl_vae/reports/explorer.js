@@ -276,7 +276,7 @@ const shown = (v, j, word) => {
   if (Number.isNaN(v)) return "–";
   return words ? words[word ?? Math.min(Math.max(Math.round(v), 0), words.length - 1)] : fmt(units(v, j));
 };
-const asTable = !page.shape && (X <= 60 || page.columns[0] !== "column 1"), cells = [];
+const asTable = !page.shape && (X <= 12 || page.columns[0] !== "column 1"), cells = [];
 function drawCurve(values, datum) {
   const canvas = $("curve"), ratio = window.devicePixelRatio || 1, wide = canvas.clientWidth, high = canvas.clientHeight, c = canvas.getContext("2d");
   canvas.width = wide * ratio; canvas.height = high * ratio; c.scale(ratio, ratio);

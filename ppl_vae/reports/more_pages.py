@@ -103,7 +103,7 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
     dots = [{"name": run["path"], "log_evidence": {**run["test"]["log_evidence"], "se_seeds": None}} for run in runs]
     for dot, run in zip(dots, runs, strict=True):
         dot |= {"ppca": run["baseline"] and run["baseline"]["ppca"]["log_evidence"], "seconds": run["train"]["seconds"]}
-    drawn = sweep_results({"settings": dots}, errors="of Monte Carlo")
+    drawn = sweep_results({"settings": dots})
     caption = "log evidence of each run; at the right the seconds of training. Differences, paired by datum, are known "
     caption += "better than the values themselves."
     about = (
@@ -143,6 +143,9 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
     doubts = []
     if found["chosen"] is None:
         doubts.append("**No setting is chosen**, for there is no validation part: `data.validation_fraction = 0.1`.")
+    if best["ppca"] is not None and value["mean"] < best["ppca"]:
+        which = "chosen" if found["chosen"] is not None else "first"
+        doubts.append(f"**The {which} setting is worse than PPCA** of its size: it has not been trained well.")
     if any(row["seeds"] < 2 for row in rows):
         doubts.append("**The spread over seeds is unknown** of settings with one seed: `--set svi.seed=0,1,2`.")
     if bounded := [row for row in rows if row["log_evidence"]["kind"] == "lower bound"]:
