@@ -33,6 +33,7 @@ bench: .venv/installed .bench/installed
 		--also benchmarks/results/speed_zen4.json
 	$(BIN)/python benchmarks/vectorised.py --out benchmarks/results/vectorised.json
 	$(BIN)/python benchmarks/hierarchical.py --out benchmarks/results/hierarchical.json
+	$(BIN)/python benchmarks/rewrites.py --out benchmarks/results/rewrites.json
 
 .bench/installed:
 	$(PYTHON) -m venv .bench

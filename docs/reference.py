@@ -35,10 +35,11 @@ def _entry(path: str, name: str, value: object) -> list[str]:
     if path != "ppl_vae" and name in getattr(importlib.import_module("ppl_vae"), "__all__", ()):
         return [f"`{path}.{name}` is `ppl_vae.{name}`, see :doc:`ppl_vae`."]
     if inspect.isclass(value):
-        own = path not in ("ppl_vae.families", "ppl_vae.networks") or inspect.isabstract(
-            value
-        )  # else those of the base
-        return [f".. autoclass:: {name}", "   :show-inheritance:", *(["   :members:"] if own else [])]
+        shared = path in ("ppl_vae.families", "ppl_vae.networks") and not inspect.isabstract(value)  # with the base
+        lines = [f".. autoclass:: {name}"]
+        if all(base is not object and base.__name__[0] != "_" for base in value.__bases__):
+            lines.append("   :show-inheritance:")
+        return lines if shared else [*lines, "   :members:"]
     if callable(value):
         return [f".. autofunction:: {name}"]
     return [f".. autodata:: {name}"]

@@ -1,4 +1,4 @@
-"""`VAEEstimator`: a variational autoencoder with the manners of scikit-learn."""
+"""`VAEEstimator`: a variational autoencoder that follows the conventions of scikit-learn."""
 
 import math
 from typing import Any, Self

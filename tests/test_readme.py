@@ -57,7 +57,7 @@ def test_the_commands_of_the_pages_are_ours(page: Path) -> None:
     group: Any = get_command(app)
     fenced = re.findall(r"^```(?:text)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     spans = re.findall(r"`(ppl-vae [^`]*)`", page.read_text())
-    found = [*re.findall(r"(?:^|srun |bin/)(ppl-vae .*)$", "\n".join(fenced), re.MULTILINE), *spans]
+    found = [*re.findall(r"(?:^|srun |bin/)(ppl-vae .*)$", "\n".join(fenced).replace("\\\n", ""), re.MULTILINE), *spans]
     for line in found:
         words = shlex.split(line.partition("  #")[0])[1:]
         if words[0].startswith("-") or words[0].isupper() or "|" in words:

@@ -24,7 +24,7 @@ def minibatches(
 ) -> Iterator[dict[str, Tensor]]:
     """Visit every datum once, in batches of `size` (the last may be smaller), in the order of `permutation`.
 
-    Each tensor is indexed on its own device:
+    Each tensor is indexed on its own device::
 
         for epoch in range(epochs):
             for batch in minibatches(data.epoch(epoch), 100, seed=0, epoch=epoch):

@@ -238,7 +238,7 @@ def load(
         dtype: torch.float32 or torch.float64.
 
     Returns:
-        The data, on the CPU: `load("digits", scaling="unit").train["x"]` is (1500, 64) in [0, 1].
+        The data, on the CPU; `load("digits", scaling="unit").train["x"]` is (1500, 64) in [0, 1].
 
     Raises:
         ValueError: If an option is unknown or does not suit the data, or the data cannot be found or read.

@@ -46,7 +46,7 @@ class Evidence:
             where the error cannot be known.
         rounding: error of `log_evidence` by the rounding of a program in single precision, 0 in double precision. Data
             share it, so that it does not average out.
-        samples: k.
+        samples: their number k.
         inner: draws of local latents for each draw of the globals, 1 for plain weights (`ppl_vae.evaluation.nested`).
         lowered: of products in lower precision, what that adds to log p(x): the `mean` and the `largest` change over
             `n` data by `samples` draws, in nats; None of others.

@@ -57,7 +57,7 @@ class Program(nn.Module):
         guide: likewise, or the name of one of Pyro's autoguides.
         data_plate: name of the plate at dim -1 that holds the data. If it is None, or a site lies outside that plate,
             the whole data set counts as one datum, and its tensors need not share a leading size.
-        static: keywords that are no data, such as `{"K": 3}`, for model and guide as far as they take them.
+        static: keywords that are not data, such as `{"K": 3}`, for model and guide as far as they take them.
 
     Raises:
         TypeError: If either cannot be called.

@@ -52,8 +52,10 @@ class Spec:
         path: the file it was read from.
         data: what to load; the keys are those of `data.load`.
         model: `latent`, and `program` with its keys if a program file takes the place of the three roles.
-        prior, likelihood, posterior: `family`, its keys, and its `network`, one of the library's by `family` or one of
-            your own by `program`, with its keys; None beside a program.
+        prior: `family`, its keys, and its `network`, one of the library's by `family` or one of your own by `program`,
+            with its keys; None beside a program.
+        likelihood: likewise.
+        posterior: likewise.
         svi: the keys of `fit`; `checkpoint`; `start`, a run whose weights are taken where they fit; and `freeze`, what
             is not learned: `taken`, or names of tensors or of what they begin with, such as `likelihood`.
         evaluation: `samples`, the draws per datum, and `precision` of their products.
