@@ -23,20 +23,28 @@ def make_optimizer(
     betas: list[float] | None = None,
     epsilon: float | None = None,
 ) -> Optimizer:
-    """One of PyTorch's optimisers, or what a function of the tensors and `lr` makes."""
+    """One of PyTorch's optimisers, or what a function of the tensors and `lr` makes.
+
+    It is fused where it can be: for tensors without gaps, since a fused optimiser takes their memory as it lies.
+    """
     if callable(kind):
         return kind(tensors, lr=rate)
+    tensors = list(tensors)
+    dense = all(torch.empty_like(one).stride() == one.stride() for one in tensors)
     keys: dict[str, Any] = {"momentum": momentum, "betas": betas and tuple(betas), "eps": epsilon}
     keys = {key: value for key, value in keys.items() if value is not None}
-    keys |= {"fused": True} if kind in ("Adam", "AdamW", "SGD") else {}
+    keys |= {"fused": True} if dense and kind in ("Adam", "AdamW", "SGD") else {}
     return getattr(torch.optim, kind)(tensors, lr=rate, weight_decay=weight_decay, **keys)  # type: ignore[no-any-return]
 
 
 def take_step(optimizer: Optimizer, tensors: list[Tensor], gradients: list[Tensor | None]) -> None:
     """Take a step of an optimiser by gradients that are given, and leave none behind.
 
-    PyTorch's own fused Adam is called without the bookkeeping around it, once its state is there.
+    PyTorch's own fused Adam is called without the bookkeeping around it, once its state is there. On a CPU it reads
+    the wrong numbers, without a word, of a gradient that lies in memory other than its tensor does, such as that of
+    ``slope.sum()``, one number expanded; so each is given the tensor's layout first.
     """
+    gradients = [_laid_out(one, like) for one, like in zip(gradients, tensors, strict=True)]
     group = optimizer.param_groups[0]
     states: Any = [optimizer.state.get(one) for one in tensors]
     plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and group["fused"] and not group["amsgrad"]
@@ -52,6 +60,12 @@ def take_step(optimizer: Optimizer, tensors: list[Tensor], gradients: list[Tenso
         tensor.grad = gradient
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # stock SVI would add its own to what is left
+
+
+def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    if gradient is None or gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def make_schedule(

@@ -26,6 +26,8 @@ def remedy(spec: Any, data: Data, error: str) -> str:
         label = next((name for name, like in data.suspects.items() if like == "label"), "NAME")
         return f" Try --set data.label={label}." if "labels" in error else " Try --set 'data.covariates=[\"NAME\"]'."
     x = data.train["x"]
+    if "got none for" in error or "the name of a column in `kinds`" in error:  # the columns are others than before
+        return " Try --set likelihood.kinds=infer, or change the list."
     if "reparameterised posterior" in error:
         return guides(spec)
     if place := re.search(r"in the support of .* got (\S+) at row (\d+)(?:, column (\d+))?", error):

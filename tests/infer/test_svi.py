@@ -1219,3 +1219,43 @@ def test_a_state_without_buffers_goes_on():
     nn.init.zeros_(learned[0])
     state.load(saved)
     assert all(map(torch.equal, before, state.values()))
+
+
+@pytest.mark.parametrize("capture", ["off", "graph"])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_a_fused_optimizer_takes_gradients_and_parameters_of_any_layout(kind, capture):
+    """Gradients of one number expanded or by columns, and parameters with gaps, as an unfused one takes them."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            start = torch.arange(24.0).reshape(4, 6) / 24
+            self.shared, self.columns = nn.Parameter(start[0].clone()), nn.Parameter(start.clone())
+            self.turned, self.gaps = nn.Parameter(start.clone().T), nn.Parameter(start.clone()[:, ::2])
+
+        def model(self, x):
+            pyro.module(f"odd {id(self)}", self)
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+                loc = (
+                    z
+                    + self.shared.sum()
+                    + (self.columns.T * (1 + torch.arange(6.0)[:, None]) / 9).sum()
+                    + self.gaps.sum()
+                )
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x[:, 0])
+
+        def guide(self, x):
+            pyro.module(f"odd {id(self)}", self)
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(self.turned.mean() + (self.turned * torch.ones(6, 4)).sum(), 1.0))
+
+    x, rate, found = torch.randn(20, 1), 0.001, {}
+    unfused = functools.partial(getattr(torch.optim, kind), **({"weight_decay": 0.0} if kind == "AdamW" else {}))
+    for optimizer in (kind, lambda tensors, lr: unfused(tensors, lr=lr)):
+        program = Odd()
+        fit(program, x, epochs=10, learning_rate=rate, optimizer=optimizer, capture=capture)
+        found[str(optimizer)] = [*program.parameters()]
+    for ours, theirs, start in zip(*found.values(), Odd().parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert (ours - start).abs().min() > 1e-4  # each entry has learned

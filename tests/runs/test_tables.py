@@ -147,6 +147,8 @@ def test_a_value_off_the_support_is_named_by_its_row_in_the_file(table: Path, pa
             {"kinds": {"mass*": "Poisson", "species": "Categorical", "*": "Normal"}},
             r"support of Mixed, the whole numbers from 0, at .*column 2 .* 'mass \(g\)'. Give it another family in `k",
         ),
+        ({"kinds": {"mass*": "Normal"}}, "got none for 'row' in `kinds`. Try --set likelihood.kinds=infer, or change"),
+        ({"kinds": {"*": "Normal", "gone": "Normal"}}, "got 'gone'. Try --set likelihood.kinds=infer"),
         ({"family": "Poisson"}, r"support of Poisson, .* Column 2 is 'mass \(g\)'. Families that take such data: Flow"),
         ({"family": "Categorical"}, "Expected the levels of 6 features.*none in columns 0, 2, 3. For other columns"),
         ({"family": "DiscretizedLogistic"}, "Expected one number of levels .* got columns without levels"),
