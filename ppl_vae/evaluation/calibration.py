@@ -74,7 +74,7 @@ class Calibration:
     @property
     def _tests(self) -> dict[str, float]:
         """The p-value of each test by its name."""
-        tests = {f"the rank of z_{latent}": p for latent, p in enumerate(self.p_values.tolist())}
+        tests = {f"the rank of z{latent}": p for latent, p in enumerate(self.p_values.tolist())}
         return tests | {"the coverage": self.coverage_p_value, "the rank of log p(x, z)": self.joint_p_value}
 
     @property

@@ -333,11 +333,13 @@ def _rounding(target: Target, log_evidence: Tensor, seed: int) -> Tensor:
     block = target.rows(slice(0, BLOCK))
     model, guide = block.traces(2, seed, "rounding")
     weights, z = block.log_weights(model, guide, 2), block.flatten(guide)
+    typical = 4 * torch.finfo(target.dtype).eps * weights
     try:
         double = block.to_double()
         with double.running(seed, "rounding"):
             error = weights - (double.score("model", z) - double.score("guide", z))
+        error = torch.where(error.isfinite(), error, typical)  # the points of an autoguide lie elsewhere in double
     except (RuntimeError, ValueError, TypeError, NotImplementedError):  # of programs that run in their precision alone
-        error = 4 * torch.finfo(target.dtype).eps * weights
+        error = typical
     size = weights.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return error.square().mean().sqrt() * torch.hypot(log_evidence / size, torch.ones_like(log_evidence))

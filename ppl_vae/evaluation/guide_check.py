@@ -214,7 +214,7 @@ class GuideCheck:
 
 
 def _k_error(evidence: Evidence) -> str:
-    error = float(shape_error(evidence.pareto_k, evidence.samples))
+    error = float(shape_error(evidence.pareto_k.clamp_min(-0.5), evidence.samples))
     return "" if math.isnan(error) else f" ± {error:.2f}"
 
 

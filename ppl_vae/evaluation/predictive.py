@@ -86,8 +86,8 @@ def predictive_check(
     """Compare mean, standard deviation (sd), extremes and share of zeros of data with those of sets of draws.
 
     Statistics are of all entries that an observed site has, of all sites together if there are more than eight, or of
-    each column where these have names; where the data have two values only, the mean is all. Missing entries are left
-    out, and statistics that are the same in all draws and the data.
+    each column where these have names; where the data have two values only, the mean is all. Entries that are missing
+    or hidden by the site's own mask are left out, and statistics that are the same in all draws and the data.
 
     Args:
         program: any program, or a `Target`.
@@ -112,7 +112,9 @@ def predictive_check(
             "Expected a program that observes what it could draw; its observed sites are factors, or their "
             "distributions have fewer entries than the data."
         )
-    mask, many = target.batch.get("mask"), len(real) > _SITES
+    many, seen = len(real) > _SITES, {name: _seen(nodes[name], target.batch.get("mask")) for name in real}
+    if many:
+        seen = {"": torch.cat([each.flatten() for each in seen.values()])}
 
     def statistics(values: dict[str, Tensor], k: int) -> tuple[dict[str, bool], Tensor]:
         told: dict[str, bool] = {}
@@ -120,16 +122,15 @@ def predictive_check(
             values = {"": torch.cat([value.reshape(k, -1) for value in values.values()], 1)}
         columns = []
         for name, value in values.items():
-            shape = value.shape[1:] if many else real[name].shape
-            rows, hidden = value.double().reshape(k, *shape), None if mask is None or mask.shape != shape else mask
+            rows = value.double().reshape(k, *seen[name].shape)
             named = names if name == "x" and rows.dim() == 3 and names is not None else None
             if named is not None and units is not None:
                 rows = units(rows.flatten(0, 1)).reshape(rows.shape)
-            rows = rows if hidden is None else rows.masked_fill(~hidden, math.nan)
+            rows = rows.masked_fill(~seen[name], math.nan)
             each = rows.flatten(1, -2) if named is not None else rows.reshape(k, -1, 1)
             titles = named or ([name] if len(values) > 1 else [""])
             found, coded = _statistics(each), [title in words for title in titles]
-            plain = [k > 1 or len(column.unique()) > 2 for column in each[0].T]
+            plain = [k > 1 or len(column[~column.isnan()].unique()) > 2 for column in each[0].T]
             for what in found:
                 names_of = [f"{what} of {title}" if title else what for title in titles]
                 kept = [not c and (what == "mean" or p) for c, p in zip(coded, plain, strict=True)]
@@ -160,6 +161,15 @@ def _is_drawn(node: Any) -> bool:
     """Whether draws of an observed site are data: it is no factor, and no entry of its distribution stands for more."""
     fn = node["fn"]
     return not isinstance(fn, dist.Unit) and math.prod(fn.batch_shape + fn.event_shape) == node["value"].numel()
+
+
+def _seen(node: Any, mask: Tensor | None) -> Tensor:
+    """Which entries of an observed site count: those that neither the batch's mask nor the site's own hides."""
+    shape, own = node["value"].shape, node["mask"]
+    seen = torch.ones(shape, dtype=torch.bool, device=node["value"].device)
+    if isinstance(own, Tensor):
+        seen = seen & own.reshape(own.shape + (1,) * len(node["fn"].event_shape))
+    return seen if mask is None or mask.shape != shape else seen & mask
 
 
 def _statistics(rows: Tensor) -> dict[str, Tensor]:

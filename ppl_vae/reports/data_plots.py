@@ -98,7 +98,7 @@ def samples(x: Tensor, *, means: Tensor | None = None, shape: Sequence[int] | No
         return _pairs(data[:20], style.flat_rows(means, 20), ("draw", "its mean"), shape)
     if shape is not None:
         return style.mosaic(data, shape, math.ceil(math.sqrt(len(data))))[0]
-    figure = Figure((7, 4), dpi=120, layout="constrained")
+    figure = Figure((5.6, 3.6), dpi=120, layout="constrained")
     ax = figure.add_subplot(xlabel="feature", ylabel="value")
     for row in data:
         style.curve(ax, row, color=style.BLUE, alpha=max(0.15, min(1.0, 8 / len(data))))
@@ -110,6 +110,6 @@ def _pairs(above: style.Array, below: style.Array, names: tuple[str, str], shape
     columns = min(len(above), 10)
     blocks = [np.pad(part, ((0, -len(above) % columns), (0, 0)), constant_values=np.nan) for part in (above, below)]
     pairs = np.stack([part.reshape(-1, columns, part.shape[1]) for part in blocks], 1)
-    figure, ax, at, _ = style.mosaic(pairs.reshape(-1, above.shape[1]), shape, columns, left=1.15, limits=above)
+    figure, ax, at, _ = style.mosaic(pairs.reshape(-1, above.shape[1]), shape, columns, left=1.35, limits=above)
     ax.set_yticks(at, [*names] * len(pairs))
     return figure

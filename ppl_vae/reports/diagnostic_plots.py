@@ -1,7 +1,7 @@
 """Plots of diagnostics: bounds, tails, gaps and ranks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ppl_vae.evaluation.predictive import PredictiveCheck
 from ppl_vae.reports import style
 from ppl_vae.reports.diagnostics import rank_counts
 
-_SIZE = (6.4, 4.2)  # inches
+_SIZE = (5.4, 3.8)  # inches
 
 
 def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Axes | None = None) -> Axes:
@@ -47,18 +47,18 @@ def bound_over_samples(curve: BoundCurve, *, truth: Tensor | None = None, ax: Ax
     return ax
 
 
-def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Figure:
+def sweep_results(found: Mapping[str, Any]) -> Figure:
     """Show log p(x) of each setting of a sweep, ± 2 errors over seeds where there are several, best above.
 
-    A lower bound has no Monte Carlo error. Keys that are the same in all settings are left out of their names.
+    A lower bound has no Monte Carlo error. Keys that are the same in all settings are left out of their names, and of
+    the others only the last word is shown if that tells them apart.
 
     Args:
         found: from `runs.sweep.summarise`, or runs alike, each with a `name`.
-        errors: what the errors are of.
     """
     rows = sorted(found["settings"], key=lambda row: row["log_evidence"]["mean"])
     style.check_some(len(rows))
-    figure = Figure((7.2, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
+    figure = Figure((6.4, 1.1 + 0.34 * len(rows)), dpi=120, layout="constrained")
     ax = style.bare(figure.subplots())
     drawn = []
     for place, row in enumerate(rows):
@@ -72,8 +72,9 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
             ax.plot(row["ppca"], place, marker="d", ms=5, ls="", mfc="none", color=style.VERMILLION)
         ax.annotate(f"{row['seconds']:.0f} s", (1.01, place), xycoords=("axes fraction", "data"), va="center", size=8)
     settings = [row.get("values", {}) for row in rows]
-    same = {key for key in settings[0] if len(rows) > 1 and len({repr(one.get(key)) for one in settings}) == 1}
-    values = [", ".join(f"{key} = {value}" for key, value in one.items() if key not in same) for one in settings]
+    words = {key: key.rpartition(".")[2] for key in varying(settings)}
+    words = words if len({*words.values()}) == len(words) else {key: key for key in words}
+    values = [", ".join(f"{words[key]} = {one[key]}" for key in words) for one in settings]
     names = [row.get("name") or value or "as it is" for row, value in zip(rows, values, strict=True)]
     ax.set_yticks(range(len(rows)), [style.short(name, 44) for name in names], fontsize="small")
     kinds = {row["log_evidence"]["kind"] for row in rows}
@@ -82,11 +83,21 @@ def sweep_results(found: Mapping[str, Any], *, errors: str = "over seeds") -> Fi
             ax.plot([], [], mark, color=style.BLUE, label=kind)
     if any(row["ppca"] is not None for row in rows):
         ax.plot([], [], "d", mfc="none", color=style.VERMILLION, label="PPCA of this size")
-    told = f"; ± 2 errors {errors}" if any(drawn) else ""
+    seeds = any(row["log_evidence"]["se_seeds"] is not None for row in rows)
+    told = f"; ± 2 errors {'over seeds' if seeds else 'of Monte Carlo'}" if any(drawn) else ""
     ax.set(xlabel=f"log p(x), nats per held-out datum{told}", ylim=(-0.6, len(rows) - 0.4))
     ax.ticklabel_format(axis="x", useOffset=False)
     style.legend_above(ax)
     return figure
+
+
+def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that are not the same in all settings; all keys of a single one."""
+    return [
+        key
+        for key, value in settings[0].items()
+        if len(settings) == 1 or any(one.get(key) != value for one in settings)
+    ]
 
 
 def moments(sites: Mapping[str, Any], *, most: int = 24, ax: Axes | None = None) -> Axes:
@@ -107,7 +118,7 @@ def moments(sites: Mapping[str, Any], *, most: int = 24, ax: Axes | None = None)
     style.check_some(len(entries))
     furthest = sorted(entries, key=lambda entry: -entry[0])[:most]
     shown = [entry for entry in entries if entry in furthest][::-1]
-    ax = style.axes_for(ax, (6.4, 0.9 + 0.3 * len(shown)))
+    ax = style.axes_for(ax, (5.4, 0.9 + 0.3 * len(shown)))
     for shift, which, colour, mark in ((0.15, 1, style.BLUE, "s"), (-0.15, 0, style.VERMILLION, "o")):
         means, sds = np.array([entry[2][which] for entry in shown], dtype=float).T
         label = ("guide", shown[0][3])[which]
@@ -184,11 +195,11 @@ def rank_histograms(calibration: Calibration, *, most: int = 6) -> Figure:
         ax.stairs(bars, edges, fill=True, color=style.BLUE)
         ax.axhline(expected, color=style.GREY, linewidth=0.8)
         ax.yaxis.set_major_locator(style.ticks_at(4))
-        ax.set_title(f"{name}, p = {p:.2g}", fontsize="medium")
+        ax.set_title(f"{name}, {style.chance(p)}", fontsize="medium")
         style.bare(ax).set(xlabel="rank of the truth", xlim=(0, edges[-1]), ylim=(0, None))
     ax = expected_coverage(calibration, ax=axes[-1])
-    ax.set_title(f"coverage, p = {calibration.coverage_p_value:.2g}", fontsize="medium")
-    ax.set(xlabel="nominal", ylabel="found")
+    ax.set_title(f"coverage, {style.chance(calibration.coverage_p_value)}", fontsize="medium")
+    ax.set(xlabel="probability of the region", ylabel="share of truths in it")
     note = "grey: where 99 % of the bars lie if the guide is calibrated"
     if len(shown) < latents:
         note = f"the {len(shown)} of {latents} latents with the smallest p\n{note}"
@@ -234,7 +245,7 @@ def predictive_checks(check: PredictiveCheck, *, most: int = 8) -> Figure:
         ax.axvline(row["observed"], color=style.VERMILLION, lw=2, label="data")
         ax.locator_params(axis="x", nbins=3)
         ax.ticklabel_format(axis="x", useOffset=False)
-        ax.set_title(f"{style.short(row['name'], 34)}\np = {row['p_value']:.2f} ± {row['error']:.2f}", fontsize="small")
+        ax.set_title(f"{style.short(row['name'], 30)}\np = {row['p_value']:.2f} ± {row['error']:.2f}", fontsize="small")
         style.bare(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     return figure

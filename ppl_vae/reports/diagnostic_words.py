@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppl_vae.reports.findings import counted, figure, margin
+from ppl_vae.reports.style import chance
 
 
 def describe_diagnostics(report: Mapping[str, Any]) -> list[str]:
@@ -14,7 +15,7 @@ def describe_diagnostics(report: Mapping[str, Any]) -> list[str]:
         "gap": _gap,
         "classes": _classes,
         "calibration": lambda block: (
-            f"**Calibration**: {block['verdict']} (p = {block['p_value']:.2g} over {block['simulations']} simulations)."
+            f"**Calibration**: {block['verdict']} ({chance(block['p_value'])} over {block['simulations']} simulations)."
         ),
     }
     return [describe(report[name]) for name, describe in blocks.items() if name in report]

@@ -276,15 +276,21 @@ const shown = (v, j, word) => {
   if (Number.isNaN(v)) return "–";
   return words ? words[word ?? Math.min(Math.max(Math.round(v), 0), words.length - 1)] : fmt(units(v, j));
 };
-const asTable = !page.shape && (X <= 60 || page.columns[0] !== "column 1"), cells = [];
+const asTable = !page.shape && (X <= 12 || page.columns[0] !== "column 1"), cells = [];
 function drawCurve(values, datum) {
   const canvas = $("curve"), ratio = window.devicePixelRatio || 1, wide = canvas.clientWidth, high = canvas.clientHeight, c = canvas.getContext("2d");
   canvas.width = wide * ratio; canvas.height = high * ratio; c.scale(ratio, ratio);
-  const [low, top] = page.shades;
-  for (const [line, name] of [[datum, "--soft"], [values, "--q"]]) {
+  let low = Infinity, top = -Infinity;
+  for (let j = 0; j < X; j++) { low = Math.min(low, units(page.shades[0], j)); top = Math.max(top, units(page.shades[1], j)); }
+  const across = (j) => 52 + (j / Math.max(X - 1, 1)) * (wide - 64), up = (v) => high - 30 - ((v - low) / (top - low || 1)) * (high - 60);
+  c.font = "12px system-ui, sans-serif"; c.fillStyle = colour("--soft"); c.strokeStyle = colour("--grid"); c.textAlign = "right";
+  for (const v of ticks(low, top)) { c.beginPath(); c.moveTo(52, up(v)); c.lineTo(wide - 12, up(v)); c.stroke(); c.fillText(fmt(v), 46, up(v) + 4); }
+  c.textAlign = "center"; c.fillText("0", across(0), high - 12); c.fillText("feature", wide / 2, high - 12); c.fillText(X - 1, across(X - 1), high - 12);
+  c.textAlign = "left";
+  for (const [line, name, told, place] of [[datum, "--soft", "datum", 130], [values, "--q", "decoded", 52]]) {
     if (!line) continue;
-    c.strokeStyle = colour(name); c.lineWidth = 1.6; c.beginPath();
-    for (let j = 0; j < X; j++) c.lineTo(8 + (j / Math.max(X - 1, 1)) * (wide - 16), high - 8 - ((line[j] - low) / (top - low)) * (high - 16));
+    c.strokeStyle = c.fillStyle = colour(name); c.fillText(told, place, 16); c.lineWidth = 1.6; c.beginPath();
+    for (let j = 0; j < X; j++) c.lineTo(across(j), up(units(line[j], j)));
     c.stroke();
   }
 }
@@ -369,7 +375,7 @@ function build() {
     page.columns.forEach((name) => {
       const row = document.createElement("tr"), head = document.createElement("th"), decoded = document.createElement("td"), beside = document.createElement("td");
       const last = document.createElement("td"), track = document.createElement("div"), bar = document.createElement("i");
-      head.scope = "row"; head.textContent = name; last.className = "bar";
+      head.scope = "row"; name.split(/(?<=_)/).forEach((part) => head.append(part, document.createElement("wbr"))); last.className = "bar";
       track.append(bar); last.append(track); row.append(head, decoded, beside, last); body.append(row);
       cells.push([decoded, beside, bar]);
     });

@@ -37,7 +37,7 @@ from ppl_vae.reports.posterior_plots import ellipses, regions
 from ppl_vae.reports.table_plots import column_errors, column_paths, marginals, scatter_pairs
 
 _CLASSES = 12  # classes that are drawn
-_SILENT = 0.01  # nats, or a variance, below which a latent says nothing
+_SILENT = 0.02  # nats, or a variance, below which a latent says nothing
 _PLANE = 4  # latents that say something, up to which two of them are shown, and principal components beyond
 
 
@@ -93,18 +93,19 @@ def draw_run(
     if check := report.get("check"):
         caption = "Mean and standard deviation of each latent, by the guide and by what is nearest to the posterior."
         album.add("moments.png", moments(check["sites"]), caption)
-    if (classes := report.get("classes")) is not None:
+    if (classes := report.get("classes")) is not None and len(classes["curve"]) > 1:
         caption = (
             "How often the most probable class is right, over its probability, with the number of data of each bin."
         )
         album.add("class_calibration.png", calibration_curve(classes["curve"]), caption)
     _draw_data(target, data, album, seed)
     if predictive is not None and predictive.names:
-        by = "the posterior" if target.structure.whole else "the prior"
+        whole = target.structure.whole
+        what, by = ("as large as the data", "posterior") if whole else (f"of {counted(predictive.n)}", "prior")
         caption = (
-            f"Predictive check: statistics of {len(predictive.drawn)} sets of {counted(predictive.n)} drawn from the "
-            f"model, latents from {by}, and of as many of the data (line); p with its Monte Carlo error. Furthest out "
-            "first."
+            f"Predictive check: statistics of {len(predictive.drawn)} sets {what} drawn from the model, latents from "
+            f"the {by}, and of {'the data' if whole else 'as many of the data'} (line); p with its Monte Carlo error. "
+            "Furthest out first."
         )
         album.add("predictive.png", predictive_checks(predictive), caption)
     program = target.program
@@ -121,7 +122,8 @@ def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
     x = few.batch.get("x")
     by_column = data.columns.names is not None and shape is None
     if by_column and (means := _means(target.rows(slice(MOST_DATA)), seed)) is not None:
-        caption = f"How far the reconstruction of each column is off, from one draw of z by the guide. {whose} data."
+        caption = f"How far the reconstruction of each column is off, from one draw of the latents. {whose} data."
+        caption += " At 1 (dotted) it is no better than the column's mean."
         caption += f" The worst 20 of {data.features} columns." if data.features > 20 else ""
         album.add("columns.png", column_errors(rows["x"][:MOST_DATA], means, data.columns), caption)
     elif (means := _means(few, seed)) is not None:
@@ -141,6 +143,8 @@ def _draw_data(target: Target, data: Data, album: _Album, seed: int) -> None:
             caption = "Pairs of the columns that depend most on each other: data below the diagonal, draws above it."
             album.add("pairs.png", scattered, caption)
     else:
+        if shape is None and len(drawn.unique()) <= 2:
+            return  # lines of zeros and ones say nothing
         beside_it = "" if middle is None or shape is None else " Below each the mean of p(x given z)."
         album.add("samples.png", samples(drawn, means=middle, shape=shape), caption + beside_it)
 
@@ -179,7 +183,7 @@ def _draw_latents(
     if latents < 2 or not order:
         return
     many_active = len(order) > _PLANE
-    axes = None if many_active else tuple(sorted((order + [j for j in range(latents) if j not in order])[:2]))
+    axes = None if many_active else tuple(sorted(said.argsort(descending=True, stable=True)[:2].tolist()))
     with fork_rng(seed, "prior", device=target.device):
         prior = program.prior(*program.context("prior", many.batch))
         prior = prior.expand(prior.batch_shape or [MOST_DATA]).sample()
@@ -189,7 +193,8 @@ def _draw_latents(
     where = ", on their principal components" if many_active else ", of the two latents of highest rate" * (latents > 2)
     caption = f"{whose} data in the latent space: the guide's means{where}, over draws of the prior."
     about: Any = {"names": data.classes, "prior": prior, "axes": axes, "quantity": quantity}
-    album.add("latents.png", latent_scatter(points, labels, **about), caption)
+    if latents == 2 or len(order) > 1:
+        album.add("latents.png", latent_scatter(points, labels, **about), caption)
     if latents == 2 and shape is not None and limits is not None:
         caption = f"The mean of x over the central 98 % of the data's codes.{told}"
         album.add("manifold.png", latent_grid(program, shape=shape, codes=points, given=given), caption)
@@ -214,9 +219,9 @@ def _draw_latents(
     except ValueError:
         return
     first: tuple[int, int] = axes or (order[0], order[1])  # type: ignore[assignment]
-    pairs = [(one.loc[:10], one.covariance[:10]) for one in (q, p)]
+    pairs = [(one.loc[:9], one.covariance[:9]) for one in (q, p)]
     caption = f"The guide's ellipses over the exact posterior's. {whose} data."
-    album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:10], shape=shape), caption)
+    album.add("posteriors.png", ellipses(*pairs, axes=first, x=target.batch["x"][:9], shape=shape), caption)
 
 
 def _column_paths(program: VAE, data: Data, codes: Tensor, latents: list[int], given: Any) -> Any:
@@ -287,7 +292,7 @@ def draw_diagnostics(results: Results, folder: Path, *, shape: tuple[int, ...] |
     if curve.error[-1].isnan().any():
         caption += " The last has one group of draws, and so no error bar."
     album.add("bound.png", bound_over_samples(curve, truth=known.log_evidence if known else None), caption)
-    if bool((~results.pareto_k.isnan()).any()):
+    if int((~results.pareto_k.isnan()).sum()) > 1:
         caption = "The tail shape k of each datum's weights, in rising order; above 0.5 they have no finite variance."
         album.add("pareto_k.png", tail_shapes(results.pareto_k), caption)
     if results.gap is not None and results.gap.family is not None:
@@ -303,15 +308,18 @@ def draw_diagnostics(results: Results, folder: Path, *, shape: tuple[int, ...] |
 
 
 def _means(target: Target, seed: int) -> Tensor | None:
-    """The mean of p(x|z) for one draw of z from the guide, if a site `x` observes the data as they are."""
+    """The mean of p(x|z) for one draw of z from the guide, if the site `x`, or the only one, observes the data."""
     program, batch = target.program, target.batch
     if isinstance(program, VAE):
         return program.reconstruct(batch, seed=seed)
     nodes: Any = target.replay(seed)[0].nodes
-    if "x" not in nodes or "x" not in batch or nodes["x"]["value"].shape != batch["x"].shape:
+    site, *more = ["x"] if "x" in nodes else target.structure.observed or ["x"]
+    if more or "x" not in batch or site not in nodes or nodes[site]["value"].shape != batch["x"].shape:
+        return None
+    if site != "x" and not bool((nodes[site]["value"] == batch["x"]).all()):
         return None
     try:
-        return nodes["x"]["fn"].mean.expand(batch["x"].shape)  # type: ignore[no-any-return]
+        return nodes[site]["fn"].mean.expand(batch["x"].shape)  # type: ignore[no-any-return]
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -334,6 +342,7 @@ def _draws(target: Target, seed: int, count: int) -> tuple[Tensor | None, Tensor
         return None, None
     try:
         with few.running(seed, "samples"):
-            return simulate(few)[0]["x"], None
+            drawn = simulate(few)[0]["x"]
+            return (None if torch.equal(drawn, few.batch["x"]) else drawn), None  # the same: they are given, not drawn
     except ValueError:
         return None, None

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ppl_vae.reports.style import chance
+
 
 def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[str]:
     """List what the numbers give reason to doubt, the gravest first; `list_remedies` says what would help.
@@ -20,6 +22,8 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         return [f"**Some figures are not finite**: {reason}", *basis]
     if has_diverged(report, history):
         ended = f"the bound ended at {history[-1]:.1e} nats per datum"
+        if behind_ppca(report):
+            ended += f", where PPCA has {figure(report['baseline']['ppca']['log_evidence'], digits=1)}"
         return [f"**Training diverged**: {ended}. Nothing here can be trusted.", *basis]
     return [
         *_doubt_model(report, history),
@@ -29,15 +33,18 @@ def list_findings(report: Mapping[str, Any], history: Sequence[float]) -> list[s
         *_doubt_diagnostics(report),
         *_doubt_distance(report),
         *_doubt_encoder(report),
-        *_doubt_latents(test),
+        *_doubt_latents(report),
         *_doubt_convergence(report, history),
     ]
 
 
 def has_diverged(report: Mapping[str, Any], history: Sequence[float]) -> bool:
-    """Whether the bound fell by ten times its size, or ended where no model of the data belongs."""
-    baseline = (report.get("baseline") or {}).get("ppca", {}).get("log_evidence") or 0.0
-    least = min(baseline, 0.0) * 100 - 1e4 * max(report["data"].get("features", 1), 1)
+    """Whether the bound fell by ten times its size, or ended where no model of the data belongs, far below PPCA."""
+    ppca, features = (report.get("baseline") or {}).get("ppca", {}), max(report["data"].get("features", 1), 1)
+    baseline = ppca.get("log_evidence") or 0.0
+    if (ppca.get("difference") or 0.0) < -10 * (abs(baseline) + features):
+        return True
+    least = min(baseline, 0.0) * 100 - 1e4 * features
     return history[-1] < min(history[0] - 10 * abs(history[0]) - 1e3, least) or history[-1] < 1e6 * least
 
 
@@ -74,6 +81,11 @@ def overfitted(report: Mapping[str, Any]) -> str | None:
     return "encoder" if lead["elbo"] - ahead > max(3 * lead["elbo_se"], least) else None
 
 
+def silent(test: Mapping[str, Any]) -> list[int]:
+    """The latents that say next to nothing about a datum: their mean hardly varies, or their rate is near 0."""
+    return sorted({*test["collapsed"], *(z for z, rate in enumerate(test.get("rates") or ()) if rate <= 0.02)})
+
+
 def distance(report: Mapping[str, Any]) -> tuple[float, str, bool] | None:
     """KL of the guide to the posterior in nats, over which data, and if it is at least that; None if not known."""
     for name, key in (("exact", "gap"), ("gap", "total"), ("reference", "gap")):
@@ -106,19 +118,24 @@ def _doubt_model(report: Mapping[str, Any], history: Sequence[float]) -> Iterato
     """Whether the model is worse than a linear one, or learned the training data by heart."""
     test, ppca = report["test"], (report.get("baseline") or {}).get("ppca", {})
     if behind_ppca(report):
-        lost, latents = len(test["collapsed"]), test["latents"]
+        lost, latents = len(silent(test)), test["latents"]
         cause = (
             "training has not settled"
             if still_rising(report, history) or len(history) < 2
             else "training settled in a poor place"
         )
-        if 2 * lost >= latents:
+        if 2 * lost >= latents and len(history) > 1:
             cause = f"{lost} of {latents} latents collapsed, and what is left is no more than a linear model"
         bound = " or less: the log evidence is a bound" if test["log_evidence"]["kind"] == "lower bound" else ""
         yield (
             f"**The model is worse than PPCA**, by {figure(-ppca['difference'], ppca['se'])} nats per datum{bound}. A "
             f"linear model with as many latents fits these data better, so no figure here tells what this kind of "
             f"model can do: {cause}."
+        )
+    elif len(silent(test)) == test["latents"] > 0:
+        yield (
+            f"**All latents are collapsed**, {test['latents']} of {test['latents']}: no code says anything about its "
+            "datum, so the model is one fixed distribution of x."
         )
     if overfitted(report) == "model":
         yield f"**The model memorises**: its training data fit better, by {_ahead(report)}."
@@ -175,7 +192,7 @@ def _doubt_diagnostics(report: Mapping[str, Any]) -> Iterator[str]:
                 where = f"On the {part} data it is nearly exact: {kl}. The fault shows only off them."
         yield (
             "**The guide is miscalibrated**: on data simulated from the model, its draws differ from the true latents "
-            f"(p = {calibration['p_value']:.2g}), most clearly in {calibration['weakest']}. {where}"
+            f"({chance(calibration['p_value'])}), most clearly in {calibration['weakest']}. {where}"
         )
 
 
@@ -198,15 +215,21 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
     named = ""
     if worst["n"]:
         rows = ", ".join(
-            f"{row} (k {figure(k, digits=2)})" for row, k in zip(worst["rows"], worst["pareto_k"], strict=True)
+            f"{row} (k {figure(k, digits=2)})" for row, k in zip(worst["rows"][:5], worst["pareto_k"][:5], strict=True)
         )
-        named = f"The weights of {counted(worst['n'])} are bad; the worst are in rows {rows}. "
+        are = "is bad, row" if worst["n"] == 1 else "are bad, the worst in rows" if worst["n"] > 5 else "are bad, rows"
+        named = f"The weights of {counted(worst['n'])} {are} {rows}. "
         if worst["mean_without"] is not None:
             named += f"Without them the mean is {figure(worst['mean_without'])} nats per datum. "
     if value["kind"] == "lower bound":
         reason = named + "What they may hide could move the mean beyond any interval."
         if shape["median"] is None:
             reason = "Too few samples per datum to judge the weights: at least 25 are needed."
+        elif not named and shape["median"] > 0.5:
+            reason = (
+                f"The tail shape k of the weights is {figure(shape['median'], digits=2)}: above 0.5 their variance "
+            )
+            reason += "may be infinite."
         elif not named:
             reason = (
                 "The tail shapes of the weights are typically too near 0.5 for so few samples to tell if their "
@@ -222,25 +245,26 @@ def _doubt_evidence(test: Mapping[str, Any]) -> Iterator[str]:
 def _doubt_predictions(block: Mapping[str, Any] | None) -> Iterator[str]:
     """The statistics of the data that no set of draws comes near."""
     if off := [one for one in (block or {}).get("statistics", ()) if one["off"]]:
-        worst = ", ".join(
-            f"the {one['name']} is {one['observed']:.4g}, in the draws {one['low']:.4g} to {one['high']:.4g}"
+        worst = "; ".join(
+            f"the {one['name']} is {one['observed']:.4g} (draws: {one['low']:.4g} to {one['high']:.4g})"
             for one in off[:3]
         )
-        more = f", and {len(off) - 3} more" if len(off) > 3 else ""
+        more = f"; and {len(off) - 3} more" if len(off) > 3 else ""
         yield f"**The model draws data unlike these**: {worst}{more}."
 
 
-def _doubt_latents(test: Mapping[str, Any]) -> Iterator[str]:
-    count, names = len(test["collapsed"]), ", ".join(f"z{latent}" for latent in test["collapsed"][:8])
-    names += f" and {count - 8} more" if count > 8 else ""
-    if count:
-        are, means = (
-            ("is", f"mean of {names} hardly varies") if count == 1 else ("are", f"means of {names} hardly vary")
-        )
-        yield (
-            f"**{count} of {test['latents']} latents {are} collapsed**: the posterior {means} over the data (variance "
-            "below 0.01)."
-        )
+def _doubt_latents(report: Mapping[str, Any]) -> Iterator[str]:
+    """Which latents are collapsed, unless all are and that was told."""
+    test, latents = report["test"], silent(report["test"])
+    if len(latents) == test["latents"] and not behind_ppca(report):
+        return
+    names = ", ".join(f"z{latent}" for latent in latents[:8])
+    names += f" and {len(latents) - 8} more" if len(latents) > 8 else ""
+    lost = f"{len(latents)} of {test['latents']} latents {'is' if len(latents) == 1 else 'are'} collapsed"
+    if len(latents) > len(test["collapsed"]):
+        yield f"**{lost} or nearly so**: the rate of {names} is at most 0.02 nats."
+    elif latents:
+        yield f"**{lost}**: the posterior mean of {names} hardly varies over the data (variance below 0.01)."
 
 
 def _doubt_convergence(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:

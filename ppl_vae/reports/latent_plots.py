@@ -56,7 +56,7 @@ def latent_scatter(
         raise ValueError(f"Expected a label for each of {len(points)} data; got {len(values)}.")
     distinct = np.zeros(0) if values is None else np.unique(values)
     if ax is None:
-        ax = Figure((7.4, 5.5), dpi=120).add_axes((0.65 / 7.4, 0.55 / 5.5, 4.85 / 7.4, 4.85 / 5.5))
+        ax = Figure((6.6, 4.9), dpi=120).add_axes((0.65 / 6.6, 0.55 / 4.9, 4.25 / 6.6, 4.25 / 4.9))
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     area = float(np.clip(6000 / len(points), 5, 30))
     look: dict[str, Any] = {"s": area, "lw": 0.4 * (len(points) <= 1000), "ec": "0.2"}
@@ -64,8 +64,9 @@ def latent_scatter(
     if values is None:
         ax.scatter(across, up, color=style.BLUE, label="posterior means", **look)
     elif len(distinct) > len(TWELVE):
-        shown = ax.scatter(across, up, c=values, cmap="viridis", **look)
-        ax.figure.colorbar(shown, ax=ax, label=style.short(quantity, 40))
+        low, high = np.nanquantile(values, [0.02, 0.98])  # a few outliers do not take all colours
+        shown = ax.scatter(across, up, c=values, cmap="viridis", vmin=low, vmax=high, **look)
+        ax.figure.colorbar(shown, ax=ax, label=style.short(quantity, 40), extend="both")
         beside = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     else:
         for value, colour in zip(distinct, TWELVE, strict=False):
@@ -79,7 +80,8 @@ def latent_scatter(
         ax.plot([], [], color=style.GREY, lw=0.9, label="N(0, I), 1–3 sd")
     else:
         drawn = latent_pairs(prior, axes or (0, 1))
-        ax.scatter(drawn[:, 0], drawn[:, 1], s=area / 4, color="0.8", lw=0, zorder=0.5, label="prior")
+        ax.scatter(drawn[:, 0], drawn[:, 1], s=max(area / 4, 2.5), color="0.75", lw=0, zorder=0.5)
+        ax.scatter([], [], s=area, color="0.75", lw=0, label="prior")
     ax.legend(frameon=False, markerscale=(30 / area) ** 0.5, **beside)
     low, high = (extreme(np.concatenate([points, drawn]), 0) for extreme in (np.min, np.max))
     (left, bottom), half = (low + high) / 2, 0.53 * (high - low).max() or 1.0

@@ -1,6 +1,7 @@
 """Pages of what is no run: a comparison of runs, a sweep, the check of a guide."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,8 +103,9 @@ def comparison_page(compared: Mapping[str, Any], *, title: str = "Comparison of 
     dots = [{"name": run["path"], "log_evidence": {**run["test"]["log_evidence"], "se_seeds": None}} for run in runs]
     for dot, run in zip(dots, runs, strict=True):
         dot |= {"ppca": run["baseline"] and run["baseline"]["ppca"]["log_evidence"], "seconds": run["train"]["seconds"]}
-    drawn = sweep_results({"settings": dots}, errors="of Monte Carlo")
-    caption = "log evidence of each run. Differences, paired by datum, are known better than the values themselves."
+    drawn = sweep_results({"settings": dots})
+    caption = "log evidence of each run; at the right the seconds of training. Differences, paired by datum, are known "
+    caption += "better than the values themselves."
     about = (
         f"{len(runs)} runs on {plain(runs[0]['data']['name'])}, evaluated on the same {runs[0]['test']['n']:,} data."
     )
@@ -136,10 +138,14 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
         )
         bounds = "lower bound" in {value["kind"], next_["log_evidence"]["kind"]}
         kind = "difference of bounds" if bounds else "estimate"
-        numbers.append(Number("its lead over the best other", figure(-apart["mean"]), doubt, unit, kind))
+        label = "its lead over the best other" if apart["mean"] <= 0 else "by which the best other is ahead"
+        numbers.append(Number(label, figure(abs(apart["mean"])), doubt, unit, kind))
     doubts = []
     if found["chosen"] is None:
         doubts.append("**No setting is chosen**, for there is no validation part: `data.validation_fraction = 0.1`.")
+    if best["ppca"] is not None and value["mean"] < best["ppca"]:
+        which = "chosen" if found["chosen"] is not None else "first"
+        doubts.append(f"**The {which} setting is worse than PPCA** of its size: it has not been trained well.")
     if any(row["seeds"] < 2 for row in rows):
         doubts.append("**The spread over seeds is unknown** of settings with one seed: `--set svi.seed=0,1,2`.")
     if bounded := [row for row in rows if row["log_evidence"]["kind"] == "lower bound"]:
@@ -150,8 +156,9 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
     listed = "\n".join(f"- {doubt}" for doubt in doubts)
     whole = f"{title}\n" + (f"## What to distrust\n{listed}\n" if doubts else "") + f"## Settings\n{rest}"
     settings = f"{len(rows)} settings, each" if len(rows) > 1 else "One setting,"
-    about = f"{settings} trained with {min(row['seeds'] for row in rows)} seeds or more."
-    caption = "log evidence of each setting, best above."
+    least, most = (pick(row["seeds"] for row in rows) for pick in (min, max))
+    about = f"{settings} trained with {least} seed{'s' * (least > 1)}{' or more' * (most > least)}."
+    caption = "log evidence of each setting, best above; at the right the seconds of training."
     return page(whole, about=about, numbers=numbers, pictures=[_picture(sweep_results(found), caption)])
 
 
@@ -160,7 +167,8 @@ def _apart(one: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    numbers = [any(re.match(r"(>= )?-?\d", cell) for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["---:" if each else "---" for each in numbers]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 

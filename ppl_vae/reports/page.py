@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from ppl_vae.evaluation.pareto import shape_error
+from ppl_vae.programs.program import Program
 from ppl_vae.programs.target import Target
 from ppl_vae.programs.vae import VAE
 from ppl_vae.reports.diagnostic_words import describe_diagnostics
 from ppl_vae.reports.findings import counted, figure, list_findings, margin
 from ppl_vae.reports.html_page import Number, Picture, page, plain
 from ppl_vae.reports.measures import MOST_DATA
-from ppl_vae.reports.remedies import list_remedies
+from ppl_vae.reports.remedies import list_remedies, trusted
 
 _ROWS = 40  # of the table of moments, at the most
 
@@ -61,6 +62,7 @@ def markdown(
         diagnostics=[*describe_diagnostics(report), *notes],
         captions=captions,
         options=options,
+        trust=trusted(report["spec"]),
         figure=figure,
         most=MOST_DATA,
     )
@@ -93,6 +95,7 @@ def _about(report: Mapping[str, Any]) -> str:
     """What was fitted, to what, in a sentence."""
     data, spec = report["data"], report["spec"]
     what = f"The program {plain(Path(spec['model'].get('program') or '').name)}"
+    what = "A program built in Python," if spec["model"].get("built") else what
     if "prior" in spec:
         families = [plain(Path(spec[r].get("family") or spec[r]["program"]).name) for r in ("likelihood", "posterior")]
         what = f"A variational autoencoder with {report['test']['latents']} latents, a likelihood {families[0]} and "
@@ -119,7 +122,8 @@ def first_numbers(report: Mapping[str, Any]) -> list[Number]:
     elif baseline and "difference" in baseline["ppca"]:
         ahead, se = (baseline["ppca"][key] for key in ("difference", "se"))
         value = ">= " * bound + "+" * (ahead > 0) + figure(ahead)
-        numbers.append(Number("log evidence minus that of PPCA", value, _errors(se, None, ", paired"), unit, kind))
+        of = " of the bound, paired" if bound else ", paired"
+        numbers.append(Number("log evidence minus that of PPCA", value, _errors(se, None, of), unit, kind))
     elif classes := report.get("classes"):
         share = f"share of {counted(classes['n'])}"
         numbers.append(Number("right classes", figure(classes["accuracy"]), _errors(classes["se"]), share, "estimate"))
@@ -155,14 +159,17 @@ def evidence_numbers(test: Mapping[str, Any], data: Mapping[str, Any]) -> list[N
 def _errors(over: float | None, own: float | None = None, of: str = " over the data") -> str:
     """A standard error and a Monte Carlo error in words, as far as they are known."""
     parts = [] if over is None else [f"± {margin(over)} standard error{of}"]
-    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error"]
+    parts += [] if own is None else [f"± {margin(own)} Monte Carlo error" if own else "no Monte Carlo error"]
     return "; ".join(parts) or "error not known: a single datum or draw"
 
 
 def _model(program: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and formulas of a VAE, or name, file and summary of another program."""
     if not isinstance(program, VAE) or "prior" not in spec:
-        name, summary = type(program).__name__, (type(program).__doc__ or "").strip().split("\n")[0]
+        own = program.model if type(program) is Program else program
+        own = getattr(own, "__self__", getattr(own, "func", own))  # the object or function that was wrapped
+        own = own if hasattr(own, "__name__") else type(own)
+        name, summary = own.__name__, (own.__doc__ or "").strip().split("\n")[0]
         return {
             "name": name,
             "file": Path(spec["model"]["program"].partition(":")[0]).name,

@@ -159,6 +159,8 @@ def _panels(
         half = 1.06 * half
     side, names = 1.7 if n > 1 else 3.3, (f"$z_{{{axes[0]}}}$", f"$z_{{{axes[1]}}}$")
     figure, drawn = style.panels(n, names, size=(side, side), gap=(0.45, 0.5), top=0.75)
+    if pictures is not None:  # which must not be turned round on dark ground
+        style.clear(figure)
     for index, (ax, (_, (right, top))) in enumerate(zip(drawn, spots, strict=True)):
         (left, low), (far, high) = (middle[index] - half).tolist(), (middle[index] + half).tolist()
         ax.set(xlim=(left, far), ylim=(low, high), box_aspect=1)
@@ -169,10 +171,11 @@ def _panels(
             value, doubt = float(kl[index]), 0.0 if error is None else float(error[index])
             nats = f"{value:.2f} ± {doubt:.2f}" if doubt >= 0.005 else f"{value:.2f}"
             nats = "< 0.01" if max(value, doubt) < 0.005 else nats
-            ax.set_title(f"KL {nats} nats", loc="right", fontsize="small", color="0.25")
+            ax.set_title(f"KL {nats} nats", loc="right", fontsize="small", color=style.NEUTRAL)
         if labels is not None:
             label = labels[index]
-            ax.set_title(str(label.item() if isinstance(label, Tensor) else label), loc="left", fontsize="medium")
+            told = str(label.item() if isinstance(label, Tensor) else label)
+            ax.set_title(told, loc="left", fontsize="medium", color=style.NEUTRAL)
         if pictures is not None:
             box = 0.03 + (0.94 - _PICTURE) * right, 0.03 + (0.94 - _PICTURE) * top, _PICTURE, _PICTURE
             style.inset(ax, pictures[index], box, "SN"[top] + "WE"[right])
@@ -227,7 +230,9 @@ def _draw_region(ax: Axes, grid: DensityGrid, index: int, looks: Sequence[dict[s
 def _explain(figure: Figure, exact: str, approximate: str, note: str) -> Figure:
     """Add the legend of the two posteriors above the panels."""
     handles = [Patch(**_EXACT[1], label=exact), Patch(**_APPROXIMATE[1], label=approximate)]
-    figure.legend(handles=handles, title=note, loc="upper center", ncols=2, frameon=False, borderaxespad=0.1)
+    look: dict[str, Any] = {"frameon": False, "borderaxespad": 0.1, "labelcolor": style.NEUTRAL}
+    legend = figure.legend(handles=handles, title=note, loc="upper center", ncols=2, **look)
+    legend.get_title().set_color(style.NEUTRAL)
     return figure
 
 

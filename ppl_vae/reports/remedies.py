@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, still_rising
+from ppl_vae.reports.findings import behind_ppca, distance, has_diverged, overfitted, silent, still_rising
 
 _RICHER = {
     "Normal": "FullNormal or MixtureNormal",
@@ -25,6 +25,13 @@ def list_remedies(report: Mapping[str, Any], history: Sequence[float]) -> list[s
     return list(_remedies(report, history))
 
 
+def trusted(spec: Mapping[str, Any]) -> str:
+    """The option by which a command may run the code of a run's program."""
+    if spec.get("model", {}).get("built"):
+        return " --program FILE.py:NAME"
+    return " --trust-code" * any("program" in table for table in spec.values() if isinstance(table, Mapping))
+
+
 def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[str]:
     spec, test, data = report.get("spec", {}), report["test"], report["data"]
     svi, networks = (
@@ -39,14 +46,14 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
     whole, fits = data.get("whole", False), overfitted(report)
     learning = fits is None and (len(history) < 2 or still_rising(report, history) is not None)
     built = spec.get("model", {}).get("built", False)
-    worse, collapsed = behind_ppca(report), len(test["collapsed"])
-    lost = 2 * collapsed >= test["latents"] and collapsed > 0
+    worse, collapsed = behind_ppca(report), len(silent(test))
+    lost = 2 * collapsed >= test["latents"] > 0 and (worse or collapsed == test["latents"]) and len(history) > 2
     if worse and spec.get("data", {}).get("scaling") == "none" and data.get("columns", {}).get("names"):
         yield 'Standardise the columns: `data.scaling = "standardize"`.'
     if learning:
         epochs = "more epochs than the" if built else "raise `svi.epochs`, now"
         yield f"Train longer: {epochs} {svi.get('epochs', len(history))}. The rest may mend itself."
-    if worse and lost:
+    if lost:
         free = svi.get("warm_up") and not svi.get("free_bits")
         yield (
             "Keep latents from collapsing: "
@@ -67,8 +74,8 @@ def _remedies(report: Mapping[str, Any], history: Sequence[float]) -> Iterator[s
         listed = ": `ppl-vae list likelihood`" if "likelihood" in spec else ""
         yield f"Another likelihood may draw what this one cannot{listed}."
     yield from _of_guide(report, whole=whole, learning=learning, fits=fits, networks=networks)
-    if collapsed and not (worse and lost) and "latent" in spec.get("model", {}) and test["active_units"]:
-        yield f"Fewer latents would do as well: `model.latent = {test['active_units']}`."
+    if 0 < collapsed < test["latents"] and not worse and not learning and "latent" in spec.get("model", {}):
+        yield f"Fewer latents would do as well: `model.latent = {test['latents'] - collapsed}`."
 
 
 def _of_guide(
@@ -77,8 +84,7 @@ def _of_guide(
     """What brings the guide, or the evidence that is weighed by it, nearer to the truth."""
     test, spec, apart = report["test"], report.get("spec", {}), distance(report)
     bound = test["log_evidence"]["kind"] == "lower bound"
-    trust = " --trust-code" * any("program" in table for table in spec.values() if isinstance(table, Mapping))
-    trust = " --program FILE.py:NAME" if spec.get("model", {}).get("built") else trust
+    trust = trusted(spec)
     biased = not bound and abs(test["log_evidence"]["bias"]) > max(test["log_evidence"]["mc_se"], 0.01)
     if bound or biased:
         draws = f"`ppl-vae evaluate RUN --samples {10 * test['samples']}{trust}`"

@@ -105,18 +105,28 @@ def mosaic(
     ratio = picture.shape[0] / picture.shape[1]
     wide = max(min(max(cell * columns, 1.5), 7.8 - left, 9 / ratio), 0.5)
     size = np.array([wide + left + 0.05, wide * ratio + bottom + 0.05])
-    figure = Figure(size.tolist(), dpi=120, facecolor="none")
+    figure = Figure(size.tolist(), dpi=120)
     ax = figure.add_axes((left / size[0], bottom / size[1], wide / size[0], wide * ratio / size[1]))
     shown = ((picture - low) / (high - low)).clip(0, 1) if colours else picture  # a picture in colour has no limits
     if colours:
         shown = np.concatenate([np.nan_to_num(shown), np.isfinite(shown[..., :1])], -1)
     _show(ax, shown, vmin=low, vmax=high)
-    ax.set_facecolor("none")
-    ax.tick_params(length=0, labelcolor=NEUTRAL)
-    ax.xaxis.label.set_color(NEUTRAL)
-    ax.yaxis.label.set_color(NEUTRAL)
+    ax.tick_params(length=0, labelsize="large")
+    ax.xaxis.label.set_fontsize("large")
+    ax.yaxis.label.set_fontsize("large")
+    clear(figure)
     across, up = (np.arange(count, dtype=np.float64) for count in (columns, len(grid)))
     return figure, ax, up * (height + gap) + (height - 1) / 2, across * (width + gap) + (width - 1) / 2
+
+
+def clear(figure: Figure) -> None:
+    """Make the ground of a figure transparent and its text a neutral grey, so that it suits light and dark pages."""
+    figure.set_facecolor("none")
+    for ax in figure.axes:
+        ax.set_facecolor("none")
+        ax.tick_params(labelcolor=NEUTRAL)
+        ax.xaxis.label.set(color=NEUTRAL)
+        ax.yaxis.label.set(color=NEUTRAL)
 
 
 def inset(ax: Axes, picture: Array, box: tuple[float, float, float, float], anchor: Any) -> None:
@@ -131,7 +141,7 @@ def _show(ax: Axes, picture: Array, **limits: Any) -> None:
 
 
 def panels(
-    n: int, labels: Pair[str], *, size: Pair[float], gap: Pair[float], top: float, most: int = 4, share: bool = False
+    n: int, labels: Pair[str], *, size: Pair[float], gap: Pair[float], top: float, most: int = 3, share: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure with n panels of one size in even rows; all lengths are in inches.
 
@@ -166,7 +176,7 @@ def panels(
     return figure, axes[:n]
 
 
-def axes_for(ax: Axes | None, size: tuple[float, float] = (7, 4)) -> Axes:
+def axes_for(ax: Axes | None, size: tuple[float, float] = (5.6, 3.6)) -> Axes:
     """The axes given, or those of a new figure of that size in inches."""
     return bare(Figure(size, dpi=120, layout="constrained").add_subplot() if ax is None else ax)
 
@@ -207,3 +217,8 @@ def short(text: str, most: int = 18) -> str:
 def number(value: float) -> str:
     """A number in three digits, with a true minus."""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def chance(p: float) -> str:
+    """A p-value in words, one too small for double precision as such."""
+    return f"p = {p:.2g}" if p >= 1e-16 else "p < 1e-16"

@@ -20,7 +20,7 @@ _BARS = 12  # values that have a bar each
 def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
     """Compare each column's values in the data with those of samples, one panel per column, the first twelve.
 
-    Columns of at most twelve whole-number values have bars, by their words where they have any; others histograms.
+    Columns of at most twelve whole numbers on end have bars, by their words where they have any; others histograms.
 
     Args:
         x: data, (n, x).
@@ -40,11 +40,13 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
         pair = [np.sort(part[:, j][np.isfinite(part[:, j])]) for part in (data, drawn)]
         values = np.unique(np.concatenate(pair))
         whole = bool((values == np.rint(values)).all())
-        if len(values) <= _BARS and whole:
+        words = (columns.categories or {}).get(name)
+        near = whole and len(values) > 0 and values[-1] - values[0] < _BARS
+        values = np.arange(values[0], values[-1] + 1) if near else values
+        if near or (words and len(values) <= _BARS):
             for shift, part, colour, label in zip((-0.2, 0.2), pair, _COLOURS, _LABELS, strict=True):
                 shares = [(part == value).mean() if len(part) else 0.0 for value in values]
                 ax.bar(np.arange(len(values)) + shift, shares, 0.4, color=colour, label=label)
-            words = (columns.categories or {}).get(name)
             ticks = [style.short(words[int(v)], 10) if words and v < len(words) else f"{v:g}" for v in values]
             ax.set_xticks(range(len(values)), ticks, rotation=30 if words else 0, ha="right" if words else "center")
         else:
@@ -125,11 +127,11 @@ def column_errors(x: Tensor, means: Tensor, columns: Columns, *, ax: Axes | None
         spread = one.std() or 1.0
         errors.append(float((np.rint(other) != one).mean() if coded else np.sqrt(((one - other) ** 2).mean()) / spread))
     order = np.argsort(errors)[-20:]
-    ax = style.axes_for(ax, (6, 0.7 + 0.25 * len(order)))
+    ax = style.axes_for(ax, (5.2, 0.7 + 0.25 * len(order)))
     ax.barh(range(len(order)), [errors[j] for j in order], color=style.BLUE)
     ax.set_yticks(range(len(order)), [style.short(_names(columns)[j], 32) for j in order], fontsize="small")
     ax.axvline(1, color="0.6", lw=1, ls=":")
-    ax.set(xlabel="error: RMSE / standard deviation, or share of wrong codes", ylim=(-0.6, len(order) - 0.4))
+    ax.set(xlabel="RMSE / standard deviation, or share of wrong words", ylim=(-0.6, len(order) - 0.4))
     return ax
 
 

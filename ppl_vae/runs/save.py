@@ -45,6 +45,7 @@ def save_run(
         say: takes messages for the user.
 
     Raises:
+        TypeError: If the history is something else.
         ValueError: If the history is empty, the data do not fit the program, or the folder holds something else.
 
     Example:
@@ -63,6 +64,10 @@ def save_run(
         >>> run.report["data"]["part"], run.report["train"]["epochs"]
         ('test', 5)
     """
+    if not isinstance(history, History):
+        raise TypeError(
+            f"Expected a History, from `fit` or by History(elbo=[...], seconds=[...]); got {type(history).__name__}."
+        )
     if not history.elbo or len(history.seconds) != len(history.elbo):
         raise ValueError(
             f"Expected a history with `elbo` and `seconds` of each epoch; got {len(history.elbo)} bounds and "

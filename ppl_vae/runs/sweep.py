@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ppl_vae._checks import check_int
-from ppl_vae.reports.diagnostic_plots import sweep_results
+from ppl_vae.reports.diagnostic_plots import sweep_results, varying
 from ppl_vae.reports.more_pages import sweep_page
 from ppl_vae.runs import storage
 from ppl_vae.runs.run import fit_spec
@@ -249,7 +249,7 @@ def told(found: Mapping[str, Any]) -> str:
     """The table of a sweep in Markdown."""
     head = (
         "setting",
-        "log p(x), nats per datum",
+        "log p(x)",
         "± data",
         "± seeds",
         "seeds",
@@ -258,10 +258,11 @@ def told(found: Mapping[str, Any]) -> str:
         "PPCA",
         "seconds",
     )
-    rows = []
+    rows, settings = [], [row["values"] for row in found["settings"]]
+    keys = varying(settings) if settings else []
     for number, row in enumerate(found["settings"]):
         value, apart = row["log_evidence"], row["difference"]
-        name = named(row["values"]) + (" (chosen)" if number == found["chosen"] else "")
+        name = named({key: row["values"][key] for key in keys}) + (" (chosen)" if number == found["chosen"] else "")
         sign = ">= " if value["kind"] == "lower bound" else ""
         gap = (
             "" if apart is None else f"{apart['mean']:+.3f} ± {apart['se']:.3f} data, {_known(apart['se_seeds'])} seeds"
@@ -269,7 +270,10 @@ def told(found: Mapping[str, Any]) -> str:
         ppca = "" if row["ppca"] is None else f"{row['ppca']:.3f}"
         cells = (sign + f"{value['mean']:.3f}", f"{value['se']:.3f}", _known(value["se_seeds"]), str(row["seeds"]))
         rows.append((name, *cells, gap, f"{row['elbo']:.3f}", ppca, f"{row['seconds']:.1f}"))
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---", *("---:",) * (len(head) - 1)), *rows)]
+    common = {key: settings[0][key] for key in settings[0] if key not in keys} if settings else {}
+    told = "Nats per datum, higher is better." + (f" All have {named(common)}." if common else "")
+    lines = [told, "", *lines]
     if found["settings"] and found["chosen"] is None:
         lines += ["", "No setting is chosen: there is no validation part (data.validation_fraction = 0.1 makes one)."]
     elif found["settings"]:

@@ -228,7 +228,7 @@ def calibration(p_values: list[float], coverage: float, joint: float) -> Calibra
 
 
 def test_the_weakest_test_has_a_name() -> None:
-    assert calibration([0.5, 0.1], 0.2, 0.3).weakest == "the rank of z_1"
+    assert calibration([0.5, 0.1], 0.2, 0.3).weakest == "the rank of z1"
     assert calibration([0.5, 0.3], 0.2, 0.3).weakest == "the coverage"
     assert calibration([0.5, 0.3], 0.2, 0.1).weakest == "the rank of log p(x, z)"
     assert calibration([0.5, 0.3], 0.2, 0.1).p_value == pytest.approx(0.4)
@@ -251,7 +251,7 @@ def test_the_picture_has_a_panel_of_log_p_and_the_worst_latents() -> None:
     heights = [next(patch for patch in ax.patches if hasattr(patch, "get_data")).get_data() for ax in (ranks, joint)]
     np.testing.assert_array_equal(heights[0].values, [10] * 20)
     np.testing.assert_array_equal(heights[1].values, [20] * 10 + [0] * 10)
-    assert [ax.get_ylabel() for ax in figure.axes] == ["count", "", "", "count", "found"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["count", "", "", "count", "share of truths in it"]
     assert "the 3 of 5 latents with the smallest p\ngrey: where 99 %" in figure.texts[0].get_text()
     places = [ax.get_position().x0 for ax in figure.axes]
     assert np.ptp(np.diff(places[:3])) < 1e-9

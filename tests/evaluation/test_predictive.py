@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from twins import TWINS
 
 from ppl_vae import VAE, Conditional, Program
@@ -100,6 +101,26 @@ def test_every_wiring_can_be_checked(name):
     check = predictive_check(t.program, t.batch, draws=4)
     assert len(check.names) == len(check.observed) == check.drawn.shape[1] > 0
     assert check.drawn.isfinite().all()
+
+
+def test_what_the_mask_of_a_site_hides_counts_for_nothing():
+    """Words that pad a document are no data, as in `models/dirichlet_allocation.py`."""
+    x = torch.cat([torch.randn(40, 2), torch.full((40, 1), 99.0)], 1)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("words", 3, dim=-2), poutine.mask(mask=(x != 99).T):
+                pyro.sample("x", dist.Normal(0.1 * z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    check = predictive_check(Program(model, guide), x, draws=50)
+    assert abs(check.observed[0] - x[:, :2].double().mean()) < 1e-6
+    assert check.drawn[:, check.names.index("largest")].max() < 10
+    assert not check.off.any()
 
 
 def test_the_steps_of_a_sequence_are_pooled():

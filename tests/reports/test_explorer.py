@@ -351,6 +351,16 @@ def test_one_latent_and_many_data(show, tmp_path):
     assert (page.pixels("#plane") != before).any()
 
 
+def test_a_sequence_is_a_line_in_the_units_of_the_data(show, tmp_path):
+    np.save(tmp_path / "waves.npy", 50 + np.sin(np.linspace(0, 6, 20)) * np.random.default_rng(0).normal(size=(40, 1)))
+    data = load(tmp_path / "waves.npy", scaling="standardize")
+    page = show(vae(data, normal, Linear()), data)
+    assert page("[document.querySelector('#curve').hidden, document.querySelector('#table').hidden]") == [False, True]
+    alone = page.pixels("#curve")
+    page("explorer.choose(3)")
+    assert (page.pixels("#curve") != alone).any(-1).sum() > 100  # the datum beside it
+
+
 def test_the_page_is_alone(tmp_path):
     text = explorer_page(vae(DIGITS, normal, Linear()), DIGITS, title="<i>name</i>")
     assert "http:" not in text

@@ -127,7 +127,7 @@ def test_every_spec_leaves_a_full_report(path, few, tmp_path, monkeypatch):
     first = "columns" if found["data"]["columns"].get("names") else "reconstructions"
     first = {first} if found["test"]["latents"] else set()  # where all are summed out, nothing is reconstructed
     rates = found["test"]["rates"]
-    told = rates is None or max(rates, default=0.0) > 0.01  # after one epoch all latents may be collapsed
+    told = rates is None or max(rates, default=0.0) > 0.02  # after one epoch all latents may be collapsed
     expected = {"samples", "predictive", *first} | ({"traversals"} if plane and told else set())
     assert "training" not in pictures  # of one epoch there is no curve
     assert expected - NOT_DRAWN.get(path.stem, set()) <= pictures
@@ -189,7 +189,7 @@ def test_the_error_of_the_distance_to_the_exact_posterior(family, few, tmp_path)
     (line,) = [line for line in lines if line.startswith("| KL of guide to exact posterior, exact log evidence - ELBO")]
     *_, figure, error, kind, _ = (cell.strip() for cell in line.split("|"))
     assert figure == f"{exact['posterior_kl']:.4f}"
-    assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed-form"))
+    assert (error, kind) == ((f"{exact['gap_mc_se']:.4f}", "estimate") if sampled else ("0", "closed form"))
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,9 @@ def example(**changes):
 
 FLAT = [-100.0] * 20
 BAD = {"n": 12, "rows": [7, 2], "pareto_k": [0.93, None], "mc_se": [0.8, 0.6], "mean_without": -99.5}
-BAD_WORDS = "weights of 12 data are bad; the worst are in rows 7 .k 0.93., 2 .k -.. Without them the mean is -99.5"
+BAD_WORDS = "weights of 12 data are bad, the worst in rows 7 .k 0.93., 2 .k -.. Without them the mean is -99.5"
 GAP = {"total": 0.3, "kind": "lower bound", "approximation": 0.2, "amortization": 0.1}
+FAR = {"ppca": {"difference": -2000.0, "se": 0.3, "log_evidence": -100.0}}
 WORSE = {"ppca": {"difference": -5.0, "se": 0.3}}
 UNLIKE = {"statistics": [{"name": "zeros", "observed": 0.5, "low": 0.0, "high": 0.25, "off": True}]}
 WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
@@ -359,6 +360,8 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ),
         ({"test__log_evidence__bias": -0.3}, FLAT, "biased downwards.*about 0.30 nats"),
         ({"test__collapsed": [0, 2, 3]}, FLAT, "3 of 4 latents are collapsed.* of z0, z2, z3 hardly"),
+        ({"test__collapsed": [0, 1, 2, 3]}, FLAT, "All latents are collapsed.*, 4 of 4"),
+        ({"test__rates": [1.0, 0.02, 2.0, 1e-4]}, FLAT, "2 of 4 latents are collapsed or nearly so.* of z1, z3 is at"),
         ({"test__collapsed": [2]}, FLAT, "1 of 4 latents is collapsed.* mean of z2 hardly varies"),
         ({"train__lead__log_evidence": 10.2}, FLAT, "memorises.*by 10.2 ± 0.3 nats.*over 297 data"),
         ({"train__lead__elbo": 6.8, "train__lead__log_evidence": 0.9}, FLAT, "encoder overfits.*6.8 nats.* 0.9 ± 0.3"),
@@ -367,6 +370,7 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({}, [-200.0 + 5 * i for i in range(20)], "still rising.*by 10.00 nats over the last 2 epochs"),
         ({}, [-1e26, -1e25, -1e24], "diverged.* ended at -1.0e.24 nats"),
         ({}, [-100.0, -200.0, -1e7], "diverged"),
+        ({"baseline": FAR}, [-9000.0], "diverged.* -9.0e.03 nats per datum, where PPCA has -100.0"),
         ({"data__features": 0}, FLAT, None),
         ({"exact": {"gap": 0.5}}, FLAT, "misses the exact posterior.*0.50 nats"),
         ({"exact": {"gap": 0.01}}, FLAT, None),
@@ -399,7 +403,7 @@ WRONG = {"verdict": "miscalibrated", "p_value": 1e-9, "weakest": "the coverage"}
         ({"test__log_evidence__mean": None}, FLAT, "not finite"),
         ({"baseline": WORSE}, FLAT, "worse than PPCA.*, by 5.000 ± 0.300 nats.*settled in a poor place"),
         ({"baseline": {"ppca": {"difference": -0.5, "se": 0.3}}}, FLAT, None),
-        ({"predictive": UNLIKE}, FLAT, "draws data unlike these.*the zeros is 0.5, in the draws 0 to 0.25"),
+        ({"predictive": UNLIKE}, FLAT, "draws data unlike these.*the zeros is 0.5 .draws: 0 to 0.25.[.]"),
     ],
 )
 def test_what_to_distrust_follows_from_the_figures(changes, history, words):
@@ -438,7 +442,9 @@ EVERYTHING = {**BOUND, "calibration": WRONG, "baseline": WORSE, "test__collapsed
         ({"baseline": WORSE, "data__columns": {"names": ["a"]}}, RISING, ["Standardise", "Train longer"], ["learning"]),
         ({"baseline": WORSE}, FLAT, ["svi.learning_rate"], ["Standardise", "longer", "warm_up"]),
         ({"baseline": WORSE, "test__collapsed": [0, 1]}, FLAT, ["warm_up"], ["Fewer latents", "learning_rate"]),
-        ({"test__collapsed": [0]}, FLAT, ["model.latent = 4"], ["warm_up"]),
+        ({"test__collapsed": [0]}, FLAT, ["model.latent = 3"], ["warm_up"]),
+        ({"test__collapsed": [0, 1, 2, 3]}, FLAT, ["warm_up"], ["model.latent"]),
+        ({"test__collapsed": [0]}, RISING, ["Train longer"], ["model.latent"]),
         ({"gap": {**GAP, "family": "Normal", "amortization": 0.25}}, FLAT, ["larger `posterior.network`"], ["FullN"]),
         ({"gap": {**GAP, "family": "Normal"}}, FLAT, ["FullNormal"], ["larger"]),
         ({"gap": {**GAP, "total": 0.03}}, FLAT, [], ["richer"]),

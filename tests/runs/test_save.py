@@ -202,6 +202,8 @@ def test_a_whole_data_set_and_rows_of_a_table(tmp_path):
 
 
 def test_a_history_without_times_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="Expected a History.*; got dict"):
+        save_run(vae(), WINE, {"elbo": [1.0]}, tmp_path / "a")
     with pytest.raises(ValueError, match="2 bounds and 0 times"):
         save_run(vae(), WINE, History(elbo=[1.0, 2.0]), tmp_path / "a")
 
@@ -224,6 +226,25 @@ def test_entries_of_a_batch_are_read_again(tmp_path):
     again = load_run(run.path, program=Program(regression, amortized)).spec.load_data()
     assert again.protocol == data.protocol
     assert again.train.keys() == {"x", "y"}
+    assert not (run.path / "figures" / "samples.png").exists()  # x is given, not drawn
+    assert "The program `regression`." in (run.path / "report.md").read_text()
+
+
+def test_the_only_observed_site_is_reconstructed_whatever_its_name(tmp_path):
+    x = torch.rand(30, 4)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("obs", dist.Normal(z.unsqueeze(-1).expand(*z.shape, 4), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(pyro.param("w", torch.tensor(0.5)) * x.sum(-1), 1.0))
+
+    program = Program(model, guide)
+    run = save_run(program, as_data(x[:20], x[20:], shape=(2, 2)), fit(program, x[:20], epochs=2), tmp_path / "a")
+    assert {"reconstructions.png", "samples.png"} <= {path.name for path in (run.path / "figures").iterdir()}
 
 
 class Squeezing(nn.Module):

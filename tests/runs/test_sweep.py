@@ -77,17 +77,19 @@ def test_errors_over_data_and_seeds_are_numpys(tmp_path):
     assert row["difference"]["mean"] == pytest.approx(apart.mean())
     assert row["difference"]["se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(50))
     assert row["difference"]["se_seeds"] == pytest.approx(welch)
-    assert "(chosen)" in told(found).splitlines()[5]
+    assert "(chosen)" in told(found).splitlines()[7]
 
 
 def test_the_best_by_test_data_is_not_chosen(tmp_path):
-    members = [Member({"model.latent": k}, tmp_path / str(k)) for k in (1, 2)]
+    members = [Member({"model.latent": k, "svi.epochs": 9}, tmp_path / str(k)) for k in (1, 2)]
     write_run(members[0].folder, np.full(5, -1.0), validation=[-9.0])
     write_run(members[1].folder, np.full(5, -2.0), validation=[-8.0])
     found = summarise(members)
     assert found["chosen"] == 1
     assert found["settings"][1]["log_evidence"]["se_seeds"] is None
     assert "unknown" in told(found)
+    assert "All have svi.epochs = 9.\n" in told(found)
+    assert "\n| model.latent = 1 | -1.000 |" in told(found)
 
 
 def test_a_member_that_fails_ends_no_other_and_is_trained_when_the_sweep_goes_on(spec, tmp_path):
