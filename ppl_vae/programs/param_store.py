@@ -110,15 +110,22 @@ def copied(program: Any) -> Any:
             guide._model, guide.master = model, master
     for guide, (model, _) in zip(others, known, strict=True):
         guide._model = model
-    names = {str(id(program)): str(id(twin))}
-    if isinstance(program, nn.Module):
-        names |= {str(id(one)): str(id(other)) for one, other in zip(program.modules(), twin.modules(), strict=True)}
-    for known_by_name in own_params(twin).values():
-        for name in [*known_by_name]:
-            for old, new in names.items():
-                if old in name:
-                    known_by_name[name.replace(old, new)] = known_by_name.pop(name)
+    own, names = own_params(twin), dict(zip(ids(program), ids(twin), strict=True))
+    own.update({kind: {renamed(name, names): one for name, one in known.items()} for kind, known in own.items()})
     return twin
+
+
+def ids(program: Any) -> dict[str, str]:
+    """The ``id`` of a program and each of its modules, which may stand in names, and what stands for it in a file."""
+    modules = [*program.named_modules()][1:] if isinstance(program, nn.Module) else []
+    return {str(id(one)): f"<id of {name}>" for name, one in [("the program", program), *modules]}
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """A name with other ids in it."""
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
 
 
 def to_double(program: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.programs.param_store import own_params
+from ppl_vae.programs.param_store import ids, own_params, renamed
 from ppl_vae.runs import storage
 from ppl_vae.runs.spec_file import listed, near
 
@@ -18,7 +18,8 @@ TAKEN = "taken"  # as `svi.freeze`: all that the start gives
 def _tensors(program: Any) -> dict[str, Tensor]:
     """All that a program learns or keeps, by name: of modules, and by `pyro.param`, which a first run registers."""
     own = program.state_dict(keep_vars=True) if isinstance(program, nn.Module) else {}
-    return {**own, **{f"{storage.PARAM}{name}": value for name, value in own_params(program)["params"].items()}}
+    known, places = own_params(program)["params"], ids(program)
+    return {**own, **{f"{storage.PARAM}{renamed(name, places)}": value for name, value in known.items()}}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from pyro.distributions import constraints
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ppl_vae.programs.param_store import own_params
+from ppl_vae.programs.param_store import ids, own_params, renamed
 from ppl_vae.runs.metrics import FIRST, METRICS, lines_of
 
 T = TypeVar("T")
@@ -287,7 +287,7 @@ def learned_state(program: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: If a constraint has no name by which a file could keep it.
     """
     tensors = dict(program.state_dict()) if isinstance(program, nn.Module) else {}
-    own = own_params(program)
+    own, places = own_params(program), ids(program)
     names = {id(getattr(constraints, name)): name for name in constraints.__all__}
     kinds = {}
     for name, value in own["params"].items():
@@ -297,7 +297,8 @@ def learned_state(program: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"Expected a constraint that a file can name for pyro.param({name!r}), such as "
                 f"constraints.positive; got {constraint}. Or make it a parameter of an nn.Module."
             )
-        tensors[f"{PARAM}{name}"], kinds[name] = value, names[id(constraint)]
+        place = renamed(name, places)
+        tensors[f"{PARAM}{place}"], kinds[place] = value, names[id(constraint)]
     return {name: value.detach().clone() for name, value in tensors.items()}, {"constraints": json.dumps(kinds)}
 
 
@@ -312,8 +313,9 @@ def load_learned_state(program: Any, path: Path) -> None:
         kinds = json.loads(metadata.get("constraints", "{}"))
         if strange := set(kinds.values()) - {*constraints.__all__}:
             raise ValueError(f"there is no constraint {strange.pop()!r}")
-        params = {name: tensors.pop(f"{PARAM}{name}").requires_grad_() for name in kinds}
-        known = {name: getattr(constraints, kind) for name, kind in kinds.items()}
+        places = {place: one for one, place in ids(program).items()}
+        params = {renamed(name, places): tensors.pop(f"{PARAM}{name}").requires_grad_() for name in kinds}
+        known = {renamed(name, places): getattr(constraints, kind) for name, kind in kinds.items()}
     own_params(program).update(params=params, constraints=known)
     dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
     if not isinstance(program, nn.Module):

@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -686,6 +687,53 @@ def test_a_tied_parameter_is_saved(tmp_path):
     assert torch.equal(other[1].weight, module[0].weight)
     with pytest.raises(ValueError, match="to hold this program's weights"):
         storage.load_learned_state(torch.nn.Linear(3, 3), tmp_path / "w")
+
+
+NAMED = """
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import nn
+
+
+class Named(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.network = nn.Linear(1, features)
+
+    def model(self, x):
+        pyro.module(f"named {id(self)}", self)
+        scale = pyro.param(f"scale {id(self)}", lambda: torch.full((3,), 3.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.network(z), scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        slope = pyro.param(f"slope {id(self.network)}", lambda: torch.zeros(x.shape[-1]))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal((x @ slope).unsqueeze(-1), 0.5).to_event(1))
+"""
+
+
+def test_what_is_named_by_an_id_lasts_through_copies_and_files(tmp_path):
+    z = torch.randn(90, 1)
+    np.save(tmp_path / "x.npy", (z + 0.3 * torch.randn(90, 3)).numpy())
+    (tmp_path / "named.py").write_text(NAMED)
+    svi = "epochs = 60\nbatch_size = 24\nlearning_rate = 0.05"
+    text = f'data.name = "x.npy"\nmodel.program = "named.py:Named"\n[svi]\n{svi}\n[evaluation]\nsamples = 200\n'
+    (tmp_path / "named.toml").write_text(text)
+    torch.set_default_dtype(torch.float32)
+    run = fit_spec(tmp_path / "named.toml", out=tmp_path / "run")
+    scale = next(value for name, value in run.params.items() if name.startswith("scale"))
+    assert scale.max() < 1.0  # learned, from 3
+    x = run.spec.load_data().test["x"]
+    known = log_evidence(run.program, x, 200)
+    assert known.rounding.max() < 1e-3  # the copy in double precision has what was learned
+    again = load_run(tmp_path / "run", trust_code=True)
+    assert torch.equal(log_evidence(again.program, x, 200).log_evidence, known.log_evidence)
+    taken = fit_spec(tmp_path / "named.toml", {"svi.start": run.path, "svi.epochs": 1}, out=tmp_path / "next")
+    assert taken.report["train"]["start"]["new"] == []
 
 
 def test_runs_are_frozen(finished):
