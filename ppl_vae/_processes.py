@@ -3,13 +3,15 @@
 import gc
 import io
 import os
+import platform
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -139,47 +141,80 @@ class _Sum:
     """
 
     def __init__(self, out: Tensor) -> None:
-        self.out, self.turn = out, 0
-        self.room = _shared(out)
+        self.out, self.turns = out, 0
+        self.shared = _shared(out)
 
     def __call__(self, parts: list[Tensor], weight: float) -> Tensor:
-        if self.room is None:
+        if self.shared is None:
             torch.cat(parts, out=self.out).mul_(weight)
             dist.all_reduce(self.out)
             return self.out
-        room = self.room[self.turn]
+        room = self.shared.room[self.turns % 2]
         torch.cat(parts, out=room[rank()]).mul_(weight)
-        dist.all_reduce(torch.zeros(1))  # by now all have written here, and have read the other half
+        self.turns += 1
+        self.shared.meet(self.turns)
         torch.add(room[0], room[1], out=self.out)
         for other in room[2:]:
             self.out.add_(other)
-        self.turn = 1 - self.turn
         return self.out
 
 
+class _Shared(NamedTuple):
+    """What processes of one machine share.
+
+    Args:
+        room: memory for two sums in turn, (2, processes, n).
+        written: how many sums each has written to it.
+        ids: of the processes.
+    """
+
+    room: Tensor
+    written: Any
+    ids: list[int]
+
+    def meet(self, turns: int) -> None:
+        """Wait until all have written so many, and so have read the half of the sum before; gloo would wake up late.
+
+        Raises:
+            RuntimeError: If one of them has ended.
+        """
+        self.written[rank()] = turns
+        began = time.monotonic()
+        while self.written.min() < turns:
+            os.sched_yield()
+            if time.monotonic() > began + 1:
+                time.sleep(0.001)
+                if ended := [number for number, one in enumerate(self.ids) if not os.path.isdir(f"/proc/{one}")]:
+                    raise RuntimeError(f"Expected all processes of the job to go on; number {ended[0]} has ended.")
+
+
 _FEW, _MOST = 4, 2**25  # processes that add up faster in shared memory than by gloo, and numbers that this may take
+_LINE = 64  # bytes of memory that processors exchange at once
 _SUMS: dict[Any, _Sum] = {}
 
 
-def _shared(like: Tensor) -> Tensor | None:
-    """Memory that the processes share, (2, processes, n), or None where they cannot.
+def _shared(like: Tensor) -> _Shared | None:
+    """Memory that the processes share, or None where they cannot, as where others may not see writes in their order.
 
-    It is reserved at once, and its file removed as soon as all have it, so that nothing of it stays.
+    Its file is reserved at once, and removed as soon as all have it, so that nothing of it stays.
     """
     numbers, path, place = 2 * size() * like.numel(), None, "/dev/shm"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size() <= _FEW and os.path.isdir(place)
-    if like.device.type != "cpu" or not here or numbers > _MOST:
+    if like.device.type != "cpu" or not here or numbers > _MOST or platform.machine() != "x86_64":
         return None
+    length = -(-numbers * like.element_size() // _LINE) * _LINE
     if rank() == 0:
         with suppress(OSError):  # there is no room
-            path = _reserved(place, numbers * like.element_size())
+            path = _reserved(place, length + size() * _LINE)
+    ids: list[Any] = [None] * size()
     if (path := share(path)) is None:
         return None
-    room = torch.from_file(path, shared=True, size=numbers, dtype=like.dtype).view(2, size(), -1)
-    dist.barrier()
+    memory = torch.from_file(path, shared=True, size=length + size() * _LINE, dtype=torch.uint8)
+    dist.all_gather_object(ids, os.getpid())
     if rank() == 0:
         os.unlink(path)
-    return room
+    room = memory[: numbers * like.element_size()].view(like.dtype).view(2, size(), -1)
+    return _Shared(room, memory[length:].view(torch.int64).view(size(), -1)[:, 0].numpy(), ids)
 
 
 def _reserved(place: str, size: int) -> str:

@@ -95,7 +95,7 @@ def sums() -> list[tuple[bool, bool]]:
                 both[2], torch.arange(3)[turn % 3 :] + 0.0
             )
             right.append(
-                (good and both[1] is None, all((one.room is None) == (not most) for one in processes._SUMS.values()))
+                (good and both[1] is None, all((one.shared is None) == (not most) for one in processes._SUMS.values()))
             )
     return right
 

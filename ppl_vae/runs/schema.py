@@ -9,7 +9,16 @@ from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    create_model,
+    model_validator,
+)
 
 from ppl_vae import families, networks
 from ppl_vae._checks import check_choice
@@ -171,7 +180,7 @@ def _sections(code: Any, opened: bool, kinds: tuple[Any, ...], nets: tuple[Any, 
         return kind or _nothing, _nothing, None, opened or (place in own and kind is None)
 
     count = Annotated[int, Field(ge=1)]
-    data_name, pace = (Annotated[str, AfterValidator(judge)] for judge in (_judge_name, _judge_pace))
+    data_name, pace = Annotated[str, AfterValidator(_judge_name)], Annotated[str, BeforeValidator(_judge_pace)]
     read = _keywords(load).keys() - {"dtype"}
     given: dict[str, Any] = {
         "program": (str | None, None),
@@ -312,6 +321,7 @@ def _judge_name(name: str) -> str:
     return name
 
 
-def _judge_pace(text: str) -> str:
+def _judge_pace(given: Any) -> str:
+    text = str(given)  # a number is told what to say
     Pace(text)
     return text
