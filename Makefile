@@ -28,6 +28,7 @@ adversary: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/survival/soak.py --page docs/survival.md
 
+bench: export OMP_NUM_THREADS = 1
 bench: .venv/installed .bench/installed
 	$(BIN)/python benchmarks/speed.py --numpyro .bench/bin/python --out benchmarks/results/speed.json --page docs/speed.md \
 		--also benchmarks/results/speed_zen4.json
