@@ -127,7 +127,7 @@ def sweep_page(found: Mapping[str, Any], text: str) -> str:
     value, others = best["log_evidence"], [row for row in rows if row["difference"] is not None]
     bound = value["kind"] == "lower bound"
     seeds = "unknown over seeds: one seed" if value["se_seeds"] is None else f"± {figure(value['se_seeds'])} over seeds"
-    doubt = f"± {figure(value['se'])} standard error over the data; {seeds}"
+    doubt = f"± {figure(value['se'])} standard error {'of the bound ' if bound else ''}over the data; {seeds}"
     label = "log evidence of the chosen setting" if found["chosen"] is not None else "log evidence of the first setting"
     numbers.append(Number(label, (">= " if bound else "") + figure(value["mean"]), doubt, unit, value["kind"]))
     if others:

@@ -8,8 +8,9 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
 Array = npt.NDArray[np.float64]
@@ -202,6 +203,13 @@ def legend_above(ax: Axes) -> None:
 def ticks_at(n: int = 5, *, integer: bool = True) -> MaxNLocator:
     """About n ticks, on whole numbers if possible and asked for."""
     return MaxNLocator(n, steps=[1, 2, 5, 10], integer=integer, min_n_ticks=1)
+
+
+def few_ticks(axis: Axis) -> None:
+    """A few numbers along an axis of a small panel, large ones as 80k, so that they do not collide."""
+    axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
+    if max(map(abs, axis.get_view_interval())) >= 1e4:
+        axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def shades(count: int) -> Array:

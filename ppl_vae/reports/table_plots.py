@@ -58,6 +58,7 @@ def marginals(x: Tensor, samples: Tensor, columns: Columns) -> Figure:
             for part, colour, label in zip(pair, _COLOURS, _LABELS, strict=True):
                 weights = np.full(len(part), 1 / max(len(part), 1))
                 ax.hist(part, bins, weights=weights, histtype="step", color=colour, label=label, lw=1.3)
+            style.few_ticks(ax.xaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     return figure
 
@@ -100,6 +101,8 @@ def scatter_pairs(x: Tensor, samples: Tensor, columns: Columns, *, most: int = 4
         room = 0.08 * np.where(high > low, high - low, 1.0)
         ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
         ax.tick_params(labelsize="x-small", labelbottom=a == size - 1, labelleft=b == 0)
+        for axis in (ax.xaxis, ax.yaxis):
+            style.few_ticks(axis)
     return figure
 
 
