@@ -23,6 +23,7 @@ from ppl_vae.programs.target import Target
 _ENTRIES = 2**22  # numbers that are drawn at a time
 _FAR = 4.0  # standard deviations of the draws
 _SITES = 8  # observed sites up to which each has statistics of its own, as the steps of a sequence have not
+_CODES = 50  # whose shares are compared
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def predictive_check(
 
     Statistics are of all entries that an observed site has, of all sites together if there are more than eight, or of
     each column where these have names; where the data have two values only, the mean is all. Entries that are missing
-    or hidden by the site's own mask are left out, and statistics that are the same in all draws and the data.
+    or hidden by the site's own mask are left out, and statistics that are the same in all draws and the data. Of sites
+    with Categorical distributions the share of each code is compared instead.
 
     Args:
         program: any program, or a `Target`.
@@ -101,7 +103,7 @@ def predictive_check(
     Raises:
         ValueError: If there are fewer than two draws, or the program observes nothing that it could draw.
     """
-    words = words or {}
+    words = dict(words or {})
     target, draws = Target.of(program, x), check_int("draws", draws, 2)
     entries = sum(value.numel() for value in target.batch.values())
     size, nodes = max(1, _ENTRIES // max(entries, 1)), target.replay(seed)[0].nodes
@@ -113,6 +115,9 @@ def predictive_check(
             "distributions have fewer entries than the data."
         )
     many, seen = len(real) > _SITES, {name: _seen(nodes[name], target.batch.get("mask")) for name in real}
+    words |= (
+        {} if many else {name if len(real) > 1 else "": _codes(nodes[name]) for name in real if _codes(nodes[name])}
+    )
     if many:
         seen = {"": torch.cat([each.flatten() for each in seen.values()])}
 
@@ -138,7 +143,7 @@ def predictive_check(
             columns += [column.reshape(k, -1) for column in found.values()]
             for title, column in zip(titles, each.unbind(-1), strict=True):
                 for code, word in enumerate(words.get(title, ())):
-                    told[f"share of {word} in {title}"] = code > 0 or len(words[title]) > 2
+                    told[f"share of {word}" + (f" in {title}" if title else "")] = code > 0 or len(words[title]) > 2
                     columns.append(_share(column, code).unsqueeze(-1))
         return told, torch.cat(columns, 1).cpu()
 
@@ -155,6 +160,14 @@ def predictive_check(
     told = drawn.isfinite().all(0) & own[0].isfinite() & (drawn != own).any(0) & torch.tensor([*titles.values()])
     kept = [title for title, kept in zip(titles, told.tolist(), strict=True) if kept]
     return PredictiveCheck(kept, own[0][told], drawn[:, told], target.n)
+
+
+def _codes(node: Any) -> tuple[str, ...]:
+    """The codes of a site with a Categorical distribution, the first `_CODES` of them; none of another."""
+    fn = node["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return tuple(map(str, range(min(fn.param_shape[-1], _CODES)))) if isinstance(fn, dist.Categorical) else ()
 
 
 def _is_drawn(node: Any) -> bool:

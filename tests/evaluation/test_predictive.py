@@ -185,3 +185,29 @@ def test_words_have_shares_in_place_of_moments_of_their_codes():
     gentoo = check.drawn[:, check.names.index("share of Gentoo in who")]
     assert abs(gentoo.mean() - 0.5) < 5 * (0.25 / 4 / k) ** 0.5
     np.testing.assert_allclose(gentoo * 4, (gentoo * 4).round())
+
+
+def test_codes_of_a_categorical_site_have_shares_in_place_of_moments():
+    p = torch.tensor([0.5, 0.3, 0.2])
+
+    def model(y, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Categorical(p), obs=y)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(y, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.7))
+
+    torch.manual_seed(0)
+    y, x = torch.multinomial(p.expand(400, 3), 1)[:, 0], torch.randn(400, 1) * 2**0.5
+    check = predictive_check(Program(model, guide), {"y": y, "x": x}, draws=300)
+    rows = dict(zip(check.names, zip(check.observed.tolist(), check.drawn.T, strict=True), strict=True))
+    assert not {"mean of y", "sd of y", "largest of y"} & rows.keys()
+    assert "mean of x" in rows
+    for code in range(3):
+        own, drawn = rows[f"share of {code} in y"]
+        assert own == float((y == code).double().mean())
+        assert abs(drawn.mean() - p[code]) < 5 * drawn.std() / 300**0.5
+        assert float(drawn.std()) == pytest.approx(float((p[code] * (1 - p[code]) / 400).sqrt()), rel=0.25)
