@@ -121,6 +121,8 @@ def run_sweep(
         raise ValueError("\n".join(f"{message} (with {named(settings)})" for message, settings in errors.items()))
     _claim(out, spec, grid)
     left = [member for member in members if not member.done]
+    for member in left:  # what a member that failed before has said
+        member.folder.with_name(f"{member.folder.name}.log").unlink(missing_ok=True)
     say(f"{len(members)} runs, {len(members) - len(left)} of them finished; {workers} side by side")
     given = {member.folder: (spec, member, trust_code) for member in left}
     named_by = {member.folder: named(member.settings) for member in left}

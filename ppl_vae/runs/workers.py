@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def side_by_side(
 ) -> Iterator[tuple[Path, str | None]]:
     """Call a function for each run directory in a process of its own, and tell of each as it ends.
 
-    What a process prints goes to a log beside the directory, which is removed if all went well. If the caller stops,
-    so do the processes; a run keeps what it has trained.
+    What a process prints goes to a new file beside the directory, `NAME.log` if that is free, which is removed if all
+    went well. If the caller stops, so do the processes; a run keeps what it has trained.
 
     Args:
         train: of some arguments, which can be pickled as it can.
@@ -40,7 +41,7 @@ def side_by_side(
     threads = max(1, (os.cpu_count() or 1) // workers)
 
     def run(folder: Path) -> str | None:
-        log = folder.with_name(f"{folder.name}.log")
+        log = _new_log(folder)
         processes.append(process := context.Process(target=_call, args=(log, threads, train, given[folder])))
         process.start()
         process.join()
@@ -63,13 +64,24 @@ def side_by_side(
             raise
 
 
+def _new_log(folder: Path) -> Path:
+    """A new file for what a run prints, beside its directory."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log, number = folder.with_name(f"{folder.name}.log"), 1
+    while True:
+        with suppress(FileExistsError):
+            log.touch(exist_ok=False)
+            return log
+        number += 1
+        log = folder.with_name(f"{folder.name}-{number}.log")
+
+
 def _call(log: Path, threads: int, train: Callable[..., Any], given: tuple[Any, ...]) -> None:
     """Train a run, and end with what went wrong in the log.
 
     Raises:
         SystemExit: With what went wrong.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -11,6 +11,7 @@ from ppl_vae.runs import storage
 from ppl_vae.runs.loaded import load_run
 from ppl_vae.runs.run import fit_spec
 from ppl_vae.runs.sweep import Member, parse_grid, run_sweep, summarise, told
+from ppl_vae.runs.workers import side_by_side
 
 
 @pytest.fixture
@@ -126,3 +127,13 @@ def test_wrong_settings_and_folders_are_refused_before_anything_is_trained(spec,
     (tmp_path / "old" / "sweep.json").write_text(json.dumps({"digest": "other"}))
     with pytest.raises(ValueError, match="has changed since"):
         run_sweep(spec, {"svi.seed": [0]}, tmp_path / "old")
+
+
+def test_a_log_takes_no_file_that_is_there(tmp_path):
+    (tmp_path / "a.log").write_text("mine")
+    assert list(side_by_side(print, {tmp_path / "a": ("said",)}, 1)) == [(tmp_path / "a", None)]
+    ((_, wrong),) = side_by_side(int, {tmp_path / "a": ("x",)}, 1)
+    assert "invalid literal" in wrong
+    assert {path.name for path in tmp_path.iterdir()} == {"a.log", "a-2.log"}
+    assert (tmp_path / "a.log").read_text() == "mine"
+    assert "invalid literal" in (tmp_path / "a-2.log").read_text()
