@@ -47,7 +47,7 @@ def side_by_side(
         process.join()
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         if process.exitcode == 0:
-            log.unlink()
+            log.unlink(missing_ok=True)
             return None
         return lines[-1] if lines else f"exit status {process.exitcode}"
 
